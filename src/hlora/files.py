@@ -1,0 +1,121 @@
+"""Files that appear whole or not at all, and folders that hold a finished result or none."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hlora.errors import InputError
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write aside, flush to the disk, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o666 & ~_umask())
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def publish(folder: Path, marker: str) -> Iterator[Path]:
+    """A folder to write a result into; its files move to `folder` together.
+
+    The file `marker` is removed first and put in place last, so a folder that has it is whole.
+    Until then nothing of an earlier result is touched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder, prefix=".incoming-"))
+    try:
+        yield aside
+        files = sorted(p for p in aside.iterdir() if p.name != marker)
+        for path in [*files, aside / marker]:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        (folder / marker).unlink(missing_ok=True)
+        for path in [*files, aside / marker]:
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_result(folder: Path, markers: tuple[str, ...], overwrite: bool) -> None:
+    """Raise InputError if the output cannot be written or already holds a finished result."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"The output {folder} is a file: name a folder.")
+    held = [m for m in markers if (folder / m).exists()]
+    if held and not overwrite:
+        raise InputError(
+            f"{folder} already holds a result ({held[0]}): choose another folder, or overwrite it "
+            "with --overwrite (overwrite=True)."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to ({error.strerror}).") from None
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise InputError if the disk of `folder` has less than `needed` bytes free."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"The disk of {folder} has {size(free)} free and this needs about {size(needed)}: "
+            "free some, or choose another --output."
+        )
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error, whatever library raised it, says that the disk is full."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return "No space left" in text or "os error 28" in text or "file write failed" in text
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.3 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,44 @@
+"""Eq. 15: how much each layer (target matrix) counts in R."""
+
+from __future__ import annotations
+
+import math
+
+LAYER_WEIGHTS = ("softmax", "normalized", "uniform")
+
+
+def layer_weights(
+    norms: dict[str, float], how: str = "softmax", *, scale: float = 1.0, apart: bool = False
+) -> dict[str, float]:
+    """The weight of each layer.
+
+    Args:
+        norms: ‖Ω_l‖₂ by layer name.
+        how: `softmax` of the norms (Eq. 15), `normalized` (norm over the sum of norms) or
+            `uniform` (the paper's "− layer" ablation).
+        scale: multiplies the norms before the softmax; the authors' code has 1e-8.
+        apart: over each target (q_proj, v_proj) on its own, as in the authors' code. The weights
+            then add up to the number of targets, else to one.
+    """
+    targets: dict[str, list[str]] = {}
+    for name in norms:
+        targets.setdefault(name.rsplit(".", 1)[-1] if apart else "", []).append(name)
+    weights: dict[str, float] = {}
+    for names in targets.values():
+        values = [norms[n] for n in names]
+        if how == "softmax":
+            top = max(values)
+            raw = [math.exp(scale * (v - top)) for v in values]
+        elif how == "normalized" and sum(values) > 0:
+            raw = values
+        else:
+            raw = [1.0] * len(values)
+        total = sum(raw)
+        weights |= {n: w / total for n, w in zip(names, raw, strict=True)}
+    return {n: weights[n] for n in norms}
+
+
+def effective_number(weights: dict[str, float]) -> float:
+    """exp(entropy): 1 when one layer has all the weight, the number of layers when all share."""
+    total = sum(weights.values())
+    return math.exp(-sum(w / total * math.log(w / total) for w in weights.values() if w > 0))

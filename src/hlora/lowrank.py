@@ -1,0 +1,54 @@
+"""A change of a weight matrix as the product of two thin ones.
+
+Everything that this method looks at has this form: a step, a gradient, the distance from the
+anchor. None of it is ever multiplied out here; only `hlora.ops` does that, tile by tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The matrices P Q, a batch of L of them that share a shape.
+
+    Args:
+        P: (L, m, k).
+        Q: (L, k, n).
+    """
+
+    P: Tensor
+    Q: Tensor
+
+    def __post_init__(self) -> None:
+        if self.P.ndim != 3 or self.Q.ndim != 3 or self.P.shape[::2] != self.Q.shape[:2]:
+            raise ValueError(
+                f"P (L, m, k) and Q (L, k, n) do not fit: {tuple(self.P.shape)} and "
+                f"{tuple(self.Q.shape)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(L, m, n)."""
+        return (self.P.shape[0], self.P.shape[1], self.Q.shape[2])
+
+    @classmethod
+    def moved(cls, B0: Tensor, A0: Tensor, B1: Tensor, A1: Tensor, s: Tensor) -> LowRank:
+        """s (B₁A₁ − B₀A₀), written as s [(B₁−B₀) | B₀] [A₁ ; A₁−A₀].
+
+        Subtracting two products would lose the digits that matter when the step is small.
+
+        Args:
+            B0, B1: (L, m, r), before and after.
+            A0, A1: (L, r, n), before and after.
+            s: (L, 1, 1), LoRA's scaling of each matrix.
+        """
+        return cls(torch.cat([s * (B1 - B0), s * B0], dim=2), torch.cat([A1, A1 - A0], dim=1))
+
+    def sum_of_squares(self) -> Tensor:
+        """Σ_ij (PQ)_ij² of each matrix, (L,), from two k × k Gram matrices."""
+        return ((self.P.mT @ self.P) * (self.Q @ self.Q.mT)).sum(dim=(1, 2))

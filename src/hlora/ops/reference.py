@@ -1,0 +1,82 @@
+"""Plain torch, tiled over rows so that no (m, n) temporary exceeds one tile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hlora.lowrank import LowRank
+
+TILE = 1 << 20
+"""Elements of a temporary. 4 MiB in float32: it stays in a CPU's cache."""
+
+
+def tiles(shape: tuple[int, int, int]) -> Iterator[tuple[int, slice]]:
+    """(matrix, rows) pairs that cover a batch of shape (L, m, n)."""
+    L, m, n = shape
+    rows = max(1, TILE // max(n, 1))
+    for l in range(L):
+        for start in range(0, m, rows):
+            yield l, slice(start, min(start + rows, m))
+
+
+def accumulate(omega: Tensor, gradient: LowRank, step: LowRank) -> None:
+    """ω ← ω − g̃ ∘ Δθ, in place (Eq. 12).
+
+    Args:
+        omega: (L, m, n), the running path integral.
+        gradient: g̃ (Eq. 11), or another estimate of the gradient with respect to θ.
+        step: Δθ of one optimizer step (Eq. 10).
+    """
+    for l, rows in tiles(gradient.shape):
+        g = gradient.P[l, rows] @ gradient.Q[l]
+        d = step.P[l, rows] @ step.Q[l]
+        omega[l, rows].addcmul_(g.to(omega.dtype), d.to(omega.dtype), value=-1.0)
+
+
+def consolidate(omega: Tensor, delta: LowRank, xi: Tensor) -> Tensor:
+    """ω ← max(ω, 0) / (Δ² + ξ), in place (Eq. 13).
+
+    Negative ω, which AdamW makes possible, would reward forgetting, so it counts as zero.
+
+    Args:
+        omega: (L, m, n), becomes Ω.
+        delta: Δ, how far θ moved during the phase.
+        xi: ξ > 0, a scalar tensor.
+
+    Returns:
+        How many elements of ω were negative, a scalar tensor.
+    """
+    negative = torch.zeros((), dtype=torch.int64, device=omega.device)
+    for l, rows in tiles(delta.shape):
+        d = delta.P[l, rows] @ delta.Q[l]
+        tile = omega[l, rows]
+        negative += (tile < 0).sum()
+        tile.clamp_(min=0).div_(d.square_().add_(xi).to(omega.dtype))
+    return negative
+
+
+def weigh(Omega: Tensor, change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ_i Ω_i (PQ)_i² of each matrix (Eq. 14), with its gradients.
+
+    Args:
+        Omega: (L, m, n).
+        change: D = θ − θ^ν as P Q.
+
+    Returns:
+        The values (L,), and the derivatives by P (L, m, k) and by Q (L, k, n):
+        2 (Ω∘D) Qᵀ and 2 Pᵀ (Ω∘D).
+    """
+    P, Q = change.P, change.Q
+    values = P.new_zeros(P.shape[0])
+    dP = torch.empty_like(P)
+    dQ = torch.zeros_like(Q)
+    for l, rows in tiles(change.shape):
+        d = P[l, rows] @ Q[l]
+        pull = d * Omega[l, rows].to(d.dtype)
+        values[l] += (pull * d).sum()
+        torch.mm(pull, Q[l].mT, out=dP[l, rows])
+        dQ[l].addmm_(P[l, rows].mT, pull)
+    return values, dP.mul_(2), dQ.mul_(2)

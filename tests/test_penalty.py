@@ -1,0 +1,302 @@
+"""Phase μ under a real Trainer, against autograd on dense float64 matrices."""
+
+import logging
+import math
+
+import pytest
+import torch
+
+import hlora
+from hlora import store
+from hlora.layers import effective_number, layer_weights
+from hlora.pairs import find_pairs
+from tests.conftest import lora_model, make_trainer, perturb, token_rows
+from tests.reference import penalty as dense_penalty
+
+
+def tuned(nu, folder, model=None, callback=None, **settings):
+    model = model or lora_model()
+    callbacks = [] if callback is None else [callback]
+    trainer = make_trainer(model, folder, callbacks, rows=token_rows(seed=2), **settings)
+    trainer.train()
+    return model, trainer
+
+
+@torch.no_grad()
+def distance(model, factors):
+    return math.sqrt(
+        sum(
+            float(((p.s * (p.B @ p.A - factors[p.name][0] @ factors[p.name][1])) ** 2).sum())
+            for p in find_pairs(model)
+        )
+    )
+
+
+@pytest.mark.parametrize("how", ["softmax", "normalized", "uniform"])
+@pytest.mark.parametrize("anchor", ["nu", "base"])
+def test_value_and_gradients_are_autograd_s_on_dense_theta(nu, how, anchor):
+    model = lora_model(dtype=torch.float64)
+    callback = hlora.Penalty(nu, phi=0.7, layer_weights=how, anchor=anchor)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    callback.start(model, optimizer)
+    perturb(model)
+    pairs = find_pairs(model)
+    stored = store.load(nu)
+    Omega = {n: t.double() for n, t in stored.importance.tensors().items()}
+    weights = layer_weights({n: float(t.norm()) for n, t in Omega.items()}, how)
+    scale = sum(t.numel() for t in Omega.values()) / sum(
+        weights[n] * float(t.sum()) for n, t in Omega.items()
+    )
+    changes = []
+    for p in pairs:
+        B_nu, A_nu = (f.double() for f in stored.factors[p.name])
+        at = p.s * B_nu @ A_nu if anchor == "nu" else torch.zeros_like(Omega[p.name])
+        changes.append(p.s * p.B @ p.A - at)
+    R = dense_penalty(
+        [Omega[p.name] for p in pairs], changes, [scale * weights[p.name] for p in pairs]
+    )
+    expected = torch.autograd.grad(0.7 * R, [f for p in pairs for f in (p.B, p.A)])
+    assert float(callback.value()) == pytest.approx(float(R.detach()), rel=1e-6)
+    for p in pairs:
+        p.B.grad, p.A.grad = None, None
+    callback._add_gradient(optimizer)
+    for ours, theirs in zip([f.grad for p in pairs for f in (p.B, p.A)], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
+        assert theirs.abs().max() > 0
+
+
+def test_weigh_is_differentiable(nu):
+    model = lora_model(dtype=torch.float64)
+    callback = hlora.Penalty(nu)
+    callback.start(
+        model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    )
+    perturb(model)
+    g = callback._groups[0]
+    change = callback.change(g)
+    P, Q = change.P.requires_grad_(), change.Q.requires_grad_()
+    value = callback.stored.importance.weigh(g, type(change)(P, Q))
+    dP, dQ = torch.autograd.grad(value.sum(), (P, Q))
+    _, eP, eQ = callback.stored.importance.pull(g, type(change)(P.detach(), Q.detach()))
+    torch.testing.assert_close(dP, eP)
+    torch.testing.assert_close(dQ, eQ)
+
+
+def test_zero_with_zero_gradient_at_the_anchor(nu):
+    model = lora_model()
+    callback = hlora.Penalty(nu, phi=5.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    callback.start(model, optimizer)  # takes ν's weights
+    assert float(callback.value()) == 0.0
+    callback._add_gradient(optimizer)
+    assert all(not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_the_penalty_does_not_grow_with_accumulation(nu, tmp_path, accumulation):
+    """16 rows a step, cut into 1, 2 or 4 micro-batches: the same training."""
+
+    def train(k, folder):
+        model = lora_model(dtype=torch.float64)
+        tuned(
+            nu, folder, model, hlora.Penalty(nu, phi=10.0), per_device_train_batch_size=16 // k,
+            gradient_accumulation_steps=k, max_steps=3,
+        )  # fmt: skip
+        return model
+
+    one, several = train(1, tmp_path / "one"), train(accumulation, tmp_path / "several")
+    for p, q in zip(one.parameters(), several.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9)
+
+
+def test_phi_zero_is_plain_peft_bit_for_bit(nu, tmp_path):
+    from peft import PeftModel
+
+    from tests.conftest import base_model
+
+    def from_nu():
+        return PeftModel.from_pretrained(base_model(), str(nu), is_trainable=True)
+
+    plain, _ = tuned(nu, tmp_path / "a", from_nu())
+    ours, _ = tuned(nu, tmp_path / "b", lora_model(), hlora.Penalty(nu, phi=0.0))
+    for p, q in zip(plain.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_huge_phi_leaves_theta_at_the_anchor(nu, tmp_path):
+    factors = store.load(nu).factors
+    settings = {"max_steps": 40, "learning_rate": 1e-3}
+    free, _ = tuned(nu, tmp_path / "a", lora_model(), hlora.Penalty(nu, phi=0.0), **settings)
+    held, _ = tuned(
+        nu, tmp_path / "b", lora_model(),
+        hlora.Penalty(nu, phi=1e6, layer_weights="uniform"), **settings,
+    )  # fmt: skip
+    assert distance(held, factors) < 0.1 * distance(free, factors)
+
+
+def test_more_phi_moves_less_and_every_factor_moves(nu, tmp_path):
+    factors = store.load(nu).factors
+    distances = []
+    for phi in (0.0, 10.0, 1000.0):
+        model, _ = tuned(
+            nu, tmp_path / str(phi), lora_model(), hlora.Penalty(nu, phi=phi), max_steps=30
+        )
+        distances.append(distance(model, factors))
+        for p in find_pairs(model):
+            assert not torch.equal(p.B, factors[p.name][0])
+            assert not torch.equal(p.A, factors[p.name][1])
+    assert distances[0] > distances[1] > distances[2] > 0
+
+
+def test_base_anchor_starts_from_the_base_model(nu, tmp_path):
+    model = lora_model()
+    callback = hlora.Penalty(nu, anchor="base")
+    callback.start(
+        model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    )
+    assert all(not p.B.any() for p in find_pairs(model))
+    assert float(callback.value()) == 0.0
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_base_anchor_with_a_mutated_base_is_the_start(tmp_path, init):
+    make_trainer(
+        lora_model(init_lora_weights=init), tmp_path / "run", [hlora.Record(tmp_path / "nu")]
+    ).train()
+    model = lora_model(init_lora_weights=init)
+    callback = hlora.Penalty(tmp_path / "nu", anchor="base")
+    callback.start(
+        model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    )
+    assert float(callback.value()) == pytest.approx(0.0, abs=1e-9)
+    perturb(model)
+    assert float(callback.value()) > 0
+
+
+def test_r_and_total_are_logged(nu, tmp_path):
+    _, trainer = tuned(nu, tmp_path / "run", callback=hlora.Penalty(nu, phi=10.0))
+    logged = [e for e in trainer.state.log_history if "loss" in e]
+    assert len(logged) == 3
+    for entry in logged:
+        assert entry["total_loss"] == pytest.approx(entry["loss"] + 10.0 * entry["R"])
+        assert entry["penalty"] == pytest.approx(10.0 * entry["R"])
+        assert entry["R"] > 0
+        assert entry["penalty_grad_ratio"] > 0
+
+
+def test_the_recorder_sees_the_task_s_gradient_alone(nu, tmp_path):
+    """With a penalty in place, whichever callback came first."""
+
+    def importance(order, folder):
+        callbacks = {
+            "r": hlora.Record(tmp_path / folder, previous=None),
+            "p": hlora.Penalty(nu, phi=50.0),
+        }
+        model = lora_model(dtype=torch.float64)
+        make_trainer(
+            model, tmp_path / f"run-{folder}", [callbacks[c] for c in order], max_steps=2,
+            optim="sgd", learning_rate=1e-3,
+        ).train()  # fmt: skip
+        return store.load(tmp_path / folder).importance.tensors()
+
+    first, second = importance("rp", "a"), importance("pr", "b")
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_a_penalty_too_weak_to_act_warns(nu, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "hlora"):
+        tuned(nu, tmp_path / "run", callback=hlora.Penalty(nu, phi=1e-9))
+    assert "did next to nothing" in caplog.text
+    assert "Raise phi" in caplog.text
+
+
+def test_one_layer_with_all_the_weight_warns(nu, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "hlora"):
+        tuned(nu, tmp_path / "run", callback=hlora.Penalty(nu, softmax_scale=1e6))
+    assert "of the layer weights" in caplog.text
+    assert "normalized" in caplog.text
+
+
+def test_a_trained_adapter_that_is_not_nu_warns(nu, tmp_path, caplog):
+    model = lora_model()
+    perturb(model)
+    with caplog.at_level(logging.WARNING, "hlora"):
+        tuned(nu, tmp_path / "run", model, hlora.Penalty(nu))
+    assert "neither new nor the one in" in caplog.text
+
+
+@pytest.mark.parametrize("anchor", ["nu", "base"])
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(nu, tmp_path, anchor):
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    whole, trainer = tuned(
+        nu, tmp_path / "a", lora_model(), hlora.Penalty(nu, phi=5.0, anchor=anchor), **settings
+    )
+    resumed = lora_model()
+    again = make_trainer(
+        resumed, tmp_path / "a", [hlora.Penalty(nu, phi=5.0, anchor=anchor)],
+        rows=token_rows(seed=2), **settings,
+    )  # fmt: skip
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert trainer.state.log_history[-2]["R"] == again.state.log_history[-2]["R"]
+
+
+def test_a_resumed_pissa_run_keeps_its_base(tmp_path):
+    def model():
+        return lora_model(init_lora_weights="pissa")
+
+    make_trainer(model(), tmp_path / "run", [hlora.Record(tmp_path / "nu")]).train()
+    settings = {"save_strategy": "steps", "save_steps": 3, "rows": token_rows(seed=2)}
+    whole, resumed = model(), model()
+    make_trainer(
+        whole, tmp_path / "a", [hlora.Penalty(tmp_path / "nu", anchor="base")], **settings
+    ).train()
+    make_trainer(
+        resumed, tmp_path / "a", [hlora.Penalty(tmp_path / "nu", anchor="base")], **settings
+    ).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("phi", [-1.0, float("nan"), float("inf")])
+def test_an_impossible_phi_is_refused(nu, phi):
+    with pytest.raises(hlora.InputError, match="phi must be zero or a positive number"):
+        hlora.Penalty(nu, phi=phi)
+
+
+def test_an_unknown_anchor_is_refused(nu):
+    with pytest.raises(hlora.InputError, match="anchor must be one of nu, base"):
+        hlora.Penalty(nu, anchor="mu")
+
+
+@pytest.mark.parametrize("how", ["softmax", "normalized", "uniform"])
+def test_layer_weights_sum_to_one(how):
+    norms = {"a.q_proj": 1.0, "a.v_proj": 3.0, "b.q_proj": 700.0, "b.v_proj": 800.0}
+    weights = layer_weights(norms, how)
+    assert sum(weights.values()) == pytest.approx(1.0)
+    assert list(weights) == list(norms)
+    apart = layer_weights(norms, how, apart=True)
+    assert apart["a.q_proj"] + apart["b.q_proj"] == pytest.approx(1.0)
+
+
+def test_softmax_is_eq_15():
+    norms = {"a": 0.1, "b": 0.5, "c": 2.0}
+    total = sum(math.exp(v) for v in norms.values())
+    expected = {k: math.exp(v) / total for k, v in norms.items()}
+    assert layer_weights(norms) == pytest.approx(expected)
+
+
+def test_effective_number_of_layers():
+    assert effective_number({"a": 0.5, "b": 0.5}) == pytest.approx(2.0)
+    assert effective_number({"a": 1.0, "b": 0.0}) == pytest.approx(1.0)
+
+
+def test_presets_are_the_paper_s_and_the_authors_code_s(nu):
+    paper, official = (
+        hlora.Penalty(nu, preset="paper").rule,
+        hlora.Penalty(nu, preset="official").rule,
+    )
+    assert (paper.phi, paper.normalize) == (math.exp(-3), False)
+    assert (official.phi, official.softmax_scale, official.apart) == (1e-3, 1e-8, True)
+    assert hlora.Penalty(nu, preset="paper", phi=1.0).rule.phi == 1.0

@@ -1,0 +1,335 @@
+"""Phase ν under a real Trainer, against the equations on dense float64 matrices."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hlora
+from hlora import store
+from hlora.pairs import find_pairs, group
+from tests.conftest import lora_model, make_trainer, token_rows
+
+
+class Spy:
+    """What the recorder should have seen: factors before and after, gradients, η, each step."""
+
+    def __init__(self, model):
+        self.pairs, self.steps = find_pairs(model), []
+
+    def watch(self, optimizer):
+        def before(opt, args, kwargs):
+            self.seen = [
+                (
+                    p.B.detach().double().clone(), p.A.detach().double().clone(),
+                    p.B.grad.double().clone(), p.A.grad.double().clone(),
+                    opt.param_groups[0]["lr"],
+                )
+                for p in self.pairs
+            ]  # fmt: skip
+
+        def after(opt, args, kwargs):
+            self.steps.append(
+                [
+                    (*seen, p.B.detach().double().clone(), p.A.detach().double().clone())
+                    for seen, p in zip(self.seen, self.pairs, strict=True)
+                ]
+            )
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+
+
+def expected_omega(spy, index, s, gradient=None):
+    from tests.reference import equivalent_gradient
+
+    omega = 0
+    for step in spy.steps:
+        B0, A0, gB, gA, eta, B1, A1 = step[index]
+        g = equivalent_gradient(B0, A0, gB, gA, eta)
+        omega = omega - g * s * (B1 @ A1 - B0 @ A0)
+    return omega
+
+
+def record(tmp_path, model=None, rule=None, **settings):
+    model = model or lora_model()
+    callback = hlora.Record(tmp_path / "nu", **(rule or {}))
+    trainer = make_trainer(model, tmp_path / "run", [callback], **settings)
+    spy = Spy(model)
+    trainer.create_optimizer()
+    spy.watch(trainer.optimizer)
+    trainer.train()
+    return callback, spy, model
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gptj", "gpt2"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"max_grad_norm": 0.01},
+        {"lr_scheduler_type": "cosine"},
+    ],
+    ids=["adamw", "accumulated", "clipped", "cosine"],
+)
+def test_importance_is_eq_11_to_13(tmp_path, architecture, settings):
+    model = lora_model(architecture, dtype=torch.float64)
+    _, spy, model = record(tmp_path, model, **settings)
+    stored = store.load(tmp_path / "nu").importance.tensors()
+    for i, pair in enumerate(find_pairs(model)):
+        omega = expected_omega(spy, i, pair.s)
+        delta = pair.s * (pair.B @ pair.A).detach()
+        expected = omega.clamp(min=0) / (delta**2 + 1e-3)
+        torch.testing.assert_close(stored[pair.name].double(), expected, rtol=1e-5, atol=1e-9)
+        assert expected.max() > 0
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_under_sgd_omega_is_the_squared_step(tmp_path, use_rslora):
+    """ω = Σ Δθ²/(ηs), so Ω = that over (Δ² + ξ)."""
+    model = lora_model(
+        dtype=torch.float64, use_rslora=use_rslora,
+        rank_pattern={"v_proj": 3}, alpha_pattern={"v_proj": 9},
+    )  # fmt: skip
+    callback, spy, model = record(tmp_path, model, optim="sgd", learning_rate=0.1)
+    stored = store.load(tmp_path / "nu").importance.tensors()
+    for i, pair in enumerate(find_pairs(model)):
+        squared = sum(
+            (pair.s * (step[i][5] @ step[i][6] - step[i][0] @ step[i][1])) ** 2
+            / (step[i][4] * pair.s)
+            for step in spy.steps
+        )
+        delta = pair.s * (pair.B @ pair.A).detach()
+        torch.testing.assert_close(
+            stored[pair.name].double(), squared / (delta**2 + 1e-3), rtol=1e-5, atol=1e-12
+        )
+    assert callback.summary["negative_share"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("optim", "rate", "steps"), [("sgd", 0.02, 150), ("adamw_torch", 1e-4, 60)]
+)
+def test_projected_path_integral_is_the_loss_drop(tmp_path, optim, rate, steps):
+    """Eq. 3, full batch, small steps: within 2 %."""
+    rows = token_rows(8)
+    batch = {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
+    model = lora_model(dtype=torch.float64)
+
+    def loss():
+        with torch.no_grad():
+            return float(model.eval()(**batch).loss)
+
+    before = loss()
+    callback, _, model = record(
+        tmp_path, model, {"estimator": "projected"}, rows=rows, optim=optim, learning_rate=rate,
+        max_steps=steps, per_device_train_batch_size=8, max_grad_norm=0,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    drop = before - loss()
+    assert drop > 1e-4
+    assert callback.summary["path_integral"] == pytest.approx(drop, rel=0.02)
+
+
+def test_recording_changes_nothing_in_training(tmp_path):
+    plain, recorded = lora_model(), lora_model()
+    make_trainer(plain, tmp_path / "a").train()
+    make_trainer(recorded, tmp_path / "b", [hlora.Record(tmp_path / "nu")]).train()
+    for p, q in zip(plain.parameters(), recorded.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_importance_adds_up_over_two_tasks(tmp_path):
+    """Eq. 13's sum over ν, with ω and Δ of the second task its own."""
+    model = lora_model(dtype=torch.float64)
+    record(tmp_path, model)
+    first = {k: v.clone() for k, v in store.load(tmp_path / "nu").importance.tensors().items()}
+    start = {p.name: (p.s * p.B @ p.A).detach().clone() for p in find_pairs(model)}
+
+    callback = hlora.Record(tmp_path / "both", previous=tmp_path / "nu")
+    trainer = make_trainer(model, tmp_path / "run2", [callback], rows=token_rows(seed=1))
+    spy = Spy(model)
+    trainer.create_optimizer()
+    spy.watch(trainer.optimizer)
+    trainer.train()
+
+    both = store.load(tmp_path / "both").importance.tensors()
+    for i, pair in enumerate(find_pairs(model)):
+        omega = expected_omega(spy, i, pair.s)
+        delta = (pair.s * pair.B @ pair.A).detach() - start[pair.name]
+        second = omega.clamp(min=0) / (delta**2 + 1e-3)
+        torch.testing.assert_close(
+            both[pair.name].double(), first[pair.name].double() + second, rtol=1e-4, atol=1e-8
+        )
+
+
+def test_official_preset_adds_up_over_epochs_and_clamps_each_step(tmp_path):
+    model = lora_model(dtype=torch.float64)
+    callback, spy, model = record(
+        tmp_path, model, {"preset": "official", "xi": 1e-3}, max_steps=-1, num_train_epochs=2
+    )
+    stored = store.load(tmp_path / "nu").importance.tensors()
+    per_epoch = len(spy.steps) // 2
+    from tests.reference import equivalent_gradient
+
+    for i, pair in enumerate(find_pairs(model)):
+        total = 0
+        for epoch in range(2):
+            omega = 0
+            for step in spy.steps[epoch * per_epoch : (epoch + 1) * per_epoch]:
+                B0, A0, gB, gA, eta, B1, A1 = step[i]
+                g = pair.s * equivalent_gradient(B0, A0, gB, gA, eta)
+                omega = (omega - g * pair.s * (B1 @ A1 - B0 @ A0)).clamp(min=0)
+            total = total + omega / ((pair.s * B1 @ A1) ** 2 + 1e-3)
+        torch.testing.assert_close(stored[pair.name].double(), total, rtol=1e-4, atol=1e-8)
+    assert callback.summary["negative_share"] is None
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_delta_counts_from_the_start_where_b_is_not_zero(tmp_path, init):
+    model = lora_model(init_lora_weights=init)
+    start = {p.name: (p.s * p.B @ p.A).detach().double() for p in find_pairs(model)}
+    _, spy, model = record(tmp_path, model, learning_rate=1e-3)
+    stored = store.load(tmp_path / "nu").importance.tensors()
+    for i, pair in enumerate(find_pairs(model)):
+        omega = expected_omega(spy, i, pair.s)
+        delta = (pair.s * pair.B @ pair.A).detach().double() - start[pair.name]
+        expected = omega.clamp(min=0) / (delta**2 + 1e-3)
+        torch.testing.assert_close(stored[pair.name].double(), expected, rtol=1e-2, atol=1e-6)
+
+
+def test_xi_relative_to_the_mean_squared_change(tmp_path):
+    model = lora_model(dtype=torch.float64)
+    _, spy, model = record(tmp_path, model, {"xi": 2.0, "xi_relative": True})
+    stored = store.load(tmp_path / "nu").importance.tensors()
+    pairs = find_pairs(model)
+    deltas = [(p.s * p.B @ p.A).detach() for p in pairs]
+    mean = sum((d**2).sum() for d in deltas) / sum(d.numel() for d in deltas)
+    for i, (pair, delta) in enumerate(zip(pairs, deltas, strict=True)):
+        expected = expected_omega(spy, i, pair.s).clamp(min=0) / (delta**2 + 2 * mean)
+        torch.testing.assert_close(stored[pair.name].double(), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_fp16_step_leaves_no_nan(fused, tmp_path):
+    """torch's scaler skips the first step, whose gradients overflow, and fused AdamW unscales
+    inside its own step."""
+    model = lora_model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused
+    )
+    callback = hlora.Record(tmp_path / "nu")
+    callback.start(model, optimizer)
+    plain = lora_model()
+    plain_optimizer = torch.optim.AdamW(
+        [p for p in plain.parameters() if p.requires_grad], lr=1e-2, fused=fused
+    )
+    expected = hlora.Record(tmp_path / "plain")
+    expected.start(plain, plain_optimizer)
+    rows = token_rows(4)
+    batch = {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
+    for step in range(4):
+        scaler.scale(model(**batch).loss).backward()
+        if step == 0:
+            find_pairs(model)[0].B.grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step > 0:
+            plain(**batch).loss.backward()
+            plain_optimizer.step()
+            plain_optimizer.zero_grad()
+    callback.finish(model)
+    expected.finish(plain)
+    ours = load_file(tmp_path / "nu" / store.TENSORS)
+    theirs = load_file(tmp_path / "plain" / store.TENSORS)
+    for name in ours:
+        assert torch.isfinite(ours[name]).all()
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
+    assert max(float(t.max()) for t in ours.values()) > 0
+
+
+def test_bf16_training_is_recorded(tmp_path):
+    record(tmp_path, bf16=True)
+    stored = store.load(tmp_path / "nu").importance
+    assert all(v > 0 for v in stored.norms().values())
+
+
+def test_a_frozen_factor_counts_as_zero_gradient(tmp_path):
+    model = lora_model(dtype=torch.float64)
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            p.requires_grad_(False)
+    callback, spy, model = record_frozen(tmp_path, model)
+    assert callback.summary["steps"] == 6
+    assert all(v > 0 for v in store.load(tmp_path / "nu").importance.norms().values())
+
+
+def record_frozen(tmp_path, model):
+    callback = hlora.Record(tmp_path / "nu")
+    make_trainer(model, tmp_path / "run", [callback]).train()
+    return callback, None, model
+
+
+def test_the_summary_is_stored(tmp_path):
+    callback, _, _ = record(tmp_path, max_grad_norm=1e-4)
+    info = json.loads((tmp_path / "nu" / store.MARKER).read_text())
+    assert info["summary"] == callback.summary
+    assert info["summary"]["clipped_share"] == 1.0
+    assert 0 <= info["summary"]["negative_share"] < 1
+    assert 1 <= info["summary"]["effective_layers"] <= 4 + 1e-9
+    assert info["summary"]["largest_norm"]["value"] >= info["summary"]["smallest_norm"]["value"] > 0
+
+
+def test_a_resumed_recording_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    whole = lora_model(lora_dropout=0.1)
+    make_trainer(whole, tmp_path / "a", [hlora.Record(tmp_path / "nu-a")], **settings).train()
+    resumed = lora_model(lora_dropout=0.1, seed=5)  # its weights come from the checkpoint
+    resumed.base_model.model.load_state_dict(
+        lora_model(lora_dropout=0.1).base_model.model.state_dict()
+    )
+    trainer = make_trainer(resumed, tmp_path / "a", [hlora.Record(tmp_path / "nu-b")], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    a, b = (load_file(tmp_path / f"nu-{x}" / store.TENSORS) for x in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_resuming_without_the_recorder_s_state_is_refused(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    make_trainer(lora_model(), tmp_path / "a", **settings).train()
+    trainer = make_trainer(
+        lora_model(), tmp_path / "a", [hlora.Record(tmp_path / "nu")], **settings
+    )
+    with pytest.raises(hlora.StoreError, match=r"hlora_record\.safetensors is missing"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+
+
+def test_an_output_with_a_result_is_refused(nu):
+    with pytest.raises(hlora.InputError, match="already holds a result"):
+        hlora.Record(nu)
+    hlora.Record(nu, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"estimator": "magic"}, "estimator must be one of equivalent, projected"),
+        ({"xi": 0.0}, "xi must be a positive number"),
+        ({"xi": float("nan")}, "xi must be a positive number"),
+        ({"preset": "ours"}, "preset must be one of default, paper, official"),
+        ({"speed": 3}, "Unknown setting 'speed'"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, rule, message):
+    with pytest.raises(hlora.InputError, match=message):
+        hlora.Record(tmp_path / "nu", **rule)
+
+
+def test_groups_hold_all_pairs_of_a_shape():
+    groups = group(find_pairs(lora_model()))
+    assert sorted(len(g.pairs) for g in groups) == [2, 2]  # q_proj 16x16, v_proj 8x16
