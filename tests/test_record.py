@@ -262,7 +262,7 @@ def test_a_frozen_factor_counts_as_zero_gradient(tmp_path):
     for name, p in model.named_parameters():
         if "lora_A" in name:
             p.requires_grad_(False)
-    callback, spy, model = record_frozen(tmp_path, model)
+    callback, _, _ = record_frozen(tmp_path, model)
     assert callback.summary["steps"] == 6
     assert all(v > 0 for v in store.load(tmp_path / "nu").importance.norms().values())
 

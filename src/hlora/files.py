@@ -15,6 +15,9 @@ from typing import Any
 
 from hlora.errors import InputError
 
+RESULTS = ("importance.json", "tune.json", "adapter_config.json")
+"""A folder with one of these holds a result: of a phase, or an adapter of somebody's."""
+
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write aside, flush to the disk, rename."""
@@ -41,7 +44,8 @@ def write_json(path: Path, content: Any) -> None:
 def publish(folder: Path, marker: str) -> Iterator[Path]:
     """A folder to write a result into; its files move to `folder` together.
 
-    The file `marker` is removed first and put in place last, so a folder that has it is whole.
+    The marker of an earlier result is removed first and `marker` put in place last, so a folder
+    that has one is whole.
     Until then nothing of an earlier result is touched.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,18 +56,19 @@ def publish(folder: Path, marker: str) -> Iterator[Path]:
         for path in [*files, aside / marker]:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        (folder / marker).unlink(missing_ok=True)
+        for old in RESULTS:
+            (folder / old).unlink(missing_ok=True)
         for path in [*files, aside / marker]:
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def refuse_result(folder: Path, markers: tuple[str, ...], overwrite: bool) -> None:
+def refuse_result(folder: Path, overwrite: bool) -> None:
     """Raise InputError if the output cannot be written or already holds a finished result."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"The output {folder} is a file: name a folder.")
-    held = [m for m in markers if (folder / m).exists()]
+    held = [m for m in RESULTS if (folder / m).exists()]
     if held and not overwrite:
         raise InputError(
             f"{folder} already holds a result ({held[0]}): choose another folder, or overwrite it "

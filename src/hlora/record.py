@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,9 @@ class Record(TrainerCallback):
         self.rule: RecordRule = choose(RECORD_PRESETS, preset, **rule)
         self.preset = preset or "default"
         self.previous = store.load(previous) if previous is not None else None
-        refuse_result(self.output, (store.MARKER,), overwrite)
+        refuse_result(self.output, overwrite)
         self.summary: dict[str, Any] = {}
-        self.notes: dict[str, Any] = {}
+        self.notes: dict[str, Any] = {}  # joins importance.json
         self._groups: list[Group] = []
 
     # ------------------------------------------------------------------ in any training loop
@@ -105,6 +106,7 @@ class Record(TrainerCallback):
             k: torch.zeros((), dtype=torch.float64, device=device)
             for k in ("negative", "clipped", "omega", "recorded")
         }
+        self._seconds, self._began = 0.0, time.monotonic()
         self._consolidations = 0
         self._pending = 0  # steps since the last consolidation
         self._before: dict[tuple[str, ...], tuple[LowRank, Tensor, Tensor]] = {}
@@ -124,6 +126,7 @@ class Record(TrainerCallback):
         recorded = int(self._counts["recorded"])
         self.summary = {
             "steps": recorded,
+            "seconds": round(self._elapsed(), 1),
             "clipped_share": float(self._counts["clipped"]) / max(recorded, 1),
             "path_integral": float(self._counts["omega"]),
             "negative_share": self._negative_share(),
@@ -139,7 +142,8 @@ class Record(TrainerCallback):
                 self._pairs,
                 importance,
                 {
-                    "recording": {"preset": self.preset, **vars(self.rule), **self.notes},
+                    "recording": {"preset": self.preset, **vars(self.rule)},
+                    **self.notes,
                     "previous": str(self.previous.folder) if self.previous else None,
                     "summary": self.summary,
                 },
@@ -199,6 +203,10 @@ class Record(TrainerCallback):
         self._consolidations += 1
         self._pending = 0
 
+    def _elapsed(self) -> float:
+        """Seconds of training recorded so far, those before a resume included."""
+        return self._seconds + time.monotonic() - self._began
+
     def _elements(self) -> int:
         return sum(p.shape[0] * p.shape[1] for p in self._pairs)
 
@@ -227,6 +235,7 @@ class Record(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
         if not self._groups:
             return
+        self.notes["log"] = [e for e in state.log_history if "loss" in e]
         summary = self.finish(model, write=state.is_world_process_zero)
         if state.is_world_process_zero:
             logger.info("%s", describe_summary(summary, self.output))
@@ -241,6 +250,7 @@ class Record(TrainerCallback):
             **counts,
             "consolidations": self._consolidations,
             "pending": self._pending,
+            "seconds": self._elapsed(),
             "rule": vars(self.rule),
         }
         return save(
@@ -266,6 +276,7 @@ class Record(TrainerCallback):
             )
         self._trace.load_state(self._groups, tensors)
         self._consolidations, self._pending = notes["consolidations"], notes["pending"]
+        self._seconds = notes["seconds"]
         for k, count in self._counts.items():
             count.fill_(notes[k])
         for g in self._groups:

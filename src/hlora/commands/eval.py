@@ -1,0 +1,130 @@
+"""`hlora eval`: perplexity, accuracy, NLL, and how much was forgotten."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from hlora.config import EvalSettings
+from hlora.errors import InputError
+from hlora.evaluate import TaskScore, TextScore, forgetting, score_task, score_text
+from hlora.files import write_json
+from hlora.models import load, load_adapter, pick_device, pick_dtype
+from hlora.progress import bar, quiet_libraries
+from hlora.tasks import Task, load_task
+from hlora.text import Source, blocks
+
+
+def run(settings: EvalSettings) -> None:
+    """Print one table of text and one of tasks; with --json write all figures."""
+    quiet_libraries()
+    if not settings.text and not settings.task:
+        raise InputError("Nothing to evaluate: give --text, --task or both.")
+    if settings.json and Path(settings.json).exists() and not settings.overwrite:
+        raise InputError(f"{settings.json} exists already: choose another, or --overwrite it.")
+    sources = [Source.parse(spec, settings.text_column) for spec in settings.text]
+    tasks = [
+        load_task(t, split="test", format=settings.task_format, limit=settings.task_rows or None)
+        for t in settings.task
+    ]
+    device = pick_device(settings.device)
+    model, tokenizer = load(settings.model, dtype=pick_dtype(settings.dtype, device), device=device)
+    kinds = {
+        s.name: blocks(s, tokenizer, settings.block_size, settings.text_blocks or None)
+        for s in sources
+    }
+    scores = {"base": score(model, tokenizer, kinds, tasks, settings.batch_size)}
+    if settings.adapter:
+        adapted = load_adapter(model, settings.adapter)
+        scores["adapter"] = score(adapted, tokenizer, kinds, tasks, settings.batch_size)
+    _show(scores)
+    if settings.json:
+        write_json(Path(settings.json), _as_json(settings, scores))
+        print(f"Written to {settings.json}.")
+
+
+Scores = dict[str, dict[str, Any]]
+
+
+def score(
+    model: nn.Module, tokenizer: Any, kinds: dict[str, Tensor], tasks: list[Task], batch_size: int
+) -> Scores:
+    """Scores by kind of text under `text`, by task under `task`."""
+    result: Scores = {"text": {}, "task": {}}
+    for name, rows in kinds.items():
+        with bar(name, len(rows)) as shown:
+            result["text"][name] = score_text(model, rows, batch_size=batch_size, tick=shown.update)
+    for task in tasks:
+        with bar(task.name, sum(len(e.choices) for e in task.examples)) as shown:
+            result["task"][task.name] = score_task(
+                model, tokenizer, task, batch_size=batch_size, tick=shown.update
+            )
+    return result
+
+
+def _show(scores: dict[str, Scores]) -> None:
+    console = Console()
+    both = "adapter" in scores
+    text: dict[str, TextScore] = scores["base"]["text"]
+    if text:
+        table = Table(title="General text (perplexity = e^loss; forgetting in nats per token)")
+        table.add_column("kind")
+        for heading in ("tokens", "base", *(("adapter", "forgetting") if both else ())):
+            table.add_column(heading, justify="right")
+        for name, base in text.items():
+            row = [name, f"{base.tokens:,}", _perplexity(base)]
+            if both:
+                after = scores["adapter"]["text"][name]
+                row += [_perplexity(after), f"{forgetting(base, after):+.4f}"]
+            table.add_row(*row)
+        console.print(table)
+    tasks: dict[str, TaskScore] = scores["base"]["task"]
+    if tasks:
+        table = Table(title="Tasks (± one standard error; NLL of the right answer in nats)")
+        table.add_column("task")
+        table.add_column("model")
+        for heading in ("n", "acc %", "acc_norm %", "NLL"):
+            table.add_column(heading, justify="right")
+        for name in tasks:
+            for which, of in scores.items():
+                s: TaskScore = of["task"][name]
+                table.add_row(
+                    name, which, f"{s.n:,}", _percent(s.acc, s.acc_se),
+                    _percent(s.acc_norm, s.acc_norm_se), f"{s.nll:.3f} ± {s.nll_se:.3f}",
+                )  # fmt: skip
+        console.print(table)
+
+
+def _perplexity(score: TextScore) -> str:
+    return f"{score.perplexity:.2f} ± {score.perplexity * score.loss_se:.2f}"
+
+
+def _percent(value: float, error: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f} ± {100 * error:.1f}"
+
+
+def _as_json(settings: EvalSettings, scores: dict[str, Scores]) -> dict[str, Any]:
+    result: dict[str, Any] = {"settings": asdict(settings)}
+    for which, of in scores.items():
+        result[which] = {
+            group: {name: s.asdict() for name, s in named.items()} for group, named in of.items()
+        }
+    if "adapter" in scores:
+        result["forgetting"] = {
+            name: forgetting(before, scores["adapter"]["text"][name])
+            for name, before in scores["base"]["text"].items()
+        }
+    return _without_nan(result)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,84 @@
+"""`hlora record`: phase ν."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from hlora import store
+from hlora.adapters import new_adapter
+from hlora.config import RecordSettings
+from hlora.errors import InputError
+from hlora.files import check_space, refuse_result, size
+from hlora.models import load, load_adapter, pick_device, pick_dtype
+from hlora.pairs import find_pairs
+from hlora.plan import describe, importance_bytes
+from hlora.progress import quiet_libraries
+from hlora.record import STATE, Record, describe_summary
+from hlora.text import Blocks, Source, blocks, mix
+from hlora.training import arguments, check_unfinished, clean_up, seed_everything, train
+
+HUB_BLOCKS = 4000
+"""Rows taken of a hub data set, which may be endless, unless --text-blocks says otherwise."""
+
+
+def run(settings: RecordSettings) -> None:
+    """Train on general text and write the adapter with its importance to `settings.output`."""
+    quiet_libraries()
+    output = Path(settings.output)
+    sources = [Source.parse(spec, settings.text_column) for spec in settings.text]
+    if len({s.name for s in sources}) < len(sources):
+        raise InputError(
+            "Two kinds of text have the same name: name them with --text NAME=WHERE ..."
+        )
+    refuse_result(output, settings.overwrite)
+    check_unfinished(settings)
+    recorder = Record(
+        output, preset=settings.preset, previous=settings.importance, overwrite=settings.overwrite,
+        estimator=settings.estimator, xi=settings.xi, xi_relative=settings.xi_relative,
+    )  # fmt: skip
+    if settings.preset == "official":
+        settings.training.setdefault("max_grad_norm", 0.0)  # their gradients are unclipped
+    arguments(settings)
+    device = pick_device(settings.device)
+    seed_everything(settings.seed)
+    model, tokenizer = load(settings.model, dtype=pick_dtype(settings.dtype, device), device=device)
+    kinds = {
+        s.name: blocks(
+            s, tokenizer, settings.block_size,
+            settings.text_blocks or (HUB_BLOCKS if s.hub else None),
+        )
+        for s in sources
+    }  # fmt: skip
+    rows = mix(kinds, settings.text_weights or None, settings.text_blocks or None)
+    if settings.importance:
+        model = load_adapter(model, settings.importance, trainable=True)
+    else:
+        model = new_adapter(model, settings)
+    pairs = find_pairs(model)
+    needed = importance_bytes(pairs)
+    check_space(output, needed * (5 if settings.save_steps else 1))
+    if settings.dry_run:
+        batch = {k: rows[: settings.batch_size] for k in ("input_ids", "labels")}
+        print(describe(settings, model, pairs, batch, len(rows), rows.numel()))
+        return
+    print(
+        f"Recording on {len(rows):,} rows of {settings.block_size} tokens ("
+        + ", ".join(f"{name} {len(b):,}" for name, b in kinds.items())
+        + f"), {len(pairs)} matrices, {size(needed)} of importance."
+    )
+    recorder.notes = {"settings": asdict(settings), "text": {n: len(b) for n, b in kinds.items()}}
+    train(
+        settings, model, Blocks(rows), [recorder], what="record (ν)", state=STATE,
+        collate=_stack, resume_with=f"Go on with: hlora record ... --output {output} --resume",
+    )  # fmt: skip
+    clean_up(settings)
+    print(describe_summary(recorder.summary, output))
+    written = sum((output / f).stat().st_size for f in store.read_info(output)["files"])
+    print(f"{recorder.summary['seconds']:.0f} s, {size(written)} on disk.")
+
+
+def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}

@@ -1,0 +1,196 @@
+"""Every setting of every command, once: its name, type, default, unit and reason.
+
+The same dataclasses serve the command line (`--batch-size 20`), a YAML file (`batch_size: 20`,
+given with --config) and Python (`RecordSettings(batch_size=20, ...)`). No heavy import here:
+`--help` must answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def setting(
+    help: str,
+    default: Any = None,
+    *,
+    required: bool = False,
+    choices: tuple[str, ...] = (),
+    metavar: str = "",
+    more: bool = False,
+    least: float | None = None,
+) -> Any:
+    """A field with what the help screen says of it.
+
+    Args:
+        more: shown by --help-all only.
+        least: the smallest value allowed.
+    """
+    metadata = {
+        "help": help, "required": required, "choices": choices, "metavar": metavar, "more": more,
+        "least": least,
+    }  # fmt: skip
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Common to all commands that load a model."""
+
+    model: str = setting(
+        "a folder, a name on the hub, a .gguf file, or smollm2-135m (embedded)", required=True
+    )
+    device: str = setting(
+        "auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES chooses among GPUs", "auto", more=True
+    )
+    dtype: str = setting(
+        "float type of the base model; auto is bf16 on a GPU, fp32 on a CPU", "auto",
+        choices=("auto", "bf16", "fp16", "fp32"), more=True,
+    )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class TrainSettings(Settings):
+    """Common to both phases. The paper's values are the defaults (its section 5)."""
+
+    output: str = setting("folder for the result", required=True, metavar="DIR")
+    epochs: float = setting("passes over the data", 5.0)
+    max_steps: int = setting("stop after so many optimizer steps; 0 means by --epochs", 0, least=0)
+    batch_size: int = setting("rows per device and micro-batch", 20, least=1)
+    gradient_accumulation: int = setting("micro-batches per optimizer step", 1, least=1)
+    learning_rate: float = setting("peak learning rate", 8e-4)
+    seed: int = setting("seed of initialization, order and dropout", 0, least=0)
+    save_steps: int = setting("optimizer steps between checkpoints; 0 for none", 500, least=0)
+    resume: bool = setting("go on from the last checkpoint in the output folder", False)
+    overwrite: bool = setting("replace a result that the output folder holds", False)
+    dry_run: bool = setting("check every input, say what would be trained, and stop", False)
+    lora_rank: int = setting("r", 8, more=True, least=1)
+    lora_alpha: float = setting("α; the adapter's scale is α/r", 32.0, more=True)
+    lora_dropout: float = setting("dropout before A", 0.0, more=True, least=0)
+    rslora: bool = setting("scale by α/√r instead", False, more=True)
+    targets: list[str] = setting(
+        "modules that get an adapter; all-linear for every linear layer",
+        ["q_proj", "v_proj"], metavar="NAME", more=True,
+    )  # fmt: skip
+    logging_steps: int = setting("optimizer steps between log lines", 10, more=True, least=1)
+    training: dict[str, Any] = setting(
+        "any field of transformers' TrainingArguments", {}, metavar="VALUE", more=True
+    )
+
+
+@dataclass(kw_only=True)
+class RecordSettings(TrainSettings):
+    """Phase ν: learn general text and record what matters for it."""
+
+    text: list[str] = setting(
+        "general text: .txt, .jsonl or .parquet files, folders, hub names (owner/name[:config]"
+        "[@split]); NAME=WHERE names a kind",
+        [], required=True, metavar="TEXT",
+    )  # fmt: skip
+    text_column: str | None = setting("column that holds the text; found if there is one", None)
+    text_weights: list[float] = setting(
+        "shares of the kinds of text, one number each; all of everything if not given", [],
+        metavar="W",
+    )  # fmt: skip
+    block_size: int = setting("tokens per row", 512, least=2)
+    text_blocks: int = setting(
+        "at most so many rows; 0 for all (4000 of a hub data set)", 0, more=True, least=0
+    )
+    importance: str | None = setting(
+        "an earlier importance folder: start from its adapter and add to it (Eq. 13)", None,
+        metavar="DIR", more=True,
+    )  # fmt: skip
+    preset: str = setting(
+        "paper: Eq. 11-13 to the letter; official: the authors' code", "default",
+        choices=("default", "paper", "official"), more=True,
+    )  # fmt: skip
+    estimator: str | None = setting(
+        "gradient of θ: equivalent (Eq. 11) or projected (Σω is the loss drop)", None,
+        choices=("equivalent", "projected"), more=True,
+    )  # fmt: skip
+    xi: float | None = setting("ξ of Eq. 13; 0.001 unless the preset has its own", None, more=True)
+    xi_relative: bool | None = setting("ξ is a multiple of the mean of Δ²", None, more=True)
+
+
+@dataclass(kw_only=True)
+class TuneSettings(TrainSettings):
+    """Phase μ: learn the domain, held to what mattered."""
+
+    importance: str = setting("what `hlora record` wrote", required=True, metavar="DIR")
+    task: str = setting(
+        "sciq, piqa, medmcqa, openbookqa, arc_easy, arc_challenge (hub), or a .jsonl or .parquet "
+        "file with such rows or with prompt and completion",
+        required=True,
+    )  # fmt: skip
+    phi: float | None = setting(
+        "strength of the penalty; 0.01 unless the preset has its own, 0.003 to 0.03 is useful",
+        None,
+    )
+    anchor: str = setting(
+        "hold θ to the recorded adapter (nu, starting there) or to the base model", "nu",
+        choices=("nu", "base"),
+    )  # fmt: skip
+    task_format: str | None = setting(
+        "how rows are read, where their columns do not tell: a task's name, choices, completion, "
+        "or a .yaml file",
+        None, more=True,
+    )  # fmt: skip
+    task_rows: int = setting("at most so many rows; 0 for all", 0, more=True, least=0)
+    max_length: int = setting(
+        "tokens per row; a longer prompt loses its beginning", 512, more=True, least=8
+    )
+    preset: str = setting(
+        "paper: Eq. 14-16 to the letter; official: the authors' code", "default",
+        choices=("default", "paper", "official"), more=True,
+    )  # fmt: skip
+    layer_weights: str | None = setting(
+        "weights of the layers: softmax (Eq. 15), normalized or uniform", None,
+        choices=("softmax", "normalized", "uniform"), more=True,
+    )  # fmt: skip
+    normalize: bool | None = setting(
+        "scale importance to a mean of one, so that phi carries over", None, more=True
+    )
+
+
+@dataclass(kw_only=True)
+class EvalSettings(Settings):
+    """Perplexity by kind of text, accuracy and NLL by task, and forgetting."""
+
+    adapter: str | None = setting(
+        "an adapter; the base model is then scored too, for the difference", None, metavar="DIR"
+    )
+    text: list[str] = setting("general text, as for `hlora record`", [], metavar="TEXT")
+    task: list[str] = setting("tasks, as for `hlora tune`", [], metavar="TASK")
+    json: str | None = setting("write all scores to this file", None, metavar="FILE")
+    text_column: str | None = setting("column that holds the text", None)
+    task_format: str | None = setting("how rows of the tasks are read", None)
+    block_size: int = setting("tokens per row of text", 512, least=2)
+    text_blocks: int = setting("at most so many rows of each kind; 0 for all", 200, least=0)
+    task_rows: int = setting("at most so many questions of each task; 0 for all", 0, least=0)
+    batch_size: int = setting("rows at once", 8, least=1)
+    overwrite: bool = setting("replace the --json file", False)
+
+
+@dataclass(kw_only=True)
+class InspectSettings:
+    """What is in an importance folder."""
+
+    folder: str = setting("what `hlora record` wrote", required=True, metavar="DIR")
+    plot: str | None = setting(
+        "draw the layer heatmap (Fig. 7) to a .png or .svg", None, metavar="FILE"
+    )
+
+
+@dataclass(kw_only=True)
+class DemoSettings:
+    """The whole story on a small model: about 8 minutes on two CPU cores."""
+
+    output: str = setting("folder for the report and all results", "demo", metavar="DIR")
+    device: str = setting("auto, cpu, cuda", "auto")
+    phi: float = setting("strength of the penalty", 0.01)
+    seed: int = setting("seed of everything", 0, least=0)
+    quick: bool = setting("a few steps only, to see that it runs", False)
+    model: str = setting("the model", "smollm2-135m", more=True)

