@@ -109,3 +109,11 @@ def nu(tmp_path):
     trainer = make_trainer(lora_model(), tmp_path / "run-nu", [hlora.Record(folder)])
     trainer.train()
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A tiny LLaMA with its tokenizer, on disk."""
+    from tests.tiny import write_model
+
+    return write_model(tmp_path_factory.mktemp("tiny"))

@@ -186,11 +186,18 @@ class InspectSettings:
 
 @dataclass(kw_only=True)
 class DemoSettings:
-    """The whole story on a small model: about 8 minutes on two CPU cores."""
+    """The whole story on a small model: under 10 minutes on two CPU cores."""
 
     output: str = setting("folder for the report and all results", "demo", metavar="DIR")
-    device: str = setting("auto, cpu, cuda", "auto")
-    phi: float = setting("strength of the penalty", 0.01)
+    phi: float = setting("strength of the penalty", 0.003, least=0)
     seed: int = setting("seed of everything", 0, least=0)
+    overwrite: bool = setting(
+        "start anew in a folder that holds a demo; one that was stopped goes on by itself", False
+    )
     quick: bool = setting("a few steps only, to see that it runs", False)
-    model: str = setting("the model", "smollm2-135m", more=True)
+    model: str = setting("the model; smollm2-135m is embedded", "smollm2-135m")
+    device: str = setting("auto, cpu, cuda or mps", "auto")
+    dtype: str = setting(
+        "float type of the base model; auto is bf16 where that is fast", "auto",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )  # fmt: skip

@@ -8,7 +8,7 @@ length in characters (acc_norm). Every figure comes with its standard error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,15 +31,18 @@ class TextScore:
         loss_se: standard error of it, over blocks.
         perplexity: e to the loss.
         tokens: how many were predicted.
+        blocks: the loss of each block, nats per token.
     """
 
     loss: float
     loss_se: float
     perplexity: float
     tokens: int
+    blocks: list[float]
 
     def asdict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without the blocks."""
+        return {k: v for k, v in asdict(self).items() if k != "blocks"}
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,39 @@ class TaskScore:
         return {k: v for k, v in asdict(self).items() if k != "items"}
 
 
-def forgetting(before: TextScore, after: TextScore) -> float:
-    """Loss on general text after minus before, nats per token."""
-    return after.loss - before.loss
+@dataclass(frozen=True)
+class Forgetting:
+    """Loss on general text after minus before, nats per token; negative means it was learned.
+
+    Attributes:
+        nats: the mean over all tokens.
+        se: its standard error, over the differences block by block.
+    """
+
+    nats: float
+    se: float
+
+
+def forgetting(before: TextScore, after: TextScore) -> Forgetting:
+    """How much was forgotten between two scores of the same blocks.
+
+    Raises:
+        ValueError: the two scores are of different blocks.
+    """
+    return pooled_forgetting([(before, after)])
+
+
+def pooled_forgetting(pairs: Iterable[tuple[TextScore, TextScore]]) -> Forgetting:
+    """The same over several kinds of text, each (before, after), every block counting once."""
+    differences = torch.tensor(
+        [
+            a - b
+            for before, after in pairs
+            for b, a in zip(before.blocks, after.blocks, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    return Forgetting(_mean(differences), _standard_error(differences))
 
 
 @torch.no_grad()
@@ -90,7 +123,9 @@ def score_text(
     per_block = blocks.shape[1] - 1
     means = torch.tensor(sums, dtype=torch.float64) / per_block
     loss = float(means.mean())
-    return TextScore(loss, _standard_error(means), math.exp(loss), per_block * len(blocks))
+    return TextScore(
+        loss, _standard_error(means), math.exp(loss), per_block * len(blocks), means.tolist()
+    )
 
 
 @torch.no_grad()

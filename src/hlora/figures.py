@@ -90,6 +90,37 @@ def several_losses(logs: dict[str, list[dict[str, float]]], title: str = "") -> 
     return figure
 
 
+def forgetting_chart(
+    changes: dict[str, dict[str, tuple[float, float]]], highlight: str = ""
+) -> Any:
+    """Forgetting by model, one panel for each kind of text.
+
+    Args:
+        changes: kind of text → model → (nats per token, standard error).
+        highlight: the model whose bars are filled.
+    """
+    pyplot = _pyplot()
+    models = list(next(iter(changes.values())))
+    figure, panels = pyplot.subplots(
+        1, len(changes), figsize=(7.4, 0.36 * len(models) + 0.9), sharey=True, sharex=True,
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for axes, (kind, by_model) in zip(panels[0], changes.items(), strict=True):
+        values = [by_model[m][0] for m in models]
+        errors = [by_model[m][1] for m in models]
+        colors = ["#0072b2" if m == highlight else "white" for m in models]
+        axes.barh(
+            models, values, xerr=errors, color=colors, edgecolor="black", height=0.6,
+            error_kw={"elinewidth": 1, "capsize": 2},
+        )  # fmt: skip
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_title(kind, loc="left")
+        axes.tick_params(axis="y", length=0)
+    panels[0][0].invert_yaxis()
+    figure.supxlabel("forgetting (nats per token); left of zero is learned", fontsize="medium")
+    return figure
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write to a .png, .svg or .pdf file.
 

@@ -54,6 +54,7 @@ def publish(folder: Path, marker: str) -> Iterator[Path]:
         yield aside
         files = sorted(p for p in aside.iterdir() if p.name != marker)
         for path in [*files, aside / marker]:
+            os.chmod(path, 0o666 & ~_umask())  # safetensors keeps them to their owner
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         for old in RESULTS:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
@@ -142,9 +144,10 @@ def _from_gguf(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if importlib.util.find_spec("gguf") is None:
         raise InputError("Reading a .gguf file needs the package gguf: pip install 'hlora[demo]'.")
     try:
-        read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
+            read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a damaged file may raise anything
         raise InputError(_why_not(source, error)) from None
     # A clean config: with the quantization marker, PEFT and Trainer take it for a quantized model.
     settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import shlex
 import shutil
 import types
 from collections.abc import Iterable
@@ -78,7 +79,7 @@ def _parser(cls: type, prog: str, everything: bool) -> argparse.ArgumentParser:
     )  # fmt: skip
     hints = get_type_hints(cls)
     hidden = 0
-    for f in fields(cls):
+    for f in sorted(fields(cls), key=lambda f: not f.metadata["required"]):
         if f.name == "training":
             if everything:
                 parser.add_argument("--training.NAME", metavar="VALUE", help=f.metadata["help"])
@@ -87,8 +88,12 @@ def _parser(cls: type, prog: str, everything: bool) -> argparse.ArgumentParser:
         hidden += hide
         kind, several = _kind(hints[f.name])
         options: dict[str, Any] = {"help": argparse.SUPPRESS if hide else _help(f, kind)}
+        flag = f"--{f.name.replace('_', '-')}"
         if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
+            options["action"] = "store_true"
+            parser.add_argument(
+                f"--no-{flag[2:]}", dest=f.name, action="store_false", help=argparse.SUPPRESS
+            )
         else:
             options["metavar"] = f.metadata["metavar"] or kind.__name__.upper().replace("STR", "X")
             if f.metadata["choices"]:
@@ -97,15 +102,12 @@ def _parser(cls: type, prog: str, everything: bool) -> argparse.ArgumentParser:
         if f.name == "folder":  # the one positional argument
             parser.add_argument("folder", nargs="?", help=options["help"], metavar="DIR")
             continue
-        parser.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, **options)
+        parser.add_argument(flag, dest=f.name, **options)
     if any(f.name == "model" for f in fields(cls)):
         parser.add_argument("--config", metavar="FILE", help="settings from a YAML file")
     parser.add_argument("-h", "--help", action="store_true", help="this text")
-    parser.add_argument(
-        "--help-all",
-        action="store_true",
-        help=f"every setting ({hidden} more)" if hidden else "the same",
-    )
+    more = f"every setting ({hidden} more)" if hidden else argparse.SUPPRESS
+    parser.add_argument("--help-all", action="store_true", help=more)
     return parser
 
 
@@ -234,3 +236,19 @@ def _unknown(word: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(word.partition("=")[0], known, 1, 0.5)
     return f"Unknown setting {word}" + (f"; did you mean {near[0]}?" if near else "; see --help.")
+
+
+def command_line(command: str, settings: Any) -> str:
+    """The command that gives these settings; defaults are left out."""
+    words = ["hlora", command]
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if value == _default(f) or f.name == "training":
+            continue
+        flag = f"--{f.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    words += [f"--training.{k}={v}" for k, v in getattr(settings, "training", {}).items()]
+    return shlex.join(words)

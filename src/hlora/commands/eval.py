@@ -81,7 +81,8 @@ def _show(scores: dict[str, Scores]) -> None:
             row = [name, f"{base.tokens:,}", _perplexity(base)]
             if both:
                 after = scores["adapter"]["text"][name]
-                row += [_perplexity(after), f"{forgetting(base, after):+.4f}"]
+                lost = forgetting(base, after)
+                row += [_perplexity(after), f"{lost.nats:+.4f} ± {lost.se:.4f}"]
             table.add_row(*row)
         console.print(table)
     tasks: dict[str, TaskScore] = scores["base"]["task"]
@@ -117,7 +118,7 @@ def _as_json(settings: EvalSettings, scores: dict[str, Scores]) -> dict[str, Any
         }
     if "adapter" in scores:
         result["forgetting"] = {
-            name: forgetting(before, scores["adapter"]["text"][name])
+            name: asdict(forgetting(before, scores["adapter"]["text"][name]))
             for name, before in scores["base"]["text"].items()
         }
     return _without_nan(result)

