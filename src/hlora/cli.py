@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from importlib import import_module
 
@@ -62,6 +63,8 @@ def _run(argv: list[str]) -> int:
             f"There is no command {name!r}"
             + (f"; did you mean {near[0]}?" if near else f": there are {', '.join(COMMANDS)}.")
         )
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     from hlora.options import parse
 
     settings: object = parse(COMMANDS[name][0], rest, f"hlora {name}")

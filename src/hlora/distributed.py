@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+import torch.distributed
 
 from hlora.errors import UnsupportedModelError
 
@@ -26,3 +29,14 @@ def refuse_sharded(args: Any) -> None:
             "TrainingArguments(fsdp=...) is not supported: the LoRA matrices are sharded. Train "
             "with DistributedDataParallel."
         )
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes (torchrun's rank 0)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def wait_for_all() -> None:
+    """Until every process is here: what rank 0 has written is there for all."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -115,7 +115,7 @@ def score_text(
         device = _device(model)
         for part in batches(len(blocks), batch_size):
             ids = blocks[part].to(device)
-            logits = model(input_ids=ids).logits[:, :-1]
+            logits = model(input_ids=ids[:, :-1]).logits
             for row, target in zip(logits, ids[:, 1:], strict=True):
                 sums.append(float(F.cross_entropy(row.float(), target, reduction="sum")))
             if tick:
@@ -134,28 +134,32 @@ def score_task(
 ) -> TaskScore:
     """Log-likelihood of every choice after its prompt, and what follows from it."""
     limit = _context(model)
-    queue = []  # (question, choice, token ids, how many of them are the choice's)
+    # By what the model reads, which is all but a choice's last token: choices of one token share
+    # one pass.
+    queue: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}
     for q, example in enumerate(task.examples):
         for c, choice in enumerate(example.choices):
             head, tail = encode_pair(tokenizer, example.prompt, choice)
-            queue.append((q, c, (head + tail)[-limit:], len(tail)))
-    queue.sort(key=lambda item: -len(item[2]))
+            read = tuple((head + tail)[:-1][-limit:])
+            queue.setdefault(read, []).append((q, c, tail[-limit:]))
+    inputs = sorted(queue, key=len, reverse=True)
     items = [[0.0] * len(e.choices) for e in task.examples]
     pad = tokenizer.pad_token_id or 0
     with _evaluating(model):
         device = _device(model)
-        for part in batches(len(queue), batch_size):
-            rows = queue[part]
-            width = len(rows[0][2])
-            ids = torch.tensor([i + [pad] * (width - len(i)) for _, _, i, _ in rows])
-            mask = torch.arange(width) < torch.tensor([[len(i)] for _, _, i, _ in rows])
+        for part in batches(len(inputs), batch_size):
+            rows = inputs[part]
+            width = len(rows[0])
+            ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+            mask = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
             logits = model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits
-            for row, (q, c, tokens, length) in zip(logits, rows, strict=True):
-                scores = row[len(tokens) - length - 1 : len(tokens) - 1].float()
-                target = torch.tensor(tokens[-length:], device=device)
-                items[q][c] = -float(F.cross_entropy(scores, target, reduction="sum"))
+            for row, scores in zip(rows, logits, strict=True):
+                for q, c, tail in queue[row]:
+                    of_tail = scores[len(row) - len(tail) : len(row)].float()
+                    target = torch.tensor(tail, device=device)
+                    items[q][c] = -float(F.cross_entropy(of_tail, target, reduction="sum"))
             if tick:
-                tick(len(rows))
+                tick(sum(len(queue[row]) for row in rows))
     return summarize(task, items)
 
 

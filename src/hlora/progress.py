@@ -13,6 +13,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from hlora.distributed import is_main
+
 
 def quiet_libraries() -> None:
     """Only our own voice in the terminal: libraries speak in errors, not in chatter."""
@@ -23,7 +25,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("hlora: %(levelname)s: %(message)s"))
-    handler.setLevel(logging.WARNING)
+    handler.setLevel(logging.WARNING if is_main() else logging.CRITICAL)
     logger = logging.getLogger("hlora")
     logger.handlers = [handler]
     logger.propagate = False
@@ -31,7 +33,7 @@ def quiet_libraries() -> None:
 
 def watched() -> bool:
     """Whether a person looks at the progress."""
-    return sys.stderr.isatty()
+    return sys.stderr.isatty() and is_main()
 
 
 @contextmanager
@@ -54,7 +56,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc=self.what, unit=" steps",
-            disable=not (watched() and state.is_world_process_zero), dynamic_ncols=True,
+            disable=not watched(), dynamic_ncols=True,
         )  # fmt: skip
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from hlora import store
 from hlora.checkpoints import checkpoint_folder
-from hlora.distributed import refuse_sharded
+from hlora.distributed import refuse_sharded, wait_for_all
 from hlora.errors import InputError, StoreError
 from hlora.estimators import equivalent, projected
 from hlora.files import refuse_result, write_whole
@@ -237,6 +237,7 @@ class Record(TrainerCallback):
             return
         self.notes["log"] = [e for e in state.log_history if "loss" in e]
         summary = self.finish(model, write=state.is_world_process_zero)
+        wait_for_all()
         if state.is_world_process_zero:
             logger.info("%s", describe_summary(summary, self.output))
 

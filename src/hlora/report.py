@@ -19,6 +19,8 @@ class Table:
     rows: list[list[str]]
     strong: str = ""
     """The first cell of the row to point out."""
+    prose: bool = False
+    """The first column holds sentences."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hlora.config import TrainSettings
+from hlora.distributed import is_main, wait_for_all
 from hlora.errors import InputError, StoreError
 from hlora.files import write_json
 from hlora.models import pick_device, pick_dtype
@@ -82,6 +83,7 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": device.startswith("cuda"),
+        "ddp_find_unused_parameters": False,
         "use_cpu": device == "cpu",
         "bf16": dtype == "bf16",
         "fp16": dtype == "fp16" and device != "cpu",
@@ -197,9 +199,12 @@ def check_unfinished(settings: TrainSettings) -> None:
 
 def note_settings(settings: TrainSettings) -> None:
     """Keep the settings beside the checkpoints, for the check at a resume."""
-    write_json(work_folder(settings) / "settings.json", asdict(settings))
+    if is_main():
+        write_json(work_folder(settings) / "settings.json", asdict(settings))
 
 
 def clean_up(settings: TrainSettings) -> None:
     """The result is complete: its checkpoints are no longer needed."""
-    shutil.rmtree(work_folder(settings), ignore_errors=True)
+    wait_for_all()
+    if is_main():
+        shutil.rmtree(work_folder(settings), ignore_errors=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from hlora import __version__
 from hlora.adapters import new_adapter
 from hlora.config import TuneSettings
+from hlora.distributed import is_main
 from hlora.errors import InputError
 from hlora.files import check_space, publish, refuse_result, write_json
 from hlora.models import load, load_adapter, pick_device, pick_dtype
@@ -65,7 +66,8 @@ def run(settings: TuneSettings) -> None:
         settings, model, data, [penalty], what=f"tune (μ, {task.name})", collate=pad,
         resume_with=f"Go on with: hlora tune ... --output {output} --resume",
     )  # fmt: skip
-    _write(output, settings, penalty, trained, model)
+    if is_main():
+        _write(output, settings, penalty, trained, model)
     clean_up(settings)
     last = trained.log[-1] if trained.log else {}
     print(

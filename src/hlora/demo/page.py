@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hlora.demo.story import HLORA, PLAIN
+from hlora.demo.story import HLORA, NU, PLAIN
 from hlora.figures import as_svg, forgetting_chart, heatmap, loss_curves, several_losses
 from hlora.files import size
 from hlora.report import Section, Table, write_report
@@ -94,13 +94,14 @@ def forgetting_figure(results: dict[str, Any]) -> Any:
 def write_page(path: Path, results: dict[str, Any]) -> None:
     """The self-contained report."""
     machine = results["machine"]
-    names = [r["method"] for r in results["rows"]]
+    names = [r["method"] for r in results["rows"] if r["method"] != NU]
     asked = Table(
         ["question", "right", *names],
         [
             [q["prompt"], q["right"], *(_marked(q["answers"][n], q["right"]) for n in names)]
             for q in results["questions"]
         ],
+        prose=True,
     )
     write_report(
         path,

@@ -1,0 +1,30 @@
+"""Run by torchrun in test_ddp.py: both phases on every process, results from rank 0."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import hlora
+from tests.conftest import lora_model, make_trainer, token_rows
+
+
+def main(folder: Path, batch: int) -> None:
+    settings = {
+        "per_device_train_batch_size": batch, "max_steps": 4, "ddp_backend": "gloo",
+        "ddp_find_unused_parameters": False,
+    }  # fmt: skip
+    model = lora_model(dtype=torch.float64)
+    make_trainer(model, folder / "run", [hlora.Record(folder / "nu")], **settings).train()
+    model = lora_model(dtype=torch.float64)
+    trainer = make_trainer(
+        model, folder / "run", [hlora.Penalty(folder / "nu", phi=5.0)], rows=token_rows(seed=2),
+        **settings,
+    )  # fmt: skip
+    trainer.train()
+    if trainer.is_world_process_zero():
+        model.save_pretrained(folder / "mu")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
