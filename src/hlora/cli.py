@@ -19,6 +19,7 @@ COMMANDS = {
     "tune": (config.TuneSettings, "learn a domain without forgetting it (phase μ)"),
     "eval": (config.EvalSettings, "perplexity, accuracy, and how much was forgotten"),
     "inspect": (config.InspectSettings, "what is in an importance folder"),
+    "convert": (config.ConvertSettings, "write an importance folder in a smaller form"),
     "demo": (config.DemoSettings, "the whole story on a small model"),
 }
 

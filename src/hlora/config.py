@@ -103,6 +103,14 @@ class RecordSettings(TrainSettings):
         "an earlier importance folder: start from its adapter and add to it (Eq. 13)", None,
         metavar="DIR", more=True,
     )  # fmt: skip
+    kind: str = setting(
+        "what is remembered: dense, a number for each element (the paper), or factored, row and "
+        "column sums", "dense", choices=("dense", "factored"),
+    )  # fmt: skip
+    storage: str = setting(
+        "what dense importance is written as; int8 holds logarithms", "fp32",
+        choices=("fp32", "bf16", "int8"), more=True,
+    )  # fmt: skip
     preset: str = setting(
         "paper: Eq. 11-13 to the letter; official: the authors' code", "default",
         choices=("default", "paper", "official"), more=True,
@@ -182,6 +190,19 @@ class InspectSettings:
     plot: str | None = setting(
         "draw the layer heatmap (Fig. 7) to a .png or .svg", None, metavar="FILE"
     )
+
+
+@dataclass(kw_only=True)
+class ConvertSettings:
+    """Write an importance folder in a smaller form."""
+
+    folder: str = setting("what `hlora record` wrote", required=True, metavar="DIR")
+    to: str = setting(
+        "fp32, bf16, int8 (logarithmic codes) or factored (row and column sums)", required=True,
+        choices=("fp32", "bf16", "int8", "factored"),
+    )  # fmt: skip
+    output: str = setting("folder for the result", required=True, metavar="DIR")
+    overwrite: bool = setting("replace a result that the output folder holds", False)
 
 
 @dataclass(kw_only=True)

@@ -52,3 +52,25 @@ class LowRank:
     def sum_of_squares(self) -> Tensor:
         """Σ_ij (PQ)_ij² of each matrix, (L,), from two k × k Gram matrices."""
         return ((self.P.mT @ self.P) * (self.Q @ self.Q.mT)).sum(dim=(1, 2))
+
+    def marginals(self, other: LowRank) -> tuple[Tensor, Tensor]:
+        """Row sums (L, m) and column sums (L, n) of the elementwise product (P₁Q₁) ∘ (P₂Q₂).
+
+        Exact, in O((m + n) k²): Σ_j (P₁Q₁)_ij (P₂Q₂)_ij = Σ_ab P₁[i,a] P₂[i,b] (Q₁Q₂ᵀ)[a,b].
+        """
+        rows = ((self.P @ (self.Q @ other.Q.mT)) * other.P).sum(dim=2)
+        columns = (((other.P.mT @ self.P) @ self.Q) * other.Q).sum(dim=1)
+        return rows, columns
+
+    def weigh_rank_one(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ_ij u_i v_j (PQ)_ij² of each matrix (L,), with the derivatives by P and by Q.
+
+        From k × k matrices alone: Σ_ab (Pᵀ diag(u) P)_ab (Q diag(v) Qᵀ)_ab.
+
+        Args:
+            u: (L, m), v: (L, n).
+        """
+        uP, Qv = u[:, :, None] * self.P, self.Q * v[:, None, :]
+        by_rows, by_columns = self.P.mT @ uP, Qv @ self.Q.mT
+        values = (by_rows * by_columns).sum(dim=(1, 2))
+        return values, 2 * uP @ by_columns, 2 * by_rows @ Qv

@@ -23,9 +23,13 @@ def steps_of(settings: TrainSettings, rows: int) -> int:
     return max(1, int(settings.epochs * max(1, -(-per_epoch // settings.gradient_accumulation))))
 
 
-def importance_bytes(pairs: list[Pair]) -> int:
-    """Size of a dense importance in float32."""
-    return sum(4 * p.shape[0] * p.shape[1] for p in pairs)
+def importance_bytes(pairs: list[Pair], kind: str = "dense", storage: str = "fp32") -> int:
+    """Size of an importance, in memory in phase μ and on disk."""
+    if kind == "factored":
+        return sum(4 * (p.shape[0] + p.shape[1]) for p in pairs)
+    each = {"fp32": 4, "bf16": 2, "int8": 1}[storage]
+    scales = 8 if storage == "int8" else 0
+    return sum(p.shape[0] * (each * p.shape[1] + scales) for p in pairs)
 
 
 def describe(
@@ -35,16 +39,18 @@ def describe(
     batch: dict[str, torch.Tensor],
     rows: int,
     tokens: int,
+    importance: int,
 ) -> str:
     """A few lines: what is trained on how much, and about how much memory and time it takes.
 
-    The time and memory of a step are those of one forward and backward pass over `batch`.
+    `importance` is its size in bytes. The time and memory of a step are those of one forward and
+    backward pass over `batch`.
     """
     args = arguments(settings)
     steps = steps_of(settings, rows)
     seconds, memory = _one_pass(model, batch, args)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    extra = importance_bytes(pairs) + 12 * trainable
+    extra = importance + 12 * trainable
     return "\n".join(
         [
             f"model       {settings.model}: {sum(p.numel() for p in model.parameters()):,} "
@@ -53,7 +59,7 @@ def describe(
             f"data        {rows:,} rows, {tokens:,} tokens",
             f"steps       {steps:,} of {settings.batch_size} rows × "
             f"{settings.gradient_accumulation} micro-batches",
-            f"importance  {size(importance_bytes(pairs))}",
+            f"importance  {size(importance)}",
             f"memory      about {size(memory + extra)} at the peak",
             f"time        about {_duration(steps * settings.gradient_accumulation * seconds)} "
             f"({seconds:.2f} s for a batch here)",

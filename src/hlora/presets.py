@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -11,7 +12,9 @@ from hlora.estimators import ESTIMATORS
 from hlora.layers import LAYER_WEIGHTS
 
 
-def _one_of(what: str, value: str, allowed: Any) -> None:
+def one_of(what: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise InputError if the value is none of those allowed."""
+    allowed = list(allowed)
     if value not in allowed:
         raise InputError(f"{what} must be one of {', '.join(allowed)}, not {value!r}.")
 
@@ -37,9 +40,9 @@ class RecordRule:
     every: str = "phase"
 
     def __post_init__(self) -> None:
-        _one_of("estimator", self.estimator, ESTIMATORS)
-        _one_of("clamp", self.clamp, ("end", "step"))
-        _one_of("every", self.every, ("phase", "epoch"))
+        one_of("estimator", self.estimator, ESTIMATORS)
+        one_of("clamp", self.clamp, ("end", "step"))
+        one_of("every", self.every, ("phase", "epoch"))
         if not (math.isfinite(self.xi) and self.xi > 0):
             raise InputError(f"xi must be a positive number, not {self.xi}.")
 
@@ -63,7 +66,7 @@ class PenaltyRule:
     apart: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("layer_weights", self.layer_weights, LAYER_WEIGHTS)
+        one_of("layer_weights", self.layer_weights, LAYER_WEIGHTS)
         if not (math.isfinite(self.phi) and self.phi >= 0):
             raise InputError(f"phi must be zero or a positive number, not {self.phi}.")
 
@@ -89,7 +92,7 @@ Rule = TypeVar("Rule", RecordRule, PenaltyRule)
 
 def choose(presets: dict[str, Rule], preset: str | None, **overrides: Any) -> Rule:
     """A preset with the given values (those that are not None) in place of its own."""
-    _one_of("preset", preset or "default", presets)
+    one_of("preset", preset or "default", presets)
     rule = presets[preset or "default"]
     known = {f.name for f in fields(rule)}
     given = {k: v for k, v in overrides.items() if v is not None}

@@ -26,11 +26,12 @@ from hlora.distributed import refuse_sharded, wait_for_all
 from hlora.errors import InputError, StoreError
 from hlora.estimators import equivalent, projected
 from hlora.files import refuse_result, write_whole
-from hlora.importance import DenseTrace
+from hlora.importance import TRACES, Dense, Trace
+from hlora.importance.dense import STORAGES
 from hlora.layers import effective_number, layer_weights
 from hlora.lowrank import LowRank
 from hlora.pairs import Group, find_pairs, group
-from hlora.presets import RECORD_PRESETS, RecordRule, choose
+from hlora.presets import RECORD_PRESETS, RecordRule, choose, one_of
 from hlora.steps import pending_scale, watchers
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,9 @@ class Record(TrainerCallback):
 
     Args:
         output: the folder for the adapter and its importance.
+        kind: `dense` keeps one number for each element, as the paper does; `factored` keeps the
+            row sums and column sums of each matrix, a thousandth of it.
+        storage: what dense importance is written as: `fp32`, `bf16` or `int8` (logarithmic codes).
         preset: `default`, `paper` (Eq. 11-13 to the letter) or `official` (the authors' code).
         previous: an importance folder of an earlier general task, which this one adds to
             (the sum over ν in Eq. 13).
@@ -67,6 +71,8 @@ class Record(TrainerCallback):
         self,
         output: str | Path,
         *,
+        kind: str = "dense",
+        storage: str = "fp32",
         preset: str | None = None,
         previous: str | Path | None = None,
         overwrite: bool = False,
@@ -75,7 +81,21 @@ class Record(TrainerCallback):
         self.output = Path(output)
         self.rule: RecordRule = choose(RECORD_PRESETS, preset, **rule)
         self.preset = preset or "default"
+        one_of("kind", kind, TRACES)
+        one_of("storage", storage, STORAGES)
+        if kind == "factored" and self.rule.clamp == "step":
+            raise InputError(
+                "Factored importance knows only sums of ω, so it cannot clamp each element after "
+                "each step (preset 'official'): record with kind='dense'."
+            )
+        self.kind, self.storage = kind, storage
         self.previous = store.load(previous) if previous is not None else None
+        if self.previous is not None and self.previous.importance.kind != kind:
+            raise InputError(
+                f"{previous} holds {self.previous.importance.kind} importance and this one would "
+                f"be {kind}: record with kind={self.previous.importance.kind!r}, or convert it "
+                "with `hlora convert`."
+            )
         refuse_result(self.output, overwrite)
         self.summary: dict[str, Any] = {}
         self.notes: dict[str, Any] = {}  # joins importance.json
@@ -95,7 +115,7 @@ class Record(TrainerCallback):
         self._groups = group(self._pairs)
         if self.previous is not None:
             self.previous.check(model, self._pairs, ranks=False)
-        self._trace = DenseTrace(
+        self._trace: Trace = TRACES[self.kind](
             self._groups, self.previous.importance.tensors() if self.previous else None
         )
         # Taken just before the first step: a Penalty may still put ν's weights in.
@@ -120,6 +140,8 @@ class Record(TrainerCallback):
         if self._pending or self._consolidations == 0:
             self._consolidate(last=True)
         importance = self._trace.importance()
+        if isinstance(importance, Dense):
+            importance = importance.stored_as(self.storage)
         norms = importance.norms()
         weights = layer_weights(norms)
         largest, smallest = max(norms, key=norms.__getitem__), min(norms, key=norms.__getitem__)
@@ -142,7 +164,11 @@ class Record(TrainerCallback):
                 self._pairs,
                 importance,
                 {
-                    "recording": {"preset": self.preset, **vars(self.rule)},
+                    "recording": {
+                        "preset": self.preset,
+                        "storage": self.storage,
+                        **vars(self.rule),
+                    },
                     **self.notes,
                     "previous": str(self.previous.folder) if self.previous else None,
                     "summary": self.summary,
@@ -252,7 +278,7 @@ class Record(TrainerCallback):
             "consolidations": self._consolidations,
             "pending": self._pending,
             "seconds": self._elapsed(),
-            "rule": vars(self.rule),
+            "rule": {"kind": self.kind, **vars(self.rule)},
         }
         return save(
             {k: t.detach().cpu().contiguous() for k, t in tensors.items()},
@@ -270,10 +296,11 @@ class Record(TrainerCallback):
                 f"Cannot resume the recording: {path} is missing or damaged. Resume from a "
                 "checkpoint that was written with Record in place, or start again."
             ) from None
-        if notes["rule"] != vars(self.rule):
+        now = {"kind": self.kind, **vars(self.rule)}
+        if notes["rule"] != now:
             raise InputError(
                 f"Cannot resume the recording: {checkpoint} was written with {notes['rule']} and "
-                f"this run has {vars(self.rule)}."
+                f"this run has {now}."
             )
         self._trace.load_state(self._groups, tensors)
         self._consolidations, self._pending = notes["consolidations"], notes["pending"]

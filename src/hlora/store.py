@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hlora.errors import InputError, MismatchError, StoreError
 from hlora.files import publish, sha256, write_json
 from hlora.importance import KINDS, Importance
+from hlora.importance.dense import SCALE
 from hlora.pairs import (
     ADAPTER_FILES,
     Pair,
@@ -73,25 +74,33 @@ def save(
     """Write an importance folder, whole or not at all. Returns what `importance.json` holds."""
     from hlora import __version__
 
+    info = {
+        "format": FORMAT,
+        "hlora_version": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "base_model": base_of(model, pairs),
+        "pairs": describe(pairs),
+        **notes,
+    }
     with publish(folder, MARKER) as aside:
         save_adapter(model, aside)
-        tensors = {n: t.detach().cpu().contiguous() for n, t in importance.tensors().items()}
-        save_file(tensors, aside / TENSORS, metadata={"format": "pt", "kind": importance.kind})
-        info = {
-            "format": FORMAT,
-            "hlora_version": __version__,
-            "kind": importance.kind,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "base_model": base_of(model, pairs),
-            "pairs": describe(pairs),
-            "norms": importance.norms(),
-            **notes,
-            "files": {
-                f: {"bytes": (aside / f).stat().st_size, "sha256": sha256(aside / f)}
-                for f in (*ADAPTER_FILES, TENSORS)
-            },
-        }
-        write_json(aside / MARKER, info)
+        return write(aside, importance, info)
+
+
+def write(aside: Path, importance: Importance, info: dict[str, Any]) -> dict[str, Any]:
+    """Write the importance and its `importance.json` beside an adapter; returns the latter."""
+    tensors = {n: t.detach().cpu().contiguous() for n, t in importance.tensors().items()}
+    save_file(tensors, aside / TENSORS, metadata={"format": "pt", "kind": importance.kind})
+    info = {
+        **info,
+        "kind": importance.kind,
+        "norms": importance.norms(),
+        "files": {
+            f: {"bytes": (aside / f).stat().st_size, "sha256": sha256(aside / f)}
+            for f in (*ADAPTER_FILES, TENSORS)
+        },
+    }
+    write_json(aside / MARKER, info)
     return info
 
 
@@ -154,16 +163,21 @@ def load(folder: Path | str) -> Stored:
         tensors = load_file(folder / TENSORS)
     except (SafetensorError, OSError) as error:
         raise StoreError(f"{folder / TENSORS} cannot be read ({error}): record again.") from None
-    if tensors.keys() != info["pairs"].keys():
+    try:
+        importance = KINDS[info["kind"]].from_tensors(tensors)
+    except (ValueError, KeyError) as error:
+        raise StoreError(f"{folder / TENSORS} is damaged ({error}): record again.") from None
+    if importance.names != info["pairs"].keys():
         raise StoreError(f"{folder / TENSORS} and {MARKER} name different layers: record again.")
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all() or (tensor < 0).any():
+        bad = not torch.isfinite(tensor).all()
+        if bad or (not name.endswith(SCALE) and (tensor < 0).any()):
             raise StoreError(
                 f"The importance of {name} in {folder} is negative or not finite: ν diverged. "
                 "Record again with a lower learning rate."
             )
     _, factors = read_adapter(folder)
-    return Stored(folder, info, KINDS[info["kind"]](tensors), factors)
+    return Stored(folder, info, importance, factors)
 
 
 def peek(folder: Path) -> dict[str, tuple[list[int], str]]:

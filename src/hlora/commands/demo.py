@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.table import Table as Shown
 
 from hlora.config import DemoSettings
-from hlora.demo.page import note, results_table, verdict, write_page
+from hlora.demo.page import forgetting_figure, note, results_table, verdict, write_page
 from hlora.demo.story import run_story
 from hlora.errors import InputError
+from hlora.figures import save_figure
 from hlora.files import check_space, write_json
 from hlora.progress import quiet_libraries
 
-RESULTS, PAGE = "demo.json", "report.html"
+RESULTS, PAGE, FIGURE = "demo.json", "report.html", "forgetting.svg"
 STEPS = 6
 NEEDED = 300 << 20
 """Bytes on the disk: importance, adapters, a checkpoint or two."""
@@ -38,6 +39,7 @@ def run(settings: DemoSettings) -> None:
     results = run_story(settings, say)
     write_json(output / RESULTS, results)
     write_page(output / PAGE, results)
+    save_figure(forgetting_figure(results), output / FIGURE)
     _show(results)
     print(f"\nDone in {time.monotonic() - began:.0f} s. Open {output / PAGE} in a browser.")
 
@@ -48,7 +50,7 @@ def _make_room(output: Path, overwrite: bool) -> None:
     if overwrite:
         for folder in ("nu", "lora-mu", "lora-nu-mu", "hlora", "data"):
             shutil.rmtree(output / folder, ignore_errors=True)
-        for file in (RESULTS, PAGE):
+        for file in (RESULTS, PAGE, FIGURE):
             (output / file).unlink(missing_ok=True)
     elif (output / RESULTS).exists():
         raise InputError(

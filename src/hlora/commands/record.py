@@ -36,8 +36,9 @@ def run(settings: RecordSettings) -> None:
     refuse_result(output, settings.overwrite)
     check_unfinished(settings)
     recorder = Record(
-        output, preset=settings.preset, previous=settings.importance, overwrite=settings.overwrite,
-        estimator=settings.estimator, xi=settings.xi, xi_relative=settings.xi_relative,
+        output, kind=settings.kind, storage=settings.storage, preset=settings.preset,
+        previous=settings.importance, overwrite=settings.overwrite, estimator=settings.estimator,
+        xi=settings.xi, xi_relative=settings.xi_relative,
     )  # fmt: skip
     if settings.preset == "official":
         settings.training.setdefault("max_grad_norm", 0.0)  # their gradients are unclipped
@@ -58,11 +59,12 @@ def run(settings: RecordSettings) -> None:
     else:
         model = new_adapter(model, settings)
     pairs = find_pairs(model)
-    needed = importance_bytes(pairs)
-    check_space(output, needed * (5 if settings.save_steps else 1))
+    needed = importance_bytes(pairs, settings.kind, settings.storage)
+    running = importance_bytes(pairs, settings.kind, "fp32")
+    check_space(output, needed + (4 * running if settings.save_steps else 0))
     if settings.dry_run:
         batch = dict.fromkeys(("input_ids", "labels"), rows[: settings.batch_size])
-        print(describe(settings, model, pairs, batch, len(rows), rows.numel()))
+        print(describe(settings, model, pairs, batch, len(rows), rows.numel(), needed))
         return
     print(
         f"Recording on {len(rows):,} rows of {settings.block_size} tokens ("

@@ -16,6 +16,7 @@ from hlora.pairs import find_pairs, save_adapter
 from hlora.penalty import Penalty
 from hlora.plan import describe
 from hlora.progress import quiet_libraries
+from hlora.store import TENSORS
 from hlora.tasks import Answers, Pad, load_task
 from hlora.training import (
     Trained,
@@ -56,7 +57,8 @@ def run(settings: TuneSettings) -> None:
     check_space(output, 64 << 20)
     if settings.dry_run:
         batch = pad([data[i] for i in range(min(settings.batch_size, len(data)))])
-        print(describe(settings, model, pairs, batch, len(data), data.tokens))
+        held = penalty.stored.info["files"][TENSORS]["bytes"]
+        print(describe(settings, model, pairs, batch, len(data), data.tokens, held))
         return
     print(
         f"Tuning on {len(data):,} rows of {task.name} ({data.tokens:,} tokens), "

@@ -46,7 +46,7 @@ class Size:
     questions: int
 
 
-FULL = Size(nu_steps=30, mu_steps=30, text_rows=32, questions=120)
+FULL = Size(nu_steps=26, mu_steps=28, text_rows=24, questions=100)
 QUICK = Size(nu_steps=2, mu_steps=2, text_rows=2, questions=8)
 
 Say = Callable[[str], None]

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from hlora.importance.dense import Dense, DenseTrace
+from hlora.importance.factored import Factored, FactoredTrace
 from hlora.lowrank import LowRank
 from hlora.pairs import Group
 
@@ -20,6 +21,14 @@ class Importance(Protocol):
     """What the penalty and the store ask of a kind."""
 
     kind: str
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Importance:
+        """From what `tensors` gave. Raises ValueError where they do not fit together."""
+
+    @property
+    def names(self) -> set[str]:
+        """The layers."""
 
     def arrange(self, groups: Iterable[Group]) -> None:
         """Move to the groups' devices, stacked in their order."""
@@ -40,6 +49,35 @@ class Importance(Protocol):
         """By layer name, for the store."""
 
 
-KINDS = {Dense.kind: Dense}
+class Trace(Protocol):
+    """What `Record` asks of a kind that is gathered along the training path.
 
-__all__ = ["KINDS", "Dense", "DenseTrace", "Importance"]
+    Made from the groups, and the tensors of an earlier task's importance or None.
+    """
+
+    def add(self, group: Group, gradient: LowRank, step: LowRank, *, clamp: bool) -> None:
+        """One optimizer step (Eq. 12); `clamp` sets negative ω to zero after it."""
+
+    def total(self, group: Group) -> Tensor:
+        """Σ_i ω_i over the group, a float64 scalar."""
+
+    def consolidate(self, group: Group, delta: LowRank, xi: Tensor, *, last: bool) -> Tensor:
+        """Add to Ω and reset ω (Eq. 13). Returns the number of negative ω."""
+
+    def importance(self) -> Importance:
+        """Ω, for the store."""
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+
+    def load_state(self, groups: Iterable[Group], state: dict[str, Tensor]) -> None:
+        """From a checkpoint."""
+
+
+KINDS: dict[str, type[Importance]] = {Dense.kind: Dense, Factored.kind: Factored}
+TRACES: dict[str, type[DenseTrace] | type[FactoredTrace]] = {
+    Dense.kind: DenseTrace,
+    Factored.kind: FactoredTrace,
+}
+
+__all__ = ["KINDS", "TRACES", "Dense", "Factored", "Importance", "Trace"]

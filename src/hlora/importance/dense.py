@@ -2,38 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hlora import ops
+from hlora.logcodes import LogCodes
 from hlora.lowrank import LowRank
 from hlora.pairs import Group
 
+SCALE = ".scale"
+STORAGES = ("fp32", "bf16", "int8")
+
 
 class Dense:
-    """Ω by layer name, (m, n) each.
+    """Ω by layer name, (m, n) each, as float32, bfloat16 or 8-bit codes.
 
-    After `arrange`, the layers of a group lie in one (L, m, n) tensor.
+    After `arrange`, the layers of a group lie in one (L, m, n) tensor of the same type.
     """
 
     kind = "dense"
 
-    def __init__(self, by_name: dict[str, Tensor]) -> None:
-        self._by_name = by_name
-        self._stacked: dict[tuple[str, ...], Tensor] = {}
+    def __init__(self, by_name: Mapping[str, Tensor | LogCodes]) -> None:
+        self._by_name = dict(by_name)
+        self._stacked: dict[tuple[str, ...], Tensor | LogCodes] = {}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Dense:
+        """Raises ValueError for codes without their scale, or the reverse."""
+        by_name: dict[str, Tensor | LogCodes] = {}
+        for name, tensor in tensors.items():
+            if name.endswith(SCALE):
+                if name.removesuffix(SCALE) not in tensors:
+                    raise ValueError(f"{name} has no codes")
+            elif tensor.dtype == torch.uint8:
+                if name + SCALE not in tensors:
+                    raise ValueError(f"{name} has no scale")
+                by_name[name] = LogCodes(tensor, tensors[name + SCALE])
+            else:
+                by_name[name] = tensor
+        return cls(by_name)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._by_name)
+
+    def stored_as(self, storage: str) -> Dense:
+        """The same in another format: fp32, bf16 or int8 (logarithmic codes)."""
+        return Dense({n: _converted(t, storage) for n, t in self._by_name.items()})
+
+    def decoded(self) -> dict[str, Tensor]:
+        """Ω by layer name as float32."""
+        return {n: t.to(torch.float32) for n, t in self._by_name.items()}
 
     def arrange(self, groups: Iterable[Group]) -> None:
         for group in groups:
-            stacked = torch.empty(
-                group.shape, dtype=self._by_name[group.names[0]].dtype, device=group.device
-            )
+            first = self._by_name[group.names[0]]
+            if isinstance(first, LogCodes):
+                self._stacked[group.names] = self._stack_codes(group)
+                continue
+            stacked = torch.empty(group.shape, dtype=first.dtype, device=group.device)
             for row, name in zip(stacked, group.names, strict=True):
                 row.copy_(self._by_name[name])
                 self._by_name[name] = row  # the original is freed, one layer at a time
             self._stacked[group.names] = stacked
+
+    def _stack_codes(self, group: Group) -> LogCodes:
+        L, m, n = group.shape
+        stacked = LogCodes(
+            torch.empty((L, m, n), dtype=torch.uint8, device=group.device),
+            torch.empty((L, m, 2), dtype=torch.float32, device=group.device),
+        )
+        for l, name in enumerate(group.names):
+            one = self._by_name[name]
+            assert isinstance(one, LogCodes)
+            stacked.codes[l].copy_(one.codes)
+            stacked.scale[l].copy_(one.scale)
+            self._by_name[name] = stacked[l]
+        return stacked
 
     def norms(self) -> dict[str, float]:
         return _per_layer(self._by_name, torch.linalg.vector_norm)
@@ -48,7 +96,13 @@ class Dense:
         return ops.weigh(self._stacked[group.names], change)
 
     def tensors(self) -> dict[str, Tensor]:
-        return self._by_name
+        result: dict[str, Tensor] = {}
+        for name, t in self._by_name.items():
+            if isinstance(t, LogCodes):
+                result |= {name: t.codes, name + SCALE: t.scale}
+            else:
+                result[name] = t
+        return result
 
 
 class DenseTrace:
@@ -63,7 +117,8 @@ class DenseTrace:
                 group.shape, dtype=group.dtype, device=group.device
             )
             if previous is not None:
-                self.Omega[group.names] = group.stack(previous)
+                earlier = Dense.from_tensors(previous).decoded()
+                self.Omega[group.names] = group.stack(earlier)
 
     def add(self, group: Group, gradient: LowRank, step: LowRank, *, clamp: bool) -> None:
         """One optimizer step; `clamp` sets negative ω to zero after it."""
@@ -121,11 +176,20 @@ class DenseTrace:
                     )
 
 
-def _per_layer(by_name: dict[str, Tensor], reduce: Any) -> dict[str, float]:
+def _converted(values: Tensor | LogCodes, storage: str) -> Tensor | LogCodes:
+    if isinstance(values, LogCodes) and storage == "int8":
+        return values
+    values = values.to(torch.float32)
+    if storage == "int8":
+        return LogCodes.encode(values)
+    return values.to({"fp32": torch.float32, "bf16": torch.bfloat16}[storage])
+
+
+def _per_layer(by_name: Mapping[str, Tensor | LogCodes], reduce: Any) -> dict[str, float]:
     """One scalar per layer, with one transfer from the device."""
     if not by_name:
         return {}
-    values = torch.stack([reduce(t.float()).double() for t in by_name.values()]).tolist()
+    values = torch.stack([reduce(t.to(torch.float32)).double() for t in by_name.values()]).tolist()
     return dict(zip(by_name, values, strict=True))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hlora.logcodes import LogCodes
 from hlora.lowrank import LowRank
 
 TILE = 1 << 20
@@ -58,11 +59,37 @@ def consolidate(omega: Tensor, delta: LowRank, xi: Tensor) -> Tensor:
     return negative
 
 
-def weigh(Omega: Tensor, change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+def consolidate_rank_one(
+    rows: Tensor, columns: Tensor, delta: LowRank, xi: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Row and column sums of ω/(Δ² + ξ) for the rank-one ω that has the given sums (Eq. 13).
+
+    Args:
+        rows: (L, m) row sums of ω, not negative.
+        columns: (L, n) its column sums.
+        delta: Δ, how far θ moved during the phase.
+        xi: ξ > 0, a scalar tensor.
+
+    Returns:
+        (L, m) and (L, n). No (m, n) tensor beyond a tile is formed.
+    """
+    # Where negative sums were set to zero the two totals differ: their geometric mean.
+    total = (rows.sum(dim=1) * columns.sum(dim=1)).sqrt()
+    left = rows / total.clamp(min=torch.finfo(rows.dtype).tiny)[:, None]
+    new_rows, new_columns = torch.zeros_like(rows), torch.zeros_like(columns)
+    for l, part in tiles(delta.shape):
+        tile = delta.P[l, part] @ delta.Q[l]
+        tile = (left[l, part, None] * columns[l]).div_(tile.square_().add_(xi))
+        new_rows[l, part] = tile.sum(dim=1)
+        new_columns[l] += tile.sum(dim=0)
+    return new_rows, new_columns
+
+
+def weigh(Omega: Tensor | LogCodes, change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_i Ω_i (PQ)_i² of each matrix (Eq. 14), with its gradients.
 
     Args:
-        Omega: (L, m, n).
+        Omega: (L, m, n), in any float type or as 8-bit codes; it is read tile by tile.
         change: D = θ − θ^ν as P Q.
 
     Returns:
@@ -75,7 +102,7 @@ def weigh(Omega: Tensor, change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     dQ = torch.zeros_like(Q)
     for l, rows in tiles(change.shape):
         d = P[l, rows] @ Q[l]
-        pull = d * Omega[l, rows].to(d.dtype)
+        pull = d * Omega[l, rows].to(d.dtype)  # codes are decoded by the same two calls
         values[l] += (pull * d).sum()
         torch.mm(pull, Q[l].mT, out=dP[l, rows])
         dQ[l].addmm_(P[l, rows].mT, pull)

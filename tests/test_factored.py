@@ -1,0 +1,143 @@
+"""Rows × columns: exact sums, the k × k penalty, and no (m, n) memory."""
+
+import pytest
+import torch
+
+import hlora
+from hlora import ops, store
+from hlora.importance import Factored
+from hlora.lowrank import LowRank
+from hlora.ops import reference as tiled
+from hlora.pairs import find_pairs, group
+from tests.conftest import lora_model, make_trainer, token_rows
+from tests.test_ops import SHAPES, error, rand
+from tests.test_penalty import distance
+from tests.test_record import Spy, expected_omega
+
+
+@pytest.mark.parametrize(("L", "m", "n", "r"), SHAPES)
+def test_the_sums_of_a_product_are_exact(L, m, n, r):
+    one, two = LowRank(rand(L, m, r), rand(L, r, n)), LowRank(rand(L, m, 2 * r), rand(L, 2 * r, n))
+    dense = (one.P @ one.Q) * (two.P @ two.Q)
+    rows, columns = one.marginals(two)
+    assert error(rows, dense.sum(2)) < 1e-12
+    assert error(columns, dense.sum(1)) < 1e-12
+
+
+@pytest.mark.parametrize(("L", "m", "n", "r"), SHAPES)
+def test_the_penalty_is_autograd_s_on_the_dense_rank_one_matrix(L, m, n, r):
+    P, Q = rand(L, m, r).requires_grad_(), rand(L, r, n).requires_grad_()
+    u, v = rand(L, m).abs(), rand(L, n).abs()
+    expected = (u[:, :, None] * v[:, None, :] * (P @ Q) ** 2).sum(dim=(1, 2))
+    eP, eQ = torch.autograd.grad(expected.sum(), (P, Q))
+    values, dP, dQ = LowRank(P.detach(), Q.detach()).weigh_rank_one(u, v)
+    assert error(values, expected.detach()) < 1e-12
+    assert error(dP, eP) < 1e-12
+    assert error(dQ, eQ) < 1e-12
+
+
+@pytest.mark.parametrize("tile", [1 << 20, 16])
+@pytest.mark.parametrize(("L", "m", "n", "r"), SHAPES)
+def test_consolidation_has_the_sums_of_the_dense_one(L, m, n, r, tile, monkeypatch):
+    monkeypatch.setattr(tiled, "TILE", tile)
+    rows = rand(L, m).abs()
+    columns = rand(L, n).abs()
+    columns *= (rows.sum(1) / columns.sum(1))[:, None]
+    delta = LowRank(rand(L, m, r), rand(L, r, n))
+    omega = rows[:, :, None] * columns[:, None, :] / rows.sum(1)[:, None, None]
+    expected = omega / ((delta.P @ delta.Q) ** 2 + 1e-3)
+    xi = torch.tensor(1e-3, dtype=torch.float64)
+    new_rows, new_columns = ops.consolidate_rank_one(rows, columns, delta, xi)
+    assert error(new_rows, expected.sum(2)) < 1e-12
+    assert error(new_columns, expected.sum(1)) < 1e-12
+
+
+def record(tmp_path, name="nu", model=None, **settings):
+    model = model or lora_model(dtype=torch.float64)
+    callback = hlora.Record(tmp_path / name, kind="factored", **settings)
+    trainer = make_trainer(model, tmp_path / f"run-{name}", [callback])
+    spy = Spy(model)
+    trainer.create_optimizer()
+    spy.watch(trainer.optimizer)
+    trainer.train()
+    return callback, spy, model
+
+
+def rank_one(rows, columns):
+    return rows[:, None] * columns[None, :] / rows.sum()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gptj"])
+def test_it_is_the_rank_one_matrix_with_the_dense_sums(tmp_path, architecture):
+    _, spy, model = record(tmp_path, model=lora_model(architecture, dtype=torch.float64))
+    stored = store.load(tmp_path / "nu").importance
+    norms, totals = stored.norms(), stored.totals()
+    for i, pair in enumerate(find_pairs(model)):
+        omega = expected_omega(spy, i, pair.s)
+        rows, columns = omega.sum(1).clamp(min=0), omega.sum(0).clamp(min=0)
+        delta = (pair.s * pair.B @ pair.A).detach()
+        total = (rows.sum() * columns.sum()).sqrt()
+        filled = rows[:, None] * columns / total / (delta**2 + 1e-3)
+        Omega = rank_one(filled.sum(1), filled.sum(0))
+        tensors = stored.tensors()
+        ours = rank_one(tensors[f"{pair.name}.rows"], tensors[f"{pair.name}.columns"])
+        torch.testing.assert_close(ours.double(), Omega, rtol=1e-5, atol=1e-9)
+        assert norms[pair.name] == pytest.approx(float(Omega.norm()), rel=1e-5)
+        assert totals[pair.name] == pytest.approx(float(filled.sum()), rel=1e-5)
+
+
+def test_it_adds_up_over_two_tasks(tmp_path):
+    _, _, model = record(tmp_path, "one")
+    first = store.load(tmp_path / "one").importance.totals()
+    record(tmp_path, "two", model, previous=tmp_path / "one")
+    both = store.load(tmp_path / "two").importance.totals()
+    assert all(both[n] > first[n] > 0 for n in first)
+
+
+def test_a_resumed_recording_ends_bit_for_bit(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3}
+
+    def run(name, resume=None):
+        callback = hlora.Record(tmp_path / name, kind="factored")
+        trainer = make_trainer(lora_model(), tmp_path / "run", [callback], **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return store.load(tmp_path / name).importance.tensors()
+
+    whole = run("a")
+    resumed = run("b", str(tmp_path / "run" / "checkpoint-3"))
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_tuning_is_held_by_it(tmp_path):
+    record(tmp_path, model=lora_model())
+    factors = store.load(tmp_path / "nu").factors
+    distances = []
+    for phi in (0.0, 1000.0):
+        model = lora_model()
+        make_trainer(
+            model, tmp_path / f"mu-{phi}", [hlora.Penalty(tmp_path / "nu", phi=phi)],
+            rows=token_rows(seed=2), max_steps=20,
+        ).train()  # fmt: skip
+        distances.append(distance(model, factors))
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_no_matrix_of_the_model_s_size_is_kept(tmp_path):
+    callback, _, model = record(tmp_path, model=lora_model())
+    size = (tmp_path / "nu" / store.TENSORS).stat().st_size
+    assert size < (tmp_path / "nu" / "adapter_model.safetensors").stat().st_size
+    for g in group(find_pairs(model)):
+        rows, columns = callback._trace.Omega[g.names]
+        assert rows.shape == (len(g.pairs), g.m)
+        assert columns.shape == (len(g.pairs), g.n)
+
+
+def test_what_it_cannot_do_is_refused(tmp_path, nu):
+    with pytest.raises(hlora.InputError, match="cannot clamp each element"):
+        hlora.Record(tmp_path / "x", kind="factored", preset="official")
+    with pytest.raises(hlora.InputError, match=r"holds dense importance .* be factored"):
+        hlora.Record(tmp_path / "x", kind="factored", previous=nu)
+    with pytest.raises(hlora.InputError, match="kind must be one of dense, factored"):
+        hlora.Record(tmp_path / "x", kind="thin")
+    with pytest.raises(ValueError, match="missing"):
+        Factored.from_tensors({"a.rows": torch.ones(2)})

@@ -1,0 +1,77 @@
+"""What the README tells people to type works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from hlora import cli
+from tests.conftest import lora_model, make_trainer, token_rows
+from tests.tiny import questions, write_rows, write_text
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def code(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_two_snippets_run_as_they_stand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = code("python")
+    assert len(snippets) == 2
+
+    def trainer(model, args, train_dataset):
+        return make_trainer(model, tmp_path / "run", rows=train_dataset)
+
+    names = {
+        "Trainer": trainer, "args": None, "peft_model": lora_model(),
+        "new_peft_model": lora_model(seed=4), "general_text": token_rows(),
+        "domain": token_rows(seed=2),
+    }  # fmt: skip
+    names["new_peft_model"].base_model.model.load_state_dict(
+        names["peft_model"].base_model.model.state_dict()
+    )
+    for snippet in snippets:
+        exec(snippet, names)
+    assert (tmp_path / "nu" / "importance.json").is_file()
+    logged = [e for e in names["trainer"].state.log_history if "loss" in e]
+    assert {"R", "penalty", "total_loss", "penalty_grad_ratio"} <= logged[-1].keys()
+
+
+def test_the_commands_run_as_they_stand(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "docs.txt")
+    write_text(tmp_path / "held-out.txt")
+    write_rows(tmp_path / "more.jsonl", [{"text": "one more document"}] * 9)
+    write_rows(tmp_path / "rows.jsonl", questions())
+    pytest.importorskip("matplotlib")
+    small = {
+        "record": ["--max-steps", "2", "--batch-size", "2", "--block-size", "32"],
+        "tune": ["--max-steps", "2", "--batch-size", "2"],
+        "eval": ["--block-size", "32"],
+    }
+    commands = [
+        line for block in code("bash") for line in block.splitlines() if line.startswith("hlora ")
+    ]
+    assert [c.split()[1] for c in commands] == ["record", "tune", "eval", "inspect"]
+    for command in commands:
+        words = shlex.split(command)[1:]
+        words = [{"smollm2-135m": str(tiny), "sciq": "rows.jsonl"}.get(w, w) for w in words]
+        assert cli.main([*words, *small.get(words[0], [])]) == 0
+    assert (tmp_path / "layers.png").is_file()
+
+
+def test_the_links_lead_somewhere():
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text("utf-8")):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile
