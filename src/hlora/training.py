@@ -121,6 +121,8 @@ def train(
     if checkpoint is not None:
         args.resume_from_checkpoint = str(checkpoint)
     note_settings(settings)
+    if args.gradient_checkpointing:  # else a frozen base has no path for gradients
+        model.enable_input_require_grads()  # type: ignore[operator]
     stop = Interruptible(resume_with or "Go on with --resume.")
     trainer = Trainer(
         model=model, args=args, train_dataset=data, data_collator=collate, callbacks=list(callbacks)

@@ -63,8 +63,8 @@ def run_story(settings: DemoSettings, say: Say) -> dict[str, Any]:
     say("Data: Python's documentation, docstrings and code; chemistry from mendeleev.")
     write_general(data)
     write_chemistry(data)
-    nu = _record_settings(settings, size)
-    tunes = {m: _tune_settings(settings, size, m) for m in METHODS}
+    nu = record_settings(settings, size)
+    tunes = {m: tune_settings(settings, size, m) for m in METHODS}
     say("Phase ν: learn general text and record what matters for it.")
     _phase(record.run, nu, MARKER)
     for method, t in tunes.items():
@@ -92,7 +92,7 @@ def _fast_bf16() -> bool:
     return any(capabilities.get(c) for c in ("avx512_bf16", "amx_bf16", "amx_tile"))
 
 
-def _record_settings(settings: DemoSettings, size: Size) -> RecordSettings:
+def record_settings(settings: DemoSettings, size: Size) -> RecordSettings:
     output = Path(settings.output)
     return RecordSettings(
         **_train_settings(settings), output=str(output / "nu"),
@@ -101,7 +101,7 @@ def _record_settings(settings: DemoSettings, size: Size) -> RecordSettings:
     )  # fmt: skip
 
 
-def _tune_settings(settings: DemoSettings, size: Size, method: str) -> TuneSettings:
+def tune_settings(settings: DemoSettings, size: Size, method: str) -> TuneSettings:
     output = Path(settings.output)
     return TuneSettings(
         **_train_settings(settings), output=str(output / FOLDERS[method]),

@@ -1,0 +1,182 @@
+"""Does factored importance hold as well as dense? The demo's story, over seeds.
+
+    python -m benchmarks.kinds --seeds 0 1 2
+
+One phase ν a seed records both kinds at once; the same phase μ then runs without a penalty, with
+each kind, and with Ω = 1 (L2 to θ^ν: what the penalty does without importance). One JSON line a
+run; started again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hlora
+from benchmarks.step import machine
+from hlora import store
+from hlora.adapters import new_adapter
+from hlora.commands import tune
+from hlora.commands.eval import Scores, score
+from hlora.config import DemoSettings, RecordSettings
+from hlora.demo.chemistry import write_chemistry
+from hlora.demo.general import SEEN, UNSEEN, write_general
+from hlora.demo.story import FULL, QUICK, Size, record_settings, tune_settings
+from hlora.evaluate import pooled_forgetting
+from hlora.files import publish
+from hlora.importance import Factored
+from hlora.models import load, load_adapter, pick_device
+from hlora.pairs import ADAPTER_FILES
+from hlora.progress import quiet_libraries
+from hlora.tasks import load_task
+from hlora.text import Blocks, Source, blocks, mix
+from hlora.training import seed_everything, train
+
+ROWS = {"no penalty": "dense", "dense": "dense", "factored": "factored", "Ω = 1 (L2)": "ones"}
+"""What is compared, and the importance folder that each takes."""
+
+
+def run_seed(demo: DemoSettings, size: Size) -> list[dict[str, Any]]:
+    """All rows of one seed."""
+    place = Path(demo.output)
+    write_general(place / "data")
+    write_chemistry(place / "data")
+    nu = record_settings(demo, size)
+    if not (place / "ones" / store.MARKER).exists():
+        _record(place, nu)
+    rows = []
+    model, tokenizer = load(nu.model, dtype=nu.dtype, device=pick_device(nu.device))
+    kinds = {
+        kind: blocks(
+            Source.parse(str(place / "data" / f"{kind}.test.txt")), tokenizer, nu.block_size,
+            size.text_rows,
+        )
+        for kind in (*SEEN, UNSEEN)
+    }  # fmt: skip
+    task = load_task(str(place / "data" / "chemistry.test.jsonl"), limit=size.questions)
+    base = score(model, tokenizer, kinds, [], 8)["text"]
+    for name, folder in ROWS.items():
+        settings = replace(
+            tune_settings(demo, size, "HLoRA"), importance=str(place / folder),
+            output=str(place / "mu"), overwrite=True, resume=False, save_steps=0,
+            phi=0.0 if name == "no penalty" else demo.phi,
+        )  # fmt: skip
+        tune.run(settings)
+        adapted = load_adapter(model, place / "mu")
+        rows.append(_row(name, demo, score(adapted, tokenizer, kinds, [task], 8), base))
+        model = adapted.unload()  # type: ignore[operator]
+        shutil.rmtree(place / "mu")
+    return rows
+
+
+def _record(place: Path, nu: RecordSettings) -> None:
+    """One phase ν, recorded as dense and as factored; and Ω = 1 beside them."""
+    for name in ("dense", "factored", "ones", "run"):
+        shutil.rmtree(place / name, ignore_errors=True)
+    seed_everything(nu.seed)
+    model, tokenizer = load(nu.model, dtype=nu.dtype, device=pick_device(nu.device))
+    text = {s.name: blocks(s, tokenizer, nu.block_size) for s in (Source.parse(t) for t in nu.text)}
+    recorders = [hlora.Record(place / kind, kind=kind) for kind in ("dense", "factored")]
+    settings = replace(nu, output=str(place / "run"), resume=False, save_steps=0)
+    train(
+        settings, new_adapter(model, nu), Blocks(mix(text, None, None)), recorders, what="ν",
+        collate=lambda rows: {k: torch.stack([r[k] for r in rows]) for k in rows[0]},
+    )  # fmt: skip
+    factored = store.load(place / "factored")
+    ones = {
+        name: (torch.full((int(p["m"]),), p["n"]), torch.full((int(p["n"]),), p["m"]))
+        for name, p in ((n, p) for n, p in factored.info["pairs"].items())
+    }
+    with publish(place / "ones", store.MARKER) as aside:
+        for file in ADAPTER_FILES:
+            shutil.copyfile(place / "factored" / file, aside / file)
+        store.write(
+            aside, Factored({n: (r.float(), c.float()) for n, (r, c) in ones.items()}),
+            factored.info,
+        )  # fmt: skip
+
+
+def _row(name: str, demo: DemoSettings, scores: Scores, base: dict[str, Any]) -> dict[str, Any]:
+    text, task = scores["text"], scores["task"]["chemistry"]
+    return {
+        "row": name, "seed": demo.seed, "phi": demo.phi, "model": demo.model,
+        "acc": task.acc, "nll": task.nll, "questions": task.n,
+        "seen": pooled_forgetting([(base[k], text[k]) for k in SEEN]).nats,
+        "unseen": pooled_forgetting([(base[UNSEEN], text[UNSEEN])]).nats,
+        "tokens_per_kind": base[UNSEEN].tokens, "machine": machine(),
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Means over seeds with standard errors, and factored minus dense, seed by seed."""
+    measures = {"acc": 100.0, "nll": 1.0, "seen": 1.0, "unseen": 1.0}
+    lines = [
+        "| | accuracy % | NLL | forgetting, seen | forgetting, unseen |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    by_row = {n: {r["seed"]: r for r in rows if r["row"] == n} for n in ROWS}
+    seeds = sorted(set.intersection(*(set(v) for v in by_row.values())))
+
+    def line(name: str, values: dict[str, list[float]]) -> str:
+        return f"| {name} | " + " | ".join(_mean(v) for v in values.values()) + " |"
+
+    for name, of in by_row.items():
+        lines.append(line(name, {m: [k * of[s][m] for s in seeds] for m, k in measures.items()}))
+    one, two = by_row["factored"], by_row["dense"]
+    lines.append(
+        line(
+            "factored − dense",
+            {m: [k * (one[s][m] - two[s][m]) for s in seeds] for m, k in measures.items()},
+        )
+    )
+    first = rows[0]
+    lines += [
+        "",
+        f"{len(seeds)} seeds, mean ± standard error over them; φ {first['phi']:g}; "
+        f"{first['questions']} questions, {first['tokens_per_kind']:,} tokens of each kind; "
+        f"{first['model']} on {first['machine']['device']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):+.3f} ± {error:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--phi", type=float, default=0.003)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--work", default="runs/kinds", help="folder for what is in between")
+    parser.add_argument("--results", default="results/kinds.jsonl")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    given = parser.parse_args()
+    quiet_libraries()
+    results = Path(given.results)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    rows = (
+        [json.loads(x) for x in results.read_text("utf-8").splitlines()] if results.exists() else []
+    )
+    for seed in given.seeds:
+        if any(r["seed"] == seed for r in rows):
+            continue
+        demo = DemoSettings(
+            output=f"{given.work}/{seed}", seed=seed, phi=given.phi, model=given.model
+        )
+        new = run_seed(demo, QUICK if given.quick else FULL)
+        with results.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in new)
+        rows += new
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

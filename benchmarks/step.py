@@ -1,0 +1,242 @@
+"""What a LoRA step costs alone, and what recording and the penalty add to it.
+
+    python -m benchmarks.step --shapes tiny smollm2 --json cost.json
+
+In one run on one machine: the plain step, each addition, and the same in plain torch. An addition
+is timed on its own, after a real backward pass, as the median of many; on a GPU also as the
+difference between whole steps with and without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hlora
+from benchmarks.peers import PlainPenalty, PlainRecord
+from benchmarks.shapes import SHAPES, TARGETS, lora_model
+from hlora import store
+from hlora.commands import convert
+from hlora.config import ConvertSettings
+from hlora.files import write_json
+from hlora.pairs import find_pairs
+from hlora.steps import watchers
+
+RECORDS = ("dense", "factored")
+PENALTIES = ("fp32", "bf16", "int8", "factored")
+
+
+class Bench:
+    """One model with one batch."""
+
+    def __init__(self, shape: str, targets: str, rank: int, batch: int, tokens: int) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = lora_model(shape, targets, rank, self.device)
+        self.pairs = find_pairs(self.model)
+        vocabulary = self.model.config.vocab_size
+        self.ids = torch.randint(0, vocabulary, (batch, tokens), device=self.device)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.trained, lr=1e-6)
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def backward(self) -> None:
+        self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def seconds(self, run: Callable[[], None], repeats: int) -> float:
+        """Median of single runs."""
+        times = []
+        for _ in range(repeats):
+            self.sync()
+            began = time.perf_counter()
+            run()
+            self.sync()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    def peak(self, run: Callable[[], None]) -> int | None:
+        """Bytes on the GPU above those held before."""
+        if self.device.type != "cuda":
+            return None
+        self.sync()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        self.sync()
+        return torch.cuda.max_memory_allocated() - held
+
+
+def measure(
+    shape: str, targets: str, rank: int, batch: int, tokens: int, repeats: int
+) -> list[dict[str, Any]]:
+    """One row for each addition."""
+    bench = Bench(shape, targets, rank, batch, tokens)
+    plain = bench.optimizer()
+    for _ in range(2):
+        bench.step(plain)
+    step = bench.seconds(lambda: bench.step(plain), max(3, repeats // 4))
+    step_peak = bench.peak(lambda: bench.step(plain))
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        _importance(bench, folder)
+        for name, start in _additions(bench, folder):
+            optimizer = bench.optimizer()
+            kept = start(optimizer)
+            bench.step(optimizer)
+            bench.backward()
+            hooks = watchers(optimizer)
+
+            def added(hooks: Any = hooks, optimizer: Any = optimizer) -> None:
+                for hook in (*hooks.observe, *hooks.add, *hooks.after):
+                    hook(optimizer)
+
+            added()
+            alone = bench.seconds(added, repeats)
+            bench.model.zero_grad()
+            whole = peak = None
+            if bench.device.type == "cuda":
+                whole = _difference(bench, plain, optimizer, repeats)
+                more = bench.peak(lambda o=optimizer: bench.step(o))  # type: ignore[misc]
+                peak = (more or 0) - (step_peak or 0)
+            rows.append(
+                {
+                    "shape": shape, "targets": targets, "rank": rank, "batch": batch,
+                    "tokens": tokens, "matrices": len(bench.pairs), "addition": name,
+                    "step_ms": 1e3 * step, "added_ms": 1e3 * alone,
+                    "added_percent": 100 * alone / step,
+                    "whole_step_difference_ms": None if whole is None else 1e3 * whole,
+                    "added_peak_bytes": peak, "kept_bytes": kept,
+                }
+            )  # fmt: skip
+            print(
+                f"{shape:<13}{targets:<11} r {rank:<3}{batch}×{tokens}  {name:<24}"
+                f"{1e3 * step:9.1f} ms + {1e3 * alone:7.2f} ms ({100 * alone / step:5.2f} %)",
+                flush=True,
+            )
+            del optimizer, hooks, added
+            gc.collect()
+    return rows
+
+
+def _difference(bench: Bench, plain: Any, other: Any, repeats: int) -> float:
+    """Median difference of whole steps, taken in turn."""
+    differences = []
+    for _ in range(repeats):
+        one = bench.seconds(lambda: bench.step(plain), 1)
+        two = bench.seconds(lambda: bench.step(other), 1)
+        differences.append(two - one)
+    return statistics.median(differences)
+
+
+def _importance(bench: Bench, folder: Path) -> None:
+    """A dense importance of one step, and the same in every other form."""
+    optimizer = bench.optimizer()
+    recorder = hlora.Record(folder / "fp32")
+    recorder.start(bench.model, optimizer)
+    bench.step(optimizer)
+    recorder.finish(bench.model)
+    for to in PENALTIES[1:]:
+        convert.run(ConvertSettings(folder=str(folder / "fp32"), to=to, output=str(folder / to)))
+
+
+def _additions(
+    bench: Bench, folder: Path
+) -> list[tuple[str, Callable[[torch.optim.Optimizer], int]]]:
+    """A name, and what attaches it to an optimizer and returns the bytes it keeps."""
+    elements = sum(p.shape[0] * p.shape[1] for p in bench.pairs)
+    sums = sum(p.shape[0] + p.shape[1] for p in bench.pairs)
+
+    def record(kind: str) -> Callable[[torch.optim.Optimizer], int]:
+        def start(optimizer: torch.optim.Optimizer) -> int:
+            hlora.Record(folder / f"new-{kind}", kind=kind).start(bench.model, optimizer)
+            return 4 * (elements if kind == "dense" else sums)
+
+        return start
+
+    def penalty(form: str) -> Callable[[torch.optim.Optimizer], int]:
+        def start(optimizer: torch.optim.Optimizer) -> int:
+            held = hlora.Penalty(folder / form, phi=1e-6, anchor="base")
+            held.start(bench.model, optimizer)
+            return int(held.stored.info["files"][store.TENSORS]["bytes"])
+
+        return start
+
+    def plain_record(optimizer: torch.optim.Optimizer) -> int:
+        PlainRecord(bench.pairs, optimizer)
+        return 4 * elements
+
+    def plain_penalty(optimizer: torch.optim.Optimizer) -> int:
+        Omega = store.load(folder / "fp32").importance.tensors()
+        PlainPenalty(bench.pairs, optimizer, Omega, 1e-6)
+        return 8 * elements  # Ω and θ^ν
+
+    return [
+        ("record, plain torch", plain_record),
+        *((f"record, {kind}", record(kind)) for kind in RECORDS),
+        ("penalty, plain torch", plain_penalty),
+        *((f"penalty, {form}", penalty(form)) for form in PENALTIES),
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """Where this was measured."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "device": gpu or f"{torch.get_num_threads()} CPU threads, {_processor()}",
+        "torch": torch.__version__, "python": platform.python_version(),
+        "hlora": hlora.__version__,
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    small = ["tiny", "smollm2"]
+    everywhere = list(SHAPES) if torch.cuda.is_available() else small
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=everywhere)
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=["q,v"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8])
+    parser.add_argument("--batches", nargs="+", type=int, default=[20])
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", default="benchmarks/step.json")
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for shape in given.shapes:
+        for targets in given.targets:
+            for rank in given.ranks:
+                for batch in given.batches:
+                    rows += measure(shape, targets, rank, batch, given.tokens, given.repeats)
+                    write_json(Path(given.json), {"machine": machine(), "rows": rows})
+    print(json.dumps(machine(), ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
