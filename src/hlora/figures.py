@@ -12,7 +12,7 @@ from hlora.grid import layer_grid
 STYLES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
@@ -31,7 +31,7 @@ def _pyplot() -> Any:
 
 def heatmap(norms: dict[str, float], title: str = "") -> Any:
     """‖Ω_l‖₂ by block and target on a log scale (Fig. 7)."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     from matplotlib.colors import LogNorm
 
     targets, blocks, rows = layer_grid(norms)
@@ -56,7 +56,7 @@ def heatmap(norms: dict[str, float], title: str = "") -> Any:
 
 def loss_curves(log: list[dict[str, float]], title: str = "") -> Any:
     """Task loss, penalty φR and their sum over the steps of phase μ (Fig. 4)."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, (above, below) = pyplot.subplots(
         2, 1, figsize=(5.2, 3.6), sharex=True, layout="constrained", height_ratios=(2, 1)
     )
@@ -78,7 +78,7 @@ def loss_curves(log: list[dict[str, float]], title: str = "") -> Any:
 
 def several_losses(logs: dict[str, list[dict[str, float]]], title: str = "") -> Any:
     """The task loss of several runs over their steps."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(5.2, 3.0), layout="constrained")
     for (name, log), style in zip(logs.items(), STYLES, strict=False):
         axes.plot([e["step"] for e in log], [e["loss"] for e in log], linestyle=style, label=name)
@@ -99,7 +99,7 @@ def forgetting_chart(
         changes: kind of text → model → (nats per token, standard error).
         highlight: the model whose bars are filled.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     models = list(next(iter(changes.values())))
     figure, panels = pyplot.subplots(
         1, len(changes), figsize=(7.4, 0.36 * len(models) + 0.9), sharey=True, sharex=True,
@@ -133,13 +133,13 @@ def save_figure(figure: Any, path: Path) -> None:
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}).") from None
     finally:
-        _pyplot().close(figure)
+        load_pyplot().close(figure)
 
 
 def as_svg(figure: Any) -> str:
     """The figure as an <svg> element, to be put into a page."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
-    _pyplot().close(figure)
+    load_pyplot().close(figure)
     svg = text.getvalue()
     return svg[svg.index("<svg") :]

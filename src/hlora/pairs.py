@@ -230,6 +230,12 @@ def find_pairs(model: nn.Module) -> list[Pair]:
     return pairs
 
 
+def lora_layers(model: nn.Module, pairs: Iterable[Pair]) -> dict[str, nn.Module]:
+    """The module of each pair, whose output is that of θ₀ + s·B A together."""
+    model = unwrap(model)
+    return {p.name: model.get_submodule(f"base_model.model.{p.name}") for p in pairs}
+
+
 def _check_factors(name: str, A: Tensor, B: Tensor) -> None:
     if type(A).__name__ == "DTensor" or A.ndim == 1 or B.ndim == 1:
         raise UnsupportedModelError(

@@ -142,9 +142,6 @@ class Record(TrainerCallback):
         importance = self._trace.importance()
         if isinstance(importance, Dense):
             importance = importance.stored_as(self.storage)
-        norms = importance.norms()
-        weights = layer_weights(norms)
-        largest, smallest = max(norms, key=norms.__getitem__), min(norms, key=norms.__getitem__)
         recorded = int(self._counts["recorded"])
         self.summary = {
             "steps": recorded,
@@ -152,10 +149,7 @@ class Record(TrainerCallback):
             "clipped_share": float(self._counts["clipped"]) / max(recorded, 1),
             "path_integral": float(self._counts["omega"]),
             "negative_share": self._negative_share(),
-            "largest_norm": {"layer": largest, "value": norms[largest]},
-            "smallest_norm": {"layer": smallest, "value": norms[smallest]},
-            "layers": len(norms),
-            "effective_layers": effective_number(weights),
+            **summarize_norms(importance.norms()),
         }
         if write:
             store.save(
@@ -314,14 +308,36 @@ class Record(TrainerCallback):
             )
 
 
-def describe_summary(summary: dict[str, Any], folder: Path | str) -> str:
-    """The summary in a few lines for people."""
+def summarize_norms(norms: dict[str, float]) -> dict[str, Any]:
+    """The largest and smallest ‖Ω_l‖₂, and the effective number of layers under Eq. 15."""
+    largest, smallest = max(norms, key=norms.__getitem__), min(norms, key=norms.__getitem__)
+    return {
+        "largest_norm": {"layer": largest, "value": norms[largest]},
+        "smallest_norm": {"layer": smallest, "value": norms[smallest]},
+        "layers": len(norms),
+        "effective_layers": effective_number(layer_weights(norms)),
+    }
+
+
+def _describe_gathering(summary: dict[str, Any], folder: Path | str) -> list[str]:
+    if "sequences" in summary:
+        return [
+            f"Fisher information of {summary['sequences']} sequences on {summary['layers']} layers "
+            f"in {folder}.",
+        ]
     negative = summary["negative_share"]
-    lines = [
+    return [
         f"Recorded {summary['steps']} steps on {summary['layers']} layers into {folder}.",
         "negative ω: "
         + ("clamped after each step" if negative is None else f"{negative:.1%} (set to zero)")
         + f", Σω: {summary['path_integral']:.4g}",
+    ]
+
+
+def describe_summary(summary: dict[str, Any], folder: Path | str) -> str:
+    """The summary in a few lines for people."""
+    lines = [
+        *_describe_gathering(summary, folder),
         *(
             f"{word} ‖Ω_l‖₂: {summary[key]['value']:.4g} ({summary[key]['layer']})"
             for word, key in (("largest", "largest_norm"), ("smallest", "smallest_norm"))
@@ -329,7 +345,7 @@ def describe_summary(summary: dict[str, Any], folder: Path | str) -> str:
         f"effective number of layers under the softmax of Eq. 15: "
         f"{summary['effective_layers']:.1f} of {summary['layers']}",
     ]
-    if summary["clipped_share"] > 0:
+    if summary.get("clipped_share", 0) > 0:
         lines.append(
             f"gradients were clipped in {summary['clipped_share']:.0%} of the steps, whose ω is "
             "smaller by the clipping factor (max_grad_norm=0 avoids it)"

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from hlora import store
 from hlora.adapters import new_adapter
 from hlora.config import RecordSettings
 from hlora.errors import InputError
 from hlora.files import check_space, refuse_result, size
+from hlora.importance import fisher
 from hlora.models import load, load_adapter, pick_device, pick_dtype
-from hlora.pairs import find_pairs
+from hlora.pairs import Pair, find_pairs
 from hlora.plan import describe, importance_bytes
-from hlora.progress import quiet_libraries
-from hlora.record import STATE, Record, describe_summary
+from hlora.progress import bar, quiet_libraries
+from hlora.record import STATE, Record, describe_summary, summarize_norms
 from hlora.text import Blocks, Source, blocks, mix
 from hlora.training import arguments, check_unfinished, clean_up, seed_everything, train
 
@@ -35,11 +39,7 @@ def run(settings: RecordSettings) -> None:
         )
     refuse_result(output, settings.overwrite)
     check_unfinished(settings)
-    recorder = Record(
-        output, kind=settings.kind, storage=settings.storage, preset=settings.preset,
-        previous=settings.importance, overwrite=settings.overwrite, estimator=settings.estimator,
-        xi=settings.xi, xi_relative=settings.xi_relative,
-    )  # fmt: skip
+    recorder = None if settings.kind == "fisher" else _recorder(settings)
     if settings.preset == "official":
         settings.training.setdefault("max_grad_norm", 0.0)  # their gradients are unclipped
     arguments(settings)
@@ -71,15 +71,54 @@ def run(settings: RecordSettings) -> None:
         + ", ".join(f"{name} {len(b):,}" for name, b in kinds.items())
         + f"), {len(pairs)} matrices, {size(needed)} of importance."
     )
-    recorder.notes = {"settings": asdict(settings), "text": {n: len(b) for n, b in kinds.items()}}
-    train(
-        settings, model, Blocks(rows), [recorder], what="record (ν)", state=STATE,
-        collate=_stack, resume_with=f"Go on with: hlora record ... --output {output} --resume",
+    notes = {"settings": asdict(settings), "text": {n: len(b) for n, b in kinds.items()}}
+    if recorder is None:
+        summary = _gather_fisher(settings, model, pairs, rows, notes)
+    else:
+        recorder.notes = notes
+        train(
+            settings, model, Blocks(rows), [recorder], what="record (ν)", state=STATE,
+            collate=_stack, resume_with=f"Go on with: hlora record ... --output {output} --resume",
+        )  # fmt: skip
+        clean_up(settings)
+        summary = recorder.summary
+    print(describe_summary(summary, output))
+    written = sum(f["bytes"] for f in store.read_info(output)["files"].values())
+    print(f"{summary['seconds']:.0f} s, {size(written)} on disk.")
+
+
+def _recorder(settings: RecordSettings) -> Record:
+    return Record(
+        settings.output, kind=settings.kind, storage=settings.storage, preset=settings.preset,
+        previous=settings.importance, overwrite=settings.overwrite, estimator=settings.estimator,
+        xi=settings.xi, xi_relative=settings.xi_relative,
     )  # fmt: skip
-    clean_up(settings)
-    print(describe_summary(recorder.summary, output))
-    written = sum((output / f).stat().st_size for f in store.read_info(output)["files"])
-    print(f"{recorder.summary['seconds']:.0f} s, {size(written)} on disk.")
+
+
+def _gather_fisher(
+    settings: RecordSettings, model: nn.Module, pairs: list[Pair], rows: torch.Tensor,
+    notes: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """EWC's importance: no training, a few hundred sequences forward and backward."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))
+    rows = rows[order[: settings.fisher_sequences]]
+    began = time.monotonic()
+    with bar("Fisher information", len(rows)) as shown:
+        found = fisher.gather(
+            model, rows, labels=settings.fisher_labels, batch_size=settings.batch_size,
+            seed=settings.seed, tick=shown.update,
+        )  # fmt: skip
+    importance = found.stored_as(settings.storage)
+    summary = {
+        "sequences": len(rows), "labels": settings.fisher_labels,
+        "seconds": round(time.monotonic() - began, 1), **summarize_norms(importance.norms()),
+    }  # fmt: skip
+    notes |= {
+        "recording": {"labels": settings.fisher_labels, "storage": settings.storage},
+        "previous": settings.importance, "summary": summary,
+    }  # fmt: skip
+    store.save(Path(settings.output), model, pairs, importance, notes)
+    return summary
 
 
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hlora.importance.dense import Dense, DenseTrace
 from hlora.importance.factored import Factored, FactoredTrace
+from hlora.importance.fisher import Fisher
 from hlora.lowrank import LowRank
 from hlora.pairs import Group
 
@@ -74,10 +75,10 @@ class Trace(Protocol):
         """From a checkpoint."""
 
 
-KINDS: dict[str, type[Importance]] = {Dense.kind: Dense, Factored.kind: Factored}
+KINDS: dict[str, type[Importance]] = {k.kind: k for k in (Dense, Factored, Fisher)}
 TRACES: dict[str, type[DenseTrace] | type[FactoredTrace]] = {
     Dense.kind: DenseTrace,
     Factored.kind: FactoredTrace,
 }
 
-__all__ = ["KINDS", "TRACES", "Dense", "Factored", "Importance", "Trace"]
+__all__ = ["KINDS", "TRACES", "Dense", "Factored", "Fisher", "Importance", "Trace"]

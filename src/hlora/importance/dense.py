@@ -51,7 +51,7 @@ class Dense:
 
     def stored_as(self, storage: str) -> Dense:
         """The same in another format: fp32, bf16 or int8 (logarithmic codes)."""
-        return Dense({n: _converted(t, storage) for n, t in self._by_name.items()})
+        return type(self)({n: _converted(t, storage) for n, t in self._by_name.items()})
 
     def decoded(self) -> dict[str, Tensor]:
         """Ω by layer name as float32."""

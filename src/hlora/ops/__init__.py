@@ -15,9 +15,11 @@ from torch import Tensor, float32
 from hlora.logcodes import LogCodes
 from hlora.lowrank import LowRank
 from hlora.ops import reference
-from hlora.ops.reference import consolidate, consolidate_rank_one
+from hlora.ops.reference import add_squared_gradients, consolidate, consolidate_rank_one
 
-__all__ = ["accumulate", "consolidate", "consolidate_rank_one", "weigh"]
+__all__ = [
+    "accumulate", "add_squared_gradients", "consolidate", "consolidate_rank_one", "weigh",
+]  # fmt: skip
 
 
 def accumulate(omega: Tensor, gradient: LowRank, step: LowRank) -> None:

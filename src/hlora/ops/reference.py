@@ -85,6 +85,22 @@ def consolidate_rank_one(
     return new_rows, new_columns
 
 
+def add_squared_gradients(total: Tensor, delta: Tensor, x: Tensor) -> None:
+    """total ← total + Σ_b (Σ_t δ_bt x_btᵀ)², in place: the squared gradient of each sequence.
+
+    Args:
+        total: (m, n).
+        delta: δ (b, T, m), the gradient of the layer's output.
+        x: (b, T, n), its input.
+    """
+    delta, x = delta.to(total.dtype), x.to(total.dtype)
+    m, n = total.shape
+    step = max(1, TILE // max(n * len(x), 1))
+    for start in range(0, m, step):  # all sequences at once, some rows at a time
+        rows = slice(start, min(start + step, m))
+        total[rows] += (delta[:, :, rows].mT @ x).square_().sum(dim=0)
+
+
 def weigh(Omega: Tensor | LogCodes, change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_i Ω_i (PQ)_i² of each matrix (Eq. 14), with its gradients.
 

@@ -1,0 +1,114 @@
+"""What it costs to get an importance: HLoRA's phase ν against EWC's Fisher information.
+
+    python -m benchmarks.importance --shapes tiny smollm2
+
+Few steps and few sequences are timed, in one run, and scaled to the whole: the paper's numbers are
+20,000 sequences for EWC-LoRA; a lean Fisher takes 200; phase ν takes as many steps as you train.
+The phase ν is given whole and as what recording adds to a LoRA training that is done anyway.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hlora
+from benchmarks.shapes import SHAPES, lora_model
+from benchmarks.step import Bench, machine
+from hlora.files import size, write_json
+from hlora.importance import fisher
+from hlora.plan import importance_bytes
+
+ORIGINAL_SEQUENCES = 20_000
+LEAN_SEQUENCES = 200
+
+
+def measure(shape: str, steps: int, batch: int, tokens: int, timed: int) -> list[dict[str, Any]]:
+    """One row a method."""
+    rows = []
+
+    def row(method: str, seconds: float, peak: int | None, disk: int, of: str) -> None:
+        rows.append(
+            {
+                "shape": shape, "method": method, "seconds": seconds, "peak_bytes": peak,
+                "disk_bytes": disk, "timed": of, "batch": batch, "tokens": tokens,
+            }
+        )  # fmt: skip
+        print(
+            f"{shape:<13}{method:<34}{seconds:12.1f} s {size(disk):>10} on disk  ({of})", flush=True
+        )
+
+    blocks = _ours(shape, steps, batch, tokens, timed, row)
+    _original(shape, blocks[:timed], row)
+    return rows
+
+
+def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any) -> torch.Tensor:
+    bench = Bench(shape, "q,v", 8, batch, tokens)
+    plain = bench.optimizer()
+    bench.step(plain)
+    alone = bench.seconds(lambda: bench.step(plain), timed)
+    for kind in ("dense", "factored"):
+        optimizer = bench.optimizer()
+        recorder = hlora.Record(Path("runs") / "unused", kind=kind)
+        recorder.start(bench.model, optimizer)
+        bench.step(optimizer)
+        each = bench.seconds(lambda o=optimizer: bench.step(o), timed)  # type: ignore[misc]
+        peak = bench.peak(lambda o=optimizer: bench.step(o))  # type: ignore[misc]
+        disk = importance_bytes(bench.pairs, kind)
+        of = f"{timed} of {steps} steps"
+        row(f"HLoRA {kind}, phase ν whole", steps * each, peak, disk, of)
+        row(f"HLoRA {kind}, added by recording", steps * max(each - alone, 0), peak, disk, of)
+    blocks = torch.randint(0, bench.model.config.vocab_size, (timed * 4, tokens))
+
+    def lean() -> None:
+        fisher.gather(bench.model, blocks, batch_size=4)
+
+    lean()
+    each = bench.seconds(lean, 1) / len(blocks)
+    row("EWC, lean", LEAN_SEQUENCES * each, bench.peak(lean), importance_bytes(bench.pairs),
+        f"{len(blocks)} of {LEAN_SEQUENCES} sequences")  # fmt: skip
+    return blocks
+
+
+def _original(shape: str, blocks: torch.Tensor, row: Any) -> None:
+    from benchmarks.peers import original_fisher
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = lora_model(shape, "q,v", 8, device).unload()  # type: ignore[operator]
+    blocks = blocks.to(device)
+    original_fisher(model, blocks[:1])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    found = original_fisher(model, blocks)
+    each = (time.perf_counter() - began) / len(blocks)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    row("EWC-LoRA, as published", ORIGINAL_SEQUENCES * each, peak,
+        sum(4 * t.numel() for t in found.values()),
+        f"{len(blocks)} of {ORIGINAL_SEQUENCES} sequences")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    everywhere = list(SHAPES) if torch.cuda.is_available() else ["tiny", "smollm2"]
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=everywhere)
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of phase ν")
+    parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--timed", type=int, default=5)
+    parser.add_argument("--json", default="benchmarks/importance.json")
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for shape in given.shapes:
+        rows += measure(shape, given.steps, given.batch, given.tokens, given.timed)
+        write_json(Path(given.json), {"machine": machine(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The lean Fisher against one backward pass a sequence on dense weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hlora
+from hlora import cli, ops, store
+from hlora.importance import fisher
+from hlora.ops import reference as tiled
+from hlora.pairs import find_pairs
+from tests.conftest import lora_model, make_trainer, perturb
+from tests.test_ops import error, rand
+from tests.tiny import write_text
+
+
+@pytest.mark.parametrize("tile", [1 << 20, 8])
+def test_squared_gradients_are_those_of_each_sequence(tile, monkeypatch):
+    monkeypatch.setattr(tiled, "TILE", tile)
+    delta, x, total = rand(3, 5, 7), rand(3, 5, 4), rand(7, 4)
+    expected = total + sum((delta[b].mT @ x[b]) ** 2 for b in range(3))
+    ops.add_squared_gradients(total, delta, x)
+    assert error(total, expected) < 1e-12
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gptj", "gpt2"])
+def test_it_is_the_mean_squared_gradient_of_the_base_weights(architecture):
+    model = lora_model(architecture, dtype=torch.float64)
+    perturb(model)
+    model.eval()
+    rows = torch.randint(3, 60, (5, 9))
+    found = fisher.gather(model, rows, labels="corpus", batch_size=2)
+    pairs = find_pairs(model)
+    expected = {p.name: 0 for p in pairs}
+    for p in pairs:
+        p.weight.requires_grad_(True)
+    for row in rows:
+        logits = model(input_ids=row[None]).logits[0, :-1]
+        loss = F.cross_entropy(logits, row[1:], reduction="sum")
+        for p, g in zip(pairs, torch.autograd.grad(loss, [p.weight for p in pairs]), strict=True):
+            expected[p.name] += (g.mT if architecture == "gpt2" else g) ** 2 / len(rows)
+    for name, F_i in found.tensors().items():
+        torch.testing.assert_close(F_i.double(), expected[name], rtol=1e-4, atol=1e-10)
+        assert F_i.max() > 0
+
+
+def test_sampled_labels_depend_on_the_seed_alone():
+    model, rows = lora_model(), torch.randint(3, 60, (4, 8))
+    one, same, other = (fisher.gather(model, rows, seed=s).tensors() for s in (0, 0, 1))
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    assert not all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_gathering_leaves_the_model_as_it_was():
+    model = lora_model(lora_dropout=0.3)
+    model.train()
+    before = [p.detach().clone() for p in model.parameters()]
+    fisher.gather(model, torch.randint(3, 60, (4, 8)))
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, q)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_the_command_and_the_penalty_from_the_base(tiny, tmp_path, capsys):
+    write_text(tmp_path / "a.txt")
+    common = ["--model", str(tiny), "--text", str(tmp_path / "a.txt"), "--block-size", "32"]
+    argv = ["record", *common, "--kind", "fisher", "--fisher-sequences", "6", "--batch-size", "4"]
+    assert cli.main([*argv, "--output", str(tmp_path / "f")]) == 0
+    assert "Fisher information of 6 sequences" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tmp_path / "f")]) == 0
+    assert "kind        fisher" in capsys.readouterr().out
+    stored = store.load(tmp_path / "f")
+    assert all(not B.any() for B, _ in stored.factors.values())  # anchored at the base model
+    assert cli.main(
+        ["convert", str(tmp_path / "f"), "--to", "int8", "--output", str(tmp_path / "f8")]
+    ) == 0  # fmt: skip
+    assert store.load(tmp_path / "f8").info["kind"] == "fisher"
+
+
+def test_tuning_is_held_at_the_base_by_it(tmp_path):
+    model = lora_model()
+    found = fisher.gather(model, torch.randint(3, 60, (8, 12)))
+    notes = {"recording": {}, "previous": None, "summary": {}}
+    store.save(tmp_path / "f", model, find_pairs(model), found, notes)
+    moved = []
+    for phi in (0.0, 1000.0):
+        model = lora_model()
+        make_trainer(
+            model, tmp_path / f"mu-{phi}", [hlora.Penalty(tmp_path / "f", phi=phi)], max_steps=20
+        ).train()
+        moved.append(sum(float((p.s * p.B @ p.A).detach().norm()) for p in find_pairs(model)))
+    assert moved[1] < 0.5 * moved[0]
