@@ -80,8 +80,8 @@ def _record(place: Path, nu: RecordSettings) -> None:
     """One phase ν, recorded as dense and as factored; and Ω = 1 beside them."""
     for name in ("dense", "factored", "ones", "run"):
         shutil.rmtree(place / name, ignore_errors=True)
-    seed_everything(nu.seed)
     model, tokenizer = load(nu.model, dtype=nu.dtype, device=pick_device(nu.device))
+    seed_everything(nu.seed)
     text = {s.name: blocks(s, tokenizer, nu.block_size) for s in (Source.parse(t) for t in nu.text)}
     recorders = [hlora.Record(place / kind, kind=kind) for kind in ("dense", "factored")]
     settings = replace(nu, output=str(place / "run"), resume=False, save_steps=0)

@@ -65,9 +65,9 @@ def page(step: dict[str, Any], importance: dict[str, Any]) -> str:
     if not on_gpu:
         lines.append(
             LIMITS.format(
-                limits="No GPU was there: peak memory, the Triton kernels' speed (their results are "
-                "tested under Triton's interpreter) and the paper's model sizes. On a machine with "
-                "one, `make bench` measures them and writes this page anew."
+                limits="No GPU was there: peak memory, the Triton kernels' speed (their results "
+                "are tested under Triton's interpreter) and the paper's model sizes. On a machine "
+                "with one, `make bench` measures them and writes this page anew."
             )
         )
     return "\n".join(lines).rstrip() + "\n"

@@ -73,6 +73,9 @@ def test_a_full_disk_is_recognised_whoever_says_so():
     assert files.is_full_disk(OSError(errno.ENOSPC, "x"))
     assert files.is_full_disk(RuntimeError("I/O error: No space left on device (os error 28)"))
     assert not files.is_full_disk(RuntimeError("something else"))
+    hidden = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 9 vs 8")
+    hidden.__context__ = RuntimeError("basic_ios::clear: iostream error")
+    assert files.is_full_disk(hidden)  # torch.save on a full disk
 
 
 @pytest.mark.parametrize(

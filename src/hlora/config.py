@@ -57,18 +57,18 @@ class TrainSettings(Settings):
     """Common to both phases. The paper's values are the defaults (its section 5)."""
 
     output: str = setting("folder for the result", required=True, metavar="DIR")
-    epochs: float = setting("passes over the data", 5.0)
+    epochs: float = setting("passes over the data", 5.0, least=0.001)
     max_steps: int = setting("stop after so many optimizer steps; 0 means by --epochs", 0, least=0)
     batch_size: int = setting("rows per device and micro-batch", 20, least=1)
     gradient_accumulation: int = setting("micro-batches per optimizer step", 1, least=1)
-    learning_rate: float = setting("peak learning rate", 8e-4)
+    learning_rate: float = setting("peak learning rate", 8e-4, least=0)
     seed: int = setting("seed of initialization, order and dropout", 0, least=0)
     save_steps: int = setting("optimizer steps between checkpoints; 0 for none", 500, least=0)
     resume: bool = setting("go on from the last checkpoint in the output folder", False)
     overwrite: bool = setting("replace a result that the output folder holds", False)
     dry_run: bool = setting("check every input, say what would be trained, and stop", False)
     lora_rank: int = setting("r", 8, more=True, least=1)
-    lora_alpha: float = setting("α; the adapter's scale is α/r", 32.0, more=True)
+    lora_alpha: float = setting("α; the adapter's scale is α/r", 32.0, more=True, least=0.001)
     lora_dropout: float = setting("dropout before A", 0.0, more=True, least=0)
     rslora: bool = setting("scale by α/√r instead", False, more=True)
     targets: list[str] = setting(

@@ -98,10 +98,15 @@ def check_space(folder: Path, needed: int) -> None:
 
 def is_full_disk(error: BaseException) -> bool:
     """Whether an error, whatever library raised it, says that the disk is full."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    text = str(error)
-    return "No space left" in text or "os error 28" in text or "file write failed" in text
+    said = ("No space left", "os error 28", "file write failed", "iostream error")
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(seen) for words in said):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def sha256(path: Path) -> str:

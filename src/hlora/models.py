@@ -127,6 +127,11 @@ def _why_not(source: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "trust_remote_code" in text or "custom code" in text:
         return f"{source} needs code of its own to run (trust_remote_code), which hlora does not."
+    if "couldn't connect" in text or "offline mode" in text:
+        return (
+            f"The model {source} is no folder here, is not in the cache, and the hub cannot be "
+            "reached: check the name and the connection."
+        )
     if "safetensors" in text:
         return (
             f"{source} has no weights in safetensors, the only format that is read: convert it, or "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import shlex
 import shutil
 import types
@@ -156,6 +157,8 @@ def _checked(key: str, value: Any, hint: Any, f: Field) -> Any:
     if isinstance(value, list):
         raise InputError(f"{name} takes one value, not {len(value)}.")
     value = _converted(name, value, kind)
+    if kind is float and not math.isfinite(value):
+        raise InputError(f"{name} must be a finite number, not {value}.")
     least = f.metadata["least"]
     if least is not None and not value >= least:
         raise InputError(f"{name} must be at least {least:g}, not {value:g}.")

@@ -22,6 +22,7 @@ def quiet_libraries() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry of a request
     warnings.filterwarnings("ignore")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("hlora: %(levelname)s: %(message)s"))

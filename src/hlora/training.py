@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hlora.config import TrainSettings
-from hlora.distributed import is_main, wait_for_all
+from hlora.distributed import is_main, refuse_sharded, wait_for_all
 from hlora.errors import InputError, StoreError
 from hlora.files import write_json
 from hlora.models import pick_device, pick_dtype
@@ -65,6 +66,7 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
                 f"TrainingArguments has no field {name!r}"
                 + (f"; did you mean {near[0]}?" if near else ".")
             )
+    refuse_sharded(SimpleNamespace(**settings.training))
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     values = {
@@ -92,7 +94,7 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
     try:
         args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
-        raise InputError(f"TrainingArguments refuses these settings: {error}") from None
+        raise InputError(f"TrainingArguments refuses these settings: {_one_line(error)}") from None
     args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU; torchrun for several
     return args
 
@@ -124,9 +126,13 @@ def train(
     if args.gradient_checkpointing:  # else a frozen base has no path for gradients
         model.enable_input_require_grads()  # type: ignore[operator]
     stop = Interruptible(resume_with or "Go on with --resume.")
-    trainer = Trainer(
-        model=model, args=args, train_dataset=data, data_collator=collate, callbacks=list(callbacks)
-    )
+    try:
+        trainer = Trainer(
+            model=model, args=args, train_dataset=data, data_collator=collate,
+            callbacks=list(callbacks),
+        )  # fmt: skip
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise InputError(f"Trainer refuses these settings: {_one_line(error)}") from None
     for default in list(trainer.callback_handler.callbacks):
         if type(default).__name__ == "PrinterCallback":
             trainer.remove_callback(default)
@@ -142,6 +148,10 @@ def train(
             ) from None
     log = [e for e in trainer.state.log_history if "loss" in e]
     return Trained(log, time.monotonic() - began, trainer.state.global_step)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:240]
 
 
 def seed_everything(seed: int) -> None:

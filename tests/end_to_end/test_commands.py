@@ -200,7 +200,16 @@ BAD = [
     (["tune", "--model", "M", "--importance", "NU", "--task", "Q", "--output", "o", "--phi", "-1"],
      "phi must be zero or a positive number"),
     (["tune", "--model", "M", "--importance", "NU", "--task", "Q", "--output", "o", "--phi", "nan"],
-     "phi must be zero or a positive number"),
+     "--phi must be a finite number, not nan"),
+    (["record", "--model", "M", "--text", "A", "--output", "o", "--learning-rate", "-1"],
+     "--learning-rate must be at least 0"),
+    (["record", "--model", "M", "--text", "A", "--output", "o", "--block-size", "32",
+      "--training.fsdp=full_shard"], "fsdp=...) is not supported"),
+    (["record", "--model", "M", "--text", "A", "--output", "o", "--block-size", "32",
+      "--training.deepspeed=x.json"], "deepspeed=...) is not supported"),
+    (["record", "--model", "M", "--text", "A", "--output", "o", "--block-size", "32",
+      "--training.report_to=nothing"], "refuses these settings"),
+    (["record", "--model", "nobody/nothing", "--text", "A", "--output", "o"], "nobody/nothing"),
     (["tune", "--model", "M", "--importance", "NU", "--task", "quiz", "--output", "o"],
      "no task or file 'quiz'"),
     (["tune", "--model", "M", "--importance", "NU", "--task", "LABEL", "--output", "o"],
@@ -300,3 +309,25 @@ def test_ctrl_c_keeps_a_checkpoint_and_resumes(place):
     assert "Traceback" not in err
     assert list((place.folder / "nu" / "checkpoints").glob("checkpoint-*"))
     assert not (place.folder / "nu" / "importance.json").exists()
+
+
+@pytest.mark.parametrize("phase", ["record", "tune"])
+def test_a_seed_gives_the_same_bits_however_the_model_was_loaded(place, phase, monkeypatch):
+    """Reading a GGUF file draws random numbers, reading safetensors does not."""
+    from hlora import models
+    from hlora.commands import record, tune
+
+    command = {"record": record, "tune": tune}[phase]
+    place.record()
+    run = place.record if phase == "record" else place.tune
+    more = [] if phase == "record" else ["--anchor", "base"]
+    assert run(*more, output="one") == 0
+
+    def load(*args, **kwargs):
+        loaded = models.load(*args, **kwargs)
+        torch.rand(7)
+        return loaded
+
+    monkeypatch.setattr(command, "load", load)
+    assert run(*more, output="two") == 0
+    assert same(place.adapter("one"), place.adapter("two"))

@@ -44,8 +44,8 @@ def run(settings: RecordSettings) -> None:
         settings.training.setdefault("max_grad_norm", 0.0)  # their gradients are unclipped
     arguments(settings)
     device = pick_device(settings.device)
-    seed_everything(settings.seed)
     model, tokenizer = load(settings.model, dtype=pick_dtype(settings.dtype, device), device=device)
+    seed_everything(settings.seed)  # here: loading a GGUF file draws random numbers
     kinds = {
         s.name: blocks(
             s, tokenizer, settings.block_size,

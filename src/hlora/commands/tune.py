@@ -45,8 +45,8 @@ def run(settings: TuneSettings) -> None:
     task = load_task(settings.task, format=settings.task_format, limit=settings.task_rows or None)
     arguments(settings)
     device = pick_device(settings.device)
-    seed_everything(settings.seed)
     model, tokenizer = load(settings.model, dtype=pick_dtype(settings.dtype, device), device=device)
+    seed_everything(settings.seed)  # here: loading a GGUF file draws random numbers
     if settings.anchor == "nu":
         model = load_adapter(model, settings.importance, trainable=True)
     else:
