@@ -23,7 +23,7 @@ test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -m "not slow" -p no:cacheprovider
 
 bench: .venv/.dev
-	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.step --growth smollm2
 	$(BIN)/python -m benchmarks.importance
 	$(BIN)/python -m benchmarks.page
 

@@ -30,7 +30,7 @@ from hlora.demo.chemistry import write_chemistry
 from hlora.demo.general import SEEN, UNSEEN, write_general
 from hlora.demo.story import FULL, QUICK, Size, record_settings, tune_settings
 from hlora.evaluate import pooled_forgetting
-from hlora.files import publish
+from hlora.files import publish, write_whole
 from hlora.importance import Factored
 from hlora.models import load, load_adapter, pick_device
 from hlora.pairs import ADAPTER_FILES
@@ -38,6 +38,21 @@ from hlora.progress import quiet_libraries
 from hlora.tasks import load_task
 from hlora.text import Blocks, Source, blocks, mix
 from hlora.training import seed_everything, train
+
+PAGE = """# Dense importance, factored importance, and none
+
+The demo's chemistry and general text, each row trained from the same phase ν with the same seed.
+Forgetting is in nats per token against the base model; "unseen" is code, which is in no training
+text. Made by
+
+```bash
+python -m benchmarks.kinds --page {given.page}
+```
+
+which trains the seeds that `{given.results}` lacks and writes this page from it.
+
+{table}
+"""
 
 ROWS = {"no penalty": "dense", "dense": "dense", "factored": "factored", "Ω = 1 (L2)": "ones"}
 """What is compared, and the importance folder that each takes."""
@@ -114,33 +129,32 @@ def _row(name: str, demo: DemoSettings, scores: Scores, base: dict[str, Any]) ->
     }  # fmt: skip
 
 
+MEASURES = {"acc": 100.0, "nll": 1.0, "seen": 1.0, "unseen": 1.0}
+"""Measures by their key in a result, and what they are multiplied by."""
+HEADINGS = ["accuracy %", "NLL", "forgetting, seen", "forgetting, unseen"]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds with standard errors, and factored minus dense, seed by seed."""
-    measures = {"acc": 100.0, "nll": 1.0, "seen": 1.0, "unseen": 1.0}
-    lines = [
-        "| | accuracy % | NLL | forgetting, seen | forgetting, unseen |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+    """Means over seeds with standard errors, and paired differences, seed by seed."""
+    lines = [f"| | {' | '.join(HEADINGS)} |", "|---|---|---|---|---|"]
     by_row = {n: {r["seed"]: r for r in rows if r["row"] == n} for n in ROWS}
     seeds = sorted(set.intersection(*(set(v) for v in by_row.values())))
 
-    def line(name: str, values: dict[str, list[float]]) -> str:
-        return f"| {name} | " + " | ".join(_mean(v) for v in values.values()) + " |"
+    def line(name: str, values: list[list[float]]) -> str:
+        return f"| {name} | " + " | ".join(_mean(v) for v in values) + " |"
 
     for name, of in by_row.items():
-        lines.append(line(name, {m: [k * of[s][m] for s in seeds] for m, k in measures.items()}))
-    one, two = by_row["factored"], by_row["dense"]
-    lines.append(
-        line(
-            "factored − dense",
-            {m: [k * (one[s][m] - two[s][m]) for s in seeds] for m, k in measures.items()},
-        )
-    )
+        lines.append(line(name, [[k * of[s][m] for s in seeds] for m, k in MEASURES.items()]))
+    for one, two in (("factored", "dense"), ("dense", "Ω = 1 (L2)")):
+        a, b = by_row[one], by_row[two]
+        differences = [[k * (a[s][m] - b[s][m]) for s in seeds] for m, k in MEASURES.items()]
+        lines.append(line(f"{one} − {two}", differences))
     first = rows[0]
     lines += [
         "",
-        f"{len(seeds)} seeds, mean ± standard error over them; φ {first['phi']:g}; "
-        f"{first['questions']} questions, {first['tokens_per_kind']:,} tokens of each kind; "
-        f"{first['model']} on {first['machine']['device']}.",
+        f"{len(seeds)} seeds, mean ± standard error over them (differences seed by seed); "
+        f"φ {first['phi']:g}; {first['questions']} questions, {first['tokens_per_kind']:,} tokens "
+        f"of each kind; {first['model']} on {first['machine']['device']}.",
     ]
     return "\n".join(lines)
 
@@ -157,6 +171,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--work", default="runs/kinds", help="folder for what is in between")
     parser.add_argument("--results", default="results/kinds.jsonl")
+    parser.add_argument("--page", help="also write the table to this Markdown file")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     given = parser.parse_args()
     quiet_libraries()
@@ -176,6 +191,9 @@ def main() -> None:
             file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in new)
         rows += new
     print(table(rows))
+    if given.page:
+        write_whole(Path(given.page), PAGE.format(table=table(rows), given=given))
+        print(f"Written to {given.page}.")
 
 
 if __name__ == "__main__":

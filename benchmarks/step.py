@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import platform
 import statistics
@@ -223,18 +224,25 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=everywhere)
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=["q,v"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8])
-    parser.add_argument("--batches", nargs="+", type=int, default=[20])
+    usual = 20 if torch.cuda.is_available() else 4
+    parser.add_argument("--batches", nargs="+", type=int, default=[usual])
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument(
+        "--growth", choices=list(SHAPES), help="also more targets, ranks and batches of this shape"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", default="benchmarks/step.json")
     given = parser.parse_args()
+    cases = list(itertools.product(given.shapes, given.targets, given.ranks, given.batches))
+    if given.growth:
+        cases += [
+            (given.growth, "all-linear", 8, usual), (given.growth, "q,v", 32, usual),
+            (given.growth, "q,v", 64, usual), (given.growth, "q,v", 8, 2 * usual),
+        ]  # fmt: skip
     rows: list[dict[str, Any]] = []
-    for shape in given.shapes:
-        for targets in given.targets:
-            for rank in given.ranks:
-                for batch in given.batches:
-                    rows += measure(shape, targets, rank, batch, given.tokens, given.repeats)
-                    write_json(Path(given.json), {"machine": machine(), "rows": rows})
+    for case in dict.fromkeys(cases):
+        rows += measure(*case, given.tokens, given.repeats)
+        write_json(Path(given.json), {"machine": machine(), "rows": rows})
     print(json.dumps(machine(), ensure_ascii=False))
 
 

@@ -273,14 +273,19 @@ def record_frozen(tmp_path, model):
     return callback, None, model
 
 
-def test_the_summary_is_stored(tmp_path):
+def test_the_summary_is_printed_and_stored(tmp_path, capsys):
     callback, _, _ = record(tmp_path, max_grad_norm=1e-4)
+    out = capsys.readouterr().out
+    for words in ("negative ω", "largest ‖Ω_l‖₂", "smallest ‖Ω_l‖₂", "effective number of layers"):
+        assert words in out
     info = json.loads((tmp_path / "nu" / store.MARKER).read_text())
     assert info["summary"] == callback.summary
     assert info["summary"]["clipped_share"] == 1.0
     assert 0 <= info["summary"]["negative_share"] < 1
     assert 1 <= info["summary"]["effective_layers"] <= 4 + 1e-9
     assert info["summary"]["largest_norm"]["value"] >= info["summary"]["smallest_norm"]["value"] > 0
+    record(tmp_path, rule={"quiet": True, "overwrite": True})
+    assert "effective" not in capsys.readouterr().out
 
 
 def test_a_resumed_recording_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path):

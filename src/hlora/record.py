@@ -8,7 +8,6 @@ The Trainer trains as it would without it. At the end the folder holds the adapt
 from __future__ import annotations
 
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,6 @@ from hlora.pairs import Group, find_pairs, group
 from hlora.presets import RECORD_PRESETS, RecordRule, choose, one_of
 from hlora.steps import pending_scale, watchers
 
-logger = logging.getLogger(__name__)
-
 STATE = "hlora_record.safetensors"
 
 
@@ -55,6 +52,7 @@ class Record(TrainerCallback):
         previous: an importance folder of an earlier general task, which this one adds to
             (the sum over ν in Eq. 13).
         overwrite: replace a result that the folder holds, once the new one is complete.
+        quiet: do not print the summary when training ends.
         rule: fields of `hlora.presets.RecordRule` in place of the preset's:
             estimator, scaled, clamp, xi, xi_relative, every.
 
@@ -76,8 +74,10 @@ class Record(TrainerCallback):
         preset: str | None = None,
         previous: str | Path | None = None,
         overwrite: bool = False,
+        quiet: bool = False,
         **rule: Any,
     ) -> None:
+        self.quiet = quiet
         self.output = Path(output)
         self.rule: RecordRule = choose(RECORD_PRESETS, preset, **rule)
         self.preset = preset or "default"
@@ -258,8 +258,8 @@ class Record(TrainerCallback):
         self.notes["log"] = [e for e in state.log_history if "loss" in e]
         summary = self.finish(model, write=state.is_world_process_zero)
         wait_for_all()
-        if state.is_world_process_zero:
-            logger.info("%s", describe_summary(summary, self.output))
+        if state.is_world_process_zero and not self.quiet:
+            print(describe_summary(summary, self.output))
 
     def _state(self) -> bytes:
         tensors = dict(self._trace.state())

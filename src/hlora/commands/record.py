@@ -91,7 +91,7 @@ def _recorder(settings: RecordSettings) -> Record:
     return Record(
         settings.output, kind=settings.kind, storage=settings.storage, preset=settings.preset,
         previous=settings.importance, overwrite=settings.overwrite, estimator=settings.estimator,
-        xi=settings.xi, xi_relative=settings.xi_relative,
+        xi=settings.xi, xi_relative=settings.xi_relative, quiet=True,
     )  # fmt: skip
 
 
