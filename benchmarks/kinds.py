@@ -23,17 +23,15 @@ import hlora
 from benchmarks.step import machine
 from hlora import store
 from hlora.adapters import new_adapter
-from hlora.commands import tune
+from hlora.commands import convert, tune
 from hlora.commands.eval import Scores, score
-from hlora.config import DemoSettings, RecordSettings
+from hlora.config import ConvertSettings, DemoSettings, RecordSettings
 from hlora.demo.chemistry import write_chemistry
 from hlora.demo.general import SEEN, UNSEEN, write_general
 from hlora.demo.story import FULL, QUICK, Size, record_settings, tune_settings
 from hlora.evaluate import pooled_forgetting
-from hlora.files import publish, write_whole
-from hlora.importance import Factored
+from hlora.files import write_whole
 from hlora.models import load, load_adapter, pick_device
-from hlora.pairs import ADAPTER_FILES
 from hlora.progress import quiet_libraries
 from hlora.tasks import load_task
 from hlora.text import Blocks, Source, blocks, mix
@@ -104,18 +102,8 @@ def _record(place: Path, nu: RecordSettings) -> None:
         settings, new_adapter(model, nu), Blocks(mix(text, None, None)), recorders, what="ν",
         collate=lambda rows: {k: torch.stack([r[k] for r in rows]) for k in rows[0]},
     )  # fmt: skip
-    factored = store.load(place / "factored")
-    ones = {
-        name: (torch.full((int(p["m"]),), p["n"]), torch.full((int(p["n"]),), p["m"]))
-        for name, p in ((n, p) for n, p in factored.info["pairs"].items())
-    }
-    with publish(place / "ones", store.MARKER) as aside:
-        for file in ADAPTER_FILES:
-            shutil.copyfile(place / "factored" / file, aside / file)
-        store.write(
-            aside, Factored({n: (r.float(), c.float()) for n, (r, c) in ones.items()}),
-            factored.info,
-        )  # fmt: skip
+    nu_folder, ones = str(place / "factored"), str(place / "ones")
+    convert.run(ConvertSettings(folder=nu_folder, to="ones", output=ones))
 
 
 def _row(name: str, demo: DemoSettings, scores: Scores, base: dict[str, Any]) -> dict[str, Any]:

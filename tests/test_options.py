@@ -101,7 +101,7 @@ def test_python_takes_the_same_values_with_the_same_checks():
 
 COMMANDS = [
     config.RecordSettings, config.TuneSettings, config.EvalSettings, config.InspectSettings,
-    config.DemoSettings,
+    config.ConvertSettings, config.StudySettings, config.DemoSettings,
 ]  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def test_help_fits_the_terminal_and_explains_each_setting_once(cls, capsys, monk
     assert max(len(line) for line in (short + full).splitlines()) <= 80
     assert sum(line.startswith("  -") for line in short.splitlines()) <= 22
     for f in fields(cls):
-        if f.name == "folder":
+        if f.metadata["positional"]:
             continue
         flag = "--training.NAME" if f.name == "training" else f"--{f.name.replace('_', '-')}"
         assert sum(f"{line} ".startswith(f"  {flag} ") for line in full.splitlines()) == 1

@@ -9,8 +9,9 @@ from hlora.importance import Dense
 from hlora.logcodes import OCTAVES, LogCodes
 from hlora.lowrank import LowRank
 from hlora.pairs import find_pairs
-from tests.conftest import lora_model, make_trainer
+from tests.conftest import lora_model, make_trainer, perturb
 from tests.test_ops import SHAPES, error, rand
+from tests.test_penalty import distance
 
 
 def heavy_tailed(*shape):
@@ -96,6 +97,16 @@ def test_convert(nu, tmp_path, to, capsys):
         assert "--kind dense" in capsys.readouterr().err
     assert cli.main(["convert", str(nu), "--to", to, "--output", str(nu)]) == 2
     assert cli.main(["convert", str(nu), "--to", to, "--output", str(tmp_path / "c")]) == 2
+
+
+def test_ones_is_plain_l2_to_the_anchor(nu, tmp_path):
+    assert cli.main(["convert", str(nu), "--to", "ones", "--output", str(tmp_path / "l2")]) == 0
+    model = lora_model()
+    held = hlora.Penalty(tmp_path / "l2", layer_weights="uniform")
+    held.start(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    perturb(model)
+    expected = distance(model, store.load(nu).factors) ** 2
+    assert float(held.value()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_codes_without_their_scale_are_refused():

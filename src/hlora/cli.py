@@ -19,7 +19,8 @@ COMMANDS = {
     "tune": (config.TuneSettings, "learn a domain without forgetting it (phase μ)"),
     "eval": (config.EvalSettings, "perplexity, accuracy, and how much was forgotten"),
     "inspect": (config.InspectSettings, "what is in an importance folder"),
-    "convert": (config.ConvertSettings, "write an importance folder in a smaller form"),
+    "convert": (config.ConvertSettings, "write an importance folder in another form"),
+    "study": (config.StudySettings, "run a grid of methods, tasks, seeds and φ"),
     "demo": (config.DemoSettings, "the whole story on a small model"),
 }
 

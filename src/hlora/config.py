@@ -20,16 +20,18 @@ def setting(
     metavar: str = "",
     more: bool = False,
     least: float | None = None,
+    positional: bool = False,
 ) -> Any:
     """A field with what the help screen says of it.
 
     Args:
         more: shown by --help-all only.
         least: the smallest value allowed.
+        positional: given without its name.
     """
     metadata = {
         "help": help, "required": required, "choices": choices, "metavar": metavar, "more": more,
-        "least": least,
+        "least": least, "positional": positional,
     }  # fmt: skip
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -194,7 +196,9 @@ class EvalSettings(Settings):
 class InspectSettings:
     """What is in an importance folder."""
 
-    folder: str = setting("what `hlora record` wrote", required=True, metavar="DIR")
+    folder: str = setting(
+        "what `hlora record` wrote", required=True, metavar="DIR", positional=True
+    )
     plot: str | None = setting(
         "draw the layer heatmap (Fig. 7) to a .png or .svg", None, metavar="FILE"
     )
@@ -202,15 +206,30 @@ class InspectSettings:
 
 @dataclass(kw_only=True)
 class ConvertSettings:
-    """Write an importance folder in a smaller form."""
+    """Write an importance folder in another form."""
 
-    folder: str = setting("what `hlora record` wrote", required=True, metavar="DIR")
+    folder: str = setting(
+        "what `hlora record` wrote", required=True, metavar="DIR", positional=True
+    )
     to: str = setting(
-        "fp32, bf16, int8 (logarithmic codes) or factored (row and column sums)", required=True,
-        choices=("fp32", "bf16", "int8", "factored"),
+        "fp32, bf16, int8 (logarithmic codes), factored (row and column sums), or ones (all "
+        "elements alike: plain L2 to the recorded adapter)", required=True,
+        choices=("fp32", "bf16", "int8", "factored", "ones"),
     )  # fmt: skip
     output: str = setting("folder for the result", required=True, metavar="DIR")
     overwrite: bool = setting("replace a result that the output folder holds", False)
+
+
+@dataclass(kw_only=True)
+class StudySettings:
+    """Run a grid of methods, tasks, seeds and φ, one JSON line a run."""
+
+    file: str = setting("a study (YAML)", required=True, metavar="FILE", positional=True)
+    results: str | None = setting(
+        "file of JSON lines; results/ and the study's name if not given", None, metavar="FILE"
+    )
+    jobs: int = setting("runs at once, on one GPU or the cores", 1, least=1)
+    dry_run: bool = setting("check the study, list its runs, and stop", False)
 
 
 @dataclass(kw_only=True)

@@ -69,7 +69,10 @@ def build(cls: type[S], values: dict[str, Any]) -> S:
         result[key] = _checked(key, value, hints[key], known[key])
     for name, f in known.items():
         if f.metadata.get("required") and result.get(name) in (None, [], ""):
-            raise InputError(f"--{name.replace('_', '-')} is missing: {f.metadata['help']}.")
+            called = (
+                f.metadata["metavar"] if f.metadata["positional"] else f"--{name.replace('_', '-')}"
+            )
+            raise InputError(f"{called} is missing: {f.metadata['help']}.")
     return cls(**result)
 
 
@@ -100,8 +103,8 @@ def _parser(cls: type, prog: str, everything: bool) -> argparse.ArgumentParser:
             if f.metadata["choices"]:
                 options["metavar"] = "|".join(f.metadata["choices"])
             options |= {"nargs": "+", "action": "extend"} if several else {}
-        if f.name == "folder":  # the one positional argument
-            parser.add_argument("folder", nargs="?", help=options["help"], metavar="DIR")
+        if f.metadata["positional"]:
+            parser.add_argument(f.name, nargs="?", help=options["help"], metavar=options["metavar"])
             continue
         parser.add_argument(flag, dest=f.name, **options)
     if any(f.name == "model" for f in fields(cls)):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -102,6 +103,15 @@ def write(aside: Path, importance: Importance, info: dict[str, Any]) -> dict[str
     }
     write_json(aside / MARKER, info)
     return info
+
+
+def derive(stored: Stored, output: Path, importance: Importance, storage: str) -> None:
+    """Another importance for the same adapter, in a folder of its own."""
+    info = {**stored.info, "recording": {**stored.info["recording"], "storage": storage}}
+    with publish(output, MARKER) as aside:
+        for file in ADAPTER_FILES:
+            shutil.copyfile(stored.folder / file, aside / file)
+        write(aside, importance, info)
 
 
 def read_info(folder: Path | str) -> dict[str, Any]:

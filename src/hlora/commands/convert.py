@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from hlora import store
 from hlora.config import ConvertSettings
 from hlora.errors import InputError
-from hlora.files import publish, refuse_result, size
+from hlora.files import refuse_result, size
 from hlora.importance import Dense, Factored, Importance
-from hlora.pairs import ADAPTER_FILES
 
 
 def run(settings: ConvertSettings) -> None:
@@ -20,17 +18,16 @@ def run(settings: ConvertSettings) -> None:
         raise InputError("--output is the folder itself: choose another.")
     stored = store.load(folder)
     refuse_result(output, settings.overwrite)
-    importance = _converted(stored.importance, settings.to)
-    info = {**stored.info, "recording": {**stored.info["recording"], "storage": settings.to}}
-    with publish(output, store.MARKER) as aside:
-        for file in ADAPTER_FILES:
-            shutil.copyfile(folder / file, aside / file)
-        store.write(aside, importance, info)
+    store.derive(stored, output, _converted(stored, settings.to), settings.to)
     before, after = (store.read_info(f)["files"][store.TENSORS]["bytes"] for f in (folder, output))
     print(f"{size(before)} became {size(after)} in {output}.")
 
 
-def _converted(importance: Importance, to: str) -> Importance:
+def _converted(stored: store.Stored, to: str) -> Importance:
+    importance = stored.importance
+    if to == "ones":
+        pairs = stored.info["pairs"]
+        return Factored.ones({n: (int(p["m"]), int(p["n"])) for n, p in pairs.items()})
     if isinstance(importance, Dense):
         if to == "factored":
             return Factored.of_dense(importance.decoded())

@@ -28,6 +28,21 @@ def run(settings: EvalSettings) -> None:
         raise InputError("Nothing to evaluate: give --text, --task or both.")
     if settings.json and Path(settings.json).exists() and not settings.overwrite:
         raise InputError(f"{settings.json} exists already: choose another, or --overwrite it.")
+    model, tokenizer, kinds, tasks = prepare(settings)
+    scores = {"base": score(model, tokenizer, kinds, tasks, settings.batch_size)}
+    if settings.adapter:
+        adapted = load_adapter(model, settings.adapter)
+        scores["adapter"] = score(adapted, tokenizer, kinds, tasks, settings.batch_size)
+    _show(scores)
+    if settings.json:
+        write_json(Path(settings.json), _as_json(settings, scores))
+        print(f"Written to {settings.json}.")
+
+
+def prepare(
+    settings: EvalSettings,
+) -> tuple[nn.Module, Any, dict[str, Tensor], list[Task]]:
+    """The base model, its tokenizer, blocks by kind of text, and tasks."""
     sources = [Source.parse(spec, settings.text_column) for spec in settings.text]
     tasks = [
         load_task(t, split="test", format=settings.task_format, limit=settings.task_rows or None)
@@ -39,14 +54,7 @@ def run(settings: EvalSettings) -> None:
         s.name: blocks(s, tokenizer, settings.block_size, settings.text_blocks or None)
         for s in sources
     }
-    scores = {"base": score(model, tokenizer, kinds, tasks, settings.batch_size)}
-    if settings.adapter:
-        adapted = load_adapter(model, settings.adapter)
-        scores["adapter"] = score(adapted, tokenizer, kinds, tasks, settings.batch_size)
-    _show(scores)
-    if settings.json:
-        write_json(Path(settings.json), _as_json(settings, scores))
-        print(f"Written to {settings.json}.")
+    return model, tokenizer, kinds, tasks
 
 
 Scores = dict[str, dict[str, Any]]

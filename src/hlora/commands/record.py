@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ HUB_BLOCKS = 4000
 def run(settings: RecordSettings) -> None:
     """Train on general text and write the adapter with its importance to `settings.output`."""
     quiet_libraries()
+    if settings.preset == "official":  # their gradients are unclipped
+        settings = replace(settings, training={"max_grad_norm": 0.0, **settings.training})
     output = Path(settings.output)
     sources = [Source.parse(spec, settings.text_column) for spec in settings.text]
     if len({s.name for s in sources}) < len(sources):
@@ -40,8 +42,6 @@ def run(settings: RecordSettings) -> None:
     refuse_result(output, settings.overwrite)
     check_unfinished(settings)
     recorder = None if settings.kind == "fisher" else _recorder(settings)
-    if settings.preset == "official":
-        settings.training.setdefault("max_grad_norm", 0.0)  # their gradients are unclipped
     arguments(settings)
     device = pick_device(settings.device)
     model, tokenizer = load(settings.model, dtype=pick_dtype(settings.dtype, device), device=device)

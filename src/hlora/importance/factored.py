@@ -5,7 +5,7 @@ No (m, n) memory in either phase, and m + n numbers a matrix on disk. Not in the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -40,6 +40,20 @@ class Factored:
     def of_dense(cls, by_name: dict[str, Tensor]) -> Factored:
         """The marginals of a dense Ω."""
         return cls({n: (t.float().sum(1), t.float().sum(0)) for n, t in by_name.items()})
+
+    @classmethod
+    def ones(cls, shapes: Mapping[str, tuple[int, int]]) -> Factored:
+        """Ω = 1 everywhere: the penalty is then plain L2 to the anchor.
+
+        Args:
+            shapes: (m, n) by layer name.
+        """
+        return cls(
+            {
+                name: (torch.full((m,), float(n)), torch.full((n,), float(m)))
+                for name, (m, n) in shapes.items()
+            }
+        )
 
     @property
     def names(self) -> set[str]:

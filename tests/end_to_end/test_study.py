@@ -1,0 +1,162 @@
+"""A study, whole: every method, killed and started again, with a run that fails."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import hlora
+from hlora import cli, study
+from hlora.methods import METHODS
+from tests.tiny import questions, write_rows, write_text
+
+STUDIES = Path(__file__).parents[2] / "studies"
+
+
+@pytest.fixture
+def place(tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, tmp_path / "tiny")
+    for name in "abc":
+        write_text(tmp_path / f"{name}.txt", f"the {name} cat sat on a mat")
+    write_rows(tmp_path / "train.jsonl", questions())
+    write_rows(tmp_path / "test.jsonl", questions(8))
+    shutil.copy(STUDIES / "tiny.yaml", tmp_path / "s.yaml")
+    return tmp_path
+
+
+def edit(place, old, new):
+    path = place / "s.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def lines(place):
+    return [json.loads(x) for x in (place / "results" / "s.jsonl").read_text().splitlines()]
+
+
+def test_every_method_runs_and_shares_phase_nu(place, capsys):
+    edit(place, "seeds: [0, 1]", "seeds: [0]")
+    assert cli.main(["study", "s.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "min left]" in out
+    found = {(r["run"]["method"], r["run"]["phi"]): r for r in lines(place)}
+    assert {m for m, _ in found} == set(METHODS)
+    assert all(r["error"] is None for r in found.values())
+    for (name, phi), r in found.items():
+        assert (phi is not None) == METHODS[name].sweeps
+        assert set(r["forgetting"]) == {"a", "b", "c", "seen", "unseen"}
+        assert r["unseen"] == ["c"]
+        assert r["task"]["n"] == 8
+    # plain, rslora, fisher, fisher at θ^ν, fisher with corpus labels, factored, official, paper;
+    # and Ω = 1 beside the plain one.
+    assert len(list((place / "work" / "nu").iterdir())) == 9
+    base = found["base", None]
+    assert base["forgetting"]["seen"]["nats"] == 0
+    assert (
+        found["hlora", 0.01]["importance_bytes"] > found["hlora-factored", 0.01]["importance_bytes"]
+    )
+    assert found["lora-nu-mu", None]["settings"]["tune"]["phi"] == 0
+    penalties = [r for (m, _), r in found.items() if METHODS[m].sweeps or "paper" in m]
+    for r in penalties:
+        assert all(e["R"] > 0 for e in r["log"]), r["label"]
+
+
+def test_a_stopped_study_goes_on_and_a_half_line_is_dropped(place, capsys):
+    edit(place, "seeds: [0, 1]", "seeds: [0]")
+    spec = study.read_study(place / "s.yaml")
+    assert cli.main(["study", "s.yaml"]) == 0
+    whole = (place / "results" / "s.jsonl").read_text()
+    kept = "\n".join(whole.splitlines()[:-2]) + "\n"
+    (place / "results" / "s.jsonl").write_text(kept + whole.splitlines()[-2][:50])
+    capsys.readouterr()
+    assert cli.main(["study", "s.yaml"]) == 0
+    assert "2 runs to do" in capsys.readouterr().out
+    again = (place / "results" / "s.jsonl").read_text()
+    assert again.startswith(kept)
+    assert {r["key"] for r in lines(place)} == {study.key_of(spec, r) for r in study.runs_of(spec)}
+    first = {json.loads(x)["key"]: json.loads(x)["task"] for x in whole.splitlines()}
+    assert {r["key"]: r["task"] for r in lines(place)} == first
+
+
+def test_a_failed_run_is_noted_and_the_others_go_on(place, capsys, monkeypatch):
+    edit(place, "seeds: [0, 1]", "seeds: [0]")
+    scores = study._scores
+
+    def fails(of, task, adapter):
+        if adapter is not None and not fails.done:
+            fails.done = True
+            raise RuntimeError("the roof fell in")
+        return scores(of, task, adapter)
+
+    fails.done = False
+    monkeypatch.setattr(study, "_scores", fails)
+    assert cli.main(["study", "s.yaml"]) == 2
+    assert (
+        "1 runs failed, the first with: RuntimeError: the roof fell in" in capsys.readouterr().err
+    )
+    assert sum(r["error"] is not None for r in lines(place)) == 1
+    assert len(lines(place)) == len(study.runs_of(study.read_study(place / "s.yaml")))
+    assert cli.main(["study", "s.yaml"]) == 0 or "failed" in capsys.readouterr().err
+
+
+def test_several_at_once_find_the_same(place):
+    edit(place, "seeds: [0, 1]", "seeds: [0]")
+    text = (place / "s.yaml").read_text()
+    start, end = text.index("methods:"), text.index("seeds:")
+    (place / "s.yaml").write_text(text[:start] + "methods: [base, lora-nu-mu, l2]\n" + text[end:])
+    assert cli.main(["study", "s.yaml", "--results", "one.jsonl"]) == 0
+    shutil.rmtree(place / "work")
+    assert cli.main(["study", "s.yaml", "--results", "two.jsonl", "--jobs", "2"]) == 0
+    one, two = (
+        {r["key"]: (r["task"], r["text"]) for r in study.read_results(Path(f))}
+        for f in ("one.jsonl", "two.jsonl")
+    )
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "  - hlora-paper\n",
+            "  - hlora-papr\n",
+            r"unknown method 'hlora-papr'; did you mean hlora",
+        ),
+        ("phi:", "phy:", "unknown key 'phy'; did you mean phi"),
+        ("model: tiny\n", "", "model is missing"),
+        ("max_steps: 4, batch_size: 4, block", "max_stps: 4, block", "did you mean max_steps"),
+        ("train: train.jsonl, ", "", "must name its `train` and its `test`"),
+        ("tasks:", "tasks: [", "cannot be read"),
+    ],
+)
+def test_a_misspelt_study_is_refused_before_it_runs(place, capsys, old, new, message):
+    edit(place, old, new)
+    with pytest.raises(hlora.InputError, match=message):
+        study.read_study(place / "s.yaml")
+    assert cli.main(["study", "s.yaml"]) == 2
+    assert not (place / "work").exists()
+
+
+def test_a_dry_run_lists_the_runs(place, capsys):
+    assert cli.main(["study", "s.yaml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "HLoRA on parity, seed 1, φ 0.1" in out
+    assert not (place / "work").exists()
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda p: p.name)
+def test_every_study_in_the_repository_is_valid(path):
+    spec = study.read_study(path)
+    assert spec.unseen
+    assert study.runs_of(spec)
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"a": 1}\n{"b"\n{"c": 2}\n')
+    with pytest.raises(hlora.InputError, match=r"r\.jsonl, line 2"):
+        study.read_results(tmp_path / "r.jsonl")
+    (tmp_path / "r.jsonl").write_text('{"a": 1}\n{"b"')
+    assert study.read_results(tmp_path / "r.jsonl") == [{"a": 1}]
