@@ -160,7 +160,7 @@ def run_study(study: Study, results: Path, *, jobs: int = 1) -> list[dict[str, A
         # Those gathered at θ^ν need the plain phase ν, so they come second.
         for after in (False, True):
             which = [p for p in phases.values() if METHODS[p[0]].after_nu == after]
-            _wait(pool, [(_phase_nu, (study, *p)) for p in which])
+            _prepare(pool, [(study, *p) for p in which])
         for result in _results(pool, study, todo):
             finished += 1
             _append(results, result)
@@ -180,11 +180,15 @@ def _pool(jobs: int) -> contextlib.AbstractContextManager[ProcessPoolExecutor | 
     return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
 
 
-def _wait(pool: ProcessPoolExecutor | None, calls: list[tuple[Any, tuple[Any, ...]]]) -> None:
-    for call, args in calls if pool is None else []:
-        call(*args)
-    for future in [] if pool is None else [pool.submit(c, *a) for c, a in calls]:
-        future.result()
+def _prepare(pool: ProcessPoolExecutor | None, calls: list[tuple[Any, ...]]) -> None:
+    """Phases ν. One that fails is tried again, and its reason noted, by the runs that need it."""
+    if pool is None:
+        for args in calls:
+            with contextlib.suppress(Exception):
+                _phase_nu(*args)
+        return
+    for future in [pool.submit(_phase_nu, *args) for args in calls]:
+        future.exception()
 
 
 def _results(

@@ -102,6 +102,23 @@ def test_a_failed_run_is_noted_and_the_others_go_on(place, capsys, monkeypatch):
     assert cli.main(["study", "s.yaml"]) == 0 or "failed" in capsys.readouterr().err
 
 
+def test_a_phase_nu_that_fails_is_noted_by_the_runs_that_need_it(place, monkeypatch, capsys):
+    edit(place, "seeds: [0, 1]", "seeds: [0]")
+    record = study._record_settings
+
+    def broken(of, method, seed):
+        settings = record(of, method, seed)
+        if settings.kind == "factored":
+            settings.text = ["nowhere.txt"]
+        return settings
+
+    monkeypatch.setattr(study, "_record_settings", broken)
+    assert cli.main(["study", "s.yaml"]) == 2
+    failed = [r for r in lines(place) if r["error"]]
+    assert {r["run"]["method"] for r in failed} == {"hlora-factored"}
+    assert "There is no text at nowhere.txt" in failed[0]["error"]
+
+
 def test_several_at_once_find_the_same(place):
     edit(place, "seeds: [0, 1]", "seeds: [0]")
     text = (place / "s.yaml").read_text()
