@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 import hlora
 from hlora import store
@@ -182,6 +183,24 @@ def test_r_and_total_are_logged(nu, tmp_path):
         assert entry["penalty"] == pytest.approx(10.0 * entry["R"])
         assert entry["R"] > 0
         assert entry["penalty_grad_ratio"] > 0
+
+
+class Reporter(transformers.TrainerCallback):
+    """What W&B's and TensorBoard's callbacks do: read the logs when their turn comes."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+def test_a_reporter_behind_it_sees_r(nu, tmp_path):
+    reporter = Reporter()
+    trainer = make_trainer(lora_model(), tmp_path / "run", [reporter], rows=token_rows(seed=2))
+    trainer.callback_handler.callbacks.insert(0, hlora.Penalty(nu, phi=10.0))
+    trainer.train()
+    assert all("R" in logs for logs in reporter.seen if "loss" in logs)
 
 
 def test_the_recorder_sees_the_task_s_gradient_alone(nu, tmp_path):

@@ -127,12 +127,11 @@ def train(
         model.enable_input_require_grads()  # type: ignore[operator]
     stop = Interruptible(resume_with or "Go on with --resume.")
     try:
-        trainer = Trainer(
-            model=model, args=args, train_dataset=data, data_collator=collate,
-            callbacks=list(callbacks),
-        )  # fmt: skip
+        trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=collate)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise InputError(f"Trainer refuses these settings: {_one_line(error)}") from None
+    # First, so that the reporters (report_to) find R in the logs that they are handed.
+    trainer.callback_handler.callbacks[:0] = callbacks
     for default in list(trainer.callback_handler.callbacks):
         if type(default).__name__ == "PrinterCallback":
             trainer.remove_callback(default)

@@ -175,6 +175,28 @@ def test_training_arguments_of_the_trainer_s_own(place, capsys):
     assert "--learning-rate" in capsys.readouterr().err
 
 
+def test_reporters_are_handed_r(place, monkeypatch):
+    """--training.report_to: integrations come behind our callbacks."""
+    import transformers.trainer
+
+    from tests.test_penalty import Reporter
+
+    made = []
+
+    class Known(Reporter):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    place.record()
+    monkeypatch.setattr(
+        transformers.trainer, "get_reporting_integration_callbacks", lambda _: [Known]
+    )
+    assert place.tune() == 0
+    assert made
+    assert all("R" in logs for logs in made[0].seen if "loss" in logs)
+
+
 def test_gradient_checkpointing_and_bf16(place):
     assert place.record("--training.gradient_checkpointing=true", "--dtype", "bf16") == 0
     norms = store.load(place.folder / "nu").importance.norms()
