@@ -52,12 +52,21 @@ which trains the seeds that `{given.results}` lacks and writes this page from it
 {table}
 """
 
-ROWS = {"no penalty": "dense", "dense": "dense", "factored": "factored", "Ω = 1 (L2)": "ones"}
-"""What is compared, and the importance folder that each takes."""
+ROWS = {
+    "no penalty": ("dense", 0),
+    "dense": ("dense", 1),
+    "factored": ("factored", 1),
+    "Ω = 1 (L2)": ("ones", 1),
+    "Ω = 1 (L2), 10 φ": ("ones", 10),
+}
+"""What is compared: the importance folder that each takes, and how many times φ.
+
+Importance sits where θ moves, so at the same φ and the same mean Ω = 1 pulls far less.
+"""
 
 
-def run_seed(demo: DemoSettings, size: Size) -> list[dict[str, Any]]:
-    """All rows of one seed."""
+def run_seed(demo: DemoSettings, size: Size, names: list[str]) -> list[dict[str, Any]]:
+    """The named rows of one seed."""
     place = Path(demo.output)
     write_general(place / "data")
     write_chemistry(place / "data")
@@ -75,11 +84,12 @@ def run_seed(demo: DemoSettings, size: Size) -> list[dict[str, Any]]:
     }  # fmt: skip
     task = load_task(str(place / "data" / "chemistry.test.jsonl"), limit=size.questions)
     base = score(model, tokenizer, kinds, [], 8)["text"]
-    for name, folder in ROWS.items():
+    for name in names:
+        folder, times = ROWS[name]
         settings = replace(
             tune_settings(demo, size, "HLoRA"), importance=str(place / folder),
             output=str(place / "mu"), overwrite=True, resume=False, save_steps=0,
-            phi=0.0 if name == "no penalty" else demo.phi,
+            phi=times * demo.phi,
         )  # fmt: skip
         tune.run(settings)
         adapted = load_adapter(model, place / "mu")
@@ -133,7 +143,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     for name, of in by_row.items():
         lines.append(line(name, [[k * of[s][m] for s in seeds] for m, k in MEASURES.items()]))
-    for one, two in (("factored", "dense"), ("dense", "Ω = 1 (L2)")):
+    for one, two in (("factored", "dense"), ("dense", "Ω = 1 (L2), 10 φ")):
         a, b = by_row[one], by_row[two]
         differences = [[k * (a[s][m] - b[s][m]) for s in seeds] for m, k in MEASURES.items()]
         lines.append(line(f"{one} − {two}", differences))
@@ -169,12 +179,14 @@ def main() -> None:
         [json.loads(x) for x in results.read_text("utf-8").splitlines()] if results.exists() else []
     )
     for seed in given.seeds:
-        if any(r["seed"] == seed for r in rows):
+        have = {r["row"] for r in rows if r["seed"] == seed}
+        if have == set(ROWS):
             continue
         demo = DemoSettings(
             output=f"{given.work}/{seed}", seed=seed, phi=given.phi, model=given.model
         )
-        new = run_seed(demo, QUICK if given.quick else FULL)
+        missing = [name for name in ROWS if name not in have]
+        new = run_seed(demo, QUICK if given.quick else FULL, missing)
         with results.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in new)
         rows += new
