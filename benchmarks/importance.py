@@ -56,13 +56,13 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
         optimizer = bench.optimizer()
         recorder = hlora.Record(Path("runs") / "unused", kind=kind)
         recorder.start(bench.model, optimizer)
-        bench.step(optimizer)
-        each = bench.seconds(lambda o=optimizer: bench.step(o), timed)  # type: ignore[misc]
+        added = bench.seconds(bench.addition(optimizer), timed)
+        bench.model.zero_grad()
         peak = bench.peak(lambda o=optimizer: bench.step(o))  # type: ignore[misc]
         disk = importance_bytes(bench.pairs, kind)
         of = f"{timed} of {steps} steps"
-        row(f"HLoRA {kind}, phase ν whole", steps * each, peak, disk, of)
-        row(f"HLoRA {kind}, added by recording", steps * max(each - alone, 0), peak, disk, of)
+        row(f"HLoRA {kind}, phase ν whole", steps * (alone + added), peak, disk, of)
+        row(f"HLoRA {kind}, added by recording", steps * added, peak, disk, of)
     blocks = torch.randint(0, bench.model.config.vocab_size, (timed * 4, tokens))
 
     def lean() -> None:
@@ -99,10 +99,11 @@ def main() -> None:
     everywhere = list(SHAPES) if torch.cuda.is_available() else ["tiny", "smollm2"]
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=everywhere)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of phase ν")
-    parser.add_argument("--batch", type=int, default=20)
+    usual = 20 if torch.cuda.is_available() else 4
+    parser.add_argument("--batch", type=int, default=usual)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--timed", type=int, default=5)
-    parser.add_argument("--json", default="benchmarks/importance.json")
+    parser.add_argument("--timed", type=int, default=3)
+    parser.add_argument("--json", default="results/cost-importance.json")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for shape in given.shapes:

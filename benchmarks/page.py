@@ -14,8 +14,11 @@ from hlora.files import size, write_whole
 
 INTRO = """# What it costs
 
-Made by `make bench` on {device} (torch {torch}, Python {python}, hlora {hlora}). Milliseconds are
-medians. A row's peer is the plain LoRA step, and the same addition in plain torch, of the same run.
+Made by `make bench` on {device} (torch {torch}, Python {python}, hlora {hlora}).
+Milliseconds are medians. A row's peers are the plain LoRA step, and the same addition in plain torch,
+of the same run. "Kept" is what stays in memory. The penalty in plain torch keeps θ^ν as a dense
+matrix beside Ω; ours keeps its thin factors, and multiplies 2r columns for it where the other
+multiplies r: at a high rank on a CPU it can be the slower of the two.
 
 ## Added to a LoRA step
 """
@@ -101,8 +104,8 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--step", default="benchmarks/step.json")
-    parser.add_argument("--importance", default="benchmarks/importance.json")
+    parser.add_argument("--step", default="results/cost-step.json")
+    parser.add_argument("--importance", default="results/cost-importance.json")
     parser.add_argument("--output", default="docs/cost.md")
     given = parser.parse_args()
     step, importance = (

@@ -74,6 +74,19 @@ class Bench:
             times.append(time.perf_counter() - began)
         return statistics.median(times)
 
+    def addition(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        """What an attached callback adds to a step, to be run alone after a real backward pass."""
+        self.step(optimizer)
+        self.backward()
+        hooks = watchers(optimizer)
+
+        def added() -> None:
+            for hook in (*hooks.observe, *hooks.add, *hooks.after):
+                hook(optimizer)
+
+        added()
+        return added
+
     def peak(self, run: Callable[[], None]) -> int | None:
         """Bytes on the GPU above those held before."""
         if self.device.type != "cuda":
@@ -103,15 +116,7 @@ def measure(
         for name, start in _additions(bench, folder):
             optimizer = bench.optimizer()
             kept = start(optimizer)
-            bench.step(optimizer)
-            bench.backward()
-            hooks = watchers(optimizer)
-
-            def added(hooks: Any = hooks, optimizer: Any = optimizer) -> None:
-                for hook in (*hooks.observe, *hooks.add, *hooks.after):
-                    hook(optimizer)
-
-            added()
+            added = bench.addition(optimizer)
             alone = bench.seconds(added, repeats)
             bench.model.zero_grad()
             whole = peak = None
@@ -134,7 +139,7 @@ def measure(
                 f"{1e3 * step:9.1f} ms + {1e3 * alone:7.2f} ms ({100 * alone / step:5.2f} %)",
                 flush=True,
             )
-            del optimizer, hooks, added
+            del optimizer, added
             gc.collect()
     return rows
 
@@ -230,8 +235,8 @@ def main() -> None:
     parser.add_argument(
         "--growth", choices=list(SHAPES), help="also more targets, ranks and batches of this shape"
     )
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", default="benchmarks/step.json")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", default="results/cost-step.json")
     given = parser.parse_args()
     cases = list(itertools.product(given.shapes, given.targets, given.ranks, given.batches))
     if given.growth:
