@@ -15,9 +15,9 @@ from hlora.files import size, write_whole
 INTRO = """# What it costs
 
 Made by `make bench` on {device} (torch {torch}, Python {python}, hlora {hlora}).
-Milliseconds are medians. A row's peers are the plain LoRA step, and the same addition in plain torch,
-of the same run. "Kept" is what stays in memory. The penalty in plain torch keeps θ^ν as a dense
-matrix beside Ω; ours keeps its thin factors, and multiplies 2r columns for it where the other
+Milliseconds are medians. A row's peers are the plain LoRA step, and the same addition in plain
+torch, of the same run. "Kept" is what stays in memory. The penalty in plain torch keeps θ^ν as a
+dense matrix beside Ω; ours keeps its thin factors, and multiplies 2r columns for it where the other
 multiplies r: at a high rank on a CPU it can be the slower of the two.
 
 ## Added to a LoRA step
@@ -81,19 +81,20 @@ def plot(step: dict[str, Any], path: Path) -> None:
     from hlora.figures import STYLES, load_pyplot, save_figure
 
     figure, axes = load_pyplot().subplots(figsize=(5.6, 3.2), layout="constrained")
-    names = list(dict.fromkeys(r["addition"] for r in step["rows"]))
-    recorded = (r for r in step["rows"] if r["addition"] == "record, dense")
+    first = step["rows"][0]
+    rows = [r for r in step["rows"] if all(r[k] == first[k] for k in ("rank", "batch", "tokens"))]
+    names = list(dict.fromkeys(r["addition"] for r in rows))
+    recorded = (r for r in rows if r["addition"] == "record, dense")
     dense = {_key(r): r["kept_bytes"] / 4 for r in recorded}
     for i, name in enumerate(names):
-        points = sorted(
-            (dense[_key(r)], r["added_ms"]) for r in step["rows"] if r["addition"] == name
-        )
+        of = [r for r in rows if r["addition"] == name]
+        points = sorted((dense[_key(r)], r["added_ms"]) for r in of)
         axes.loglog(
             [x for x, _ in points], [y for _, y in points], linestyle=STYLES[i % len(STYLES)],
             marker="osv^D*Px"[i % 8], markersize=4, label=name,
         )  # fmt: skip
     axes.set_xlabel("elements of the target matrices")
-    axes.set_ylabel("added to a step (ms)")
+    axes.set_ylabel(f"added to a step (ms), r {first['rank']}")
     axes.legend(frameon=False, fontsize=7)
     save_figure(figure, path)
 
