@@ -148,19 +148,13 @@ def run_study(study: Study, results: Path, *, jobs: int = 1) -> list[dict[str, A
     _drop_half_line(results)
     done = {r["key"] for r in read_results(results) if not r.get("error")}
     todo = [r for r in runs_of(study) if key_of(study, r) not in done]
-    phases = {
-        _nu_folder(study, r.method, r.seed): (r.method, r.seed)
-        for r in todo
-        if METHODS[r.method].record is not None
-    }
+    stages = _stages(study, todo)
     began, finished = time.monotonic(), 0
     total = len(todo)
-    print(f"{total} runs to do, {len(done)} done; {len(phases)} phases ν.", flush=True)
+    print(f"{total} runs to do, {len(done)} done; {len(stages[1])} phases ν.", flush=True)
     with _pool(jobs) as pool:
-        # Those gathered at θ^ν need the plain phase ν, so they come second.
-        for after in (False, True):
-            which = [p for p in phases.values() if METHODS[p[0]].after_nu == after]
-            _prepare(pool, [(study, *p) for p in which])
+        for stage in stages:
+            _prepare(pool, stage)
         for result in _results(pool, study, todo):
             finished += 1
             _append(results, result)
@@ -180,14 +174,29 @@ def _pool(jobs: int) -> contextlib.AbstractContextManager[ProcessPoolExecutor | 
     return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
 
 
+def _stages(study: Study, todo: list[Run]) -> list[list[tuple[Any, ...]]]:
+    """What runs share, as calls: each stage needs the one before, and no call is made twice."""
+    base = [(_base_scores, study, task) for task in dict.fromkeys(r.task for r in todo)]
+    phases: list[dict[Any, tuple[Any, ...]]] = [{}, {}, {}]
+    for run in todo:
+        of = METHODS[run.method]
+        if of.record is None:
+            continue
+        # Those at θ^ν need the plain phase ν; Ω = 1 is made from a finished one.
+        stage = 2 if of.ones else 1 if of.after_nu else 0
+        folder = _nu_folder(study, run.method, run.seed)
+        phases[stage].setdefault(folder, (_phase_nu, study, run.method, run.seed))
+    return [base, *(list(of.values()) for of in phases)]
+
+
 def _prepare(pool: ProcessPoolExecutor | None, calls: list[tuple[Any, ...]]) -> None:
-    """Phases ν. One that fails is tried again, and its reason noted, by the runs that need it."""
+    """One that fails is tried again, and its reason noted, by the runs that need it."""
     if pool is None:
-        for args in calls:
+        for call, *args in calls:
             with contextlib.suppress(Exception):
-                _phase_nu(*args)
+                call(*args)
         return
-    for future in [pool.submit(_phase_nu, *args) for args in calls]:
+    for future in [pool.submit(call, *args) for call, *args in calls]:
         future.exception()
 
 
