@@ -123,7 +123,9 @@ def test_several_at_once_find_the_same(place):
     edit(place, "seeds: [0, 1]", "seeds: [0]")
     text = (place / "s.yaml").read_text()
     start, end = text.index("methods:"), text.index("seeds:")
-    (place / "s.yaml").write_text(text[:start] + "methods: [base, lora-nu-mu, l2, ewc-nu]\n" + text[end:])
+    (place / "s.yaml").write_text(
+        text[:start] + "methods: [base, lora-nu-mu, l2, ewc-nu]\n" + text[end:]
+    )
     assert cli.main(["study", "s.yaml", "--results", "one.jsonl"]) == 0
     shutil.rmtree(place / "work")
     assert cli.main(["study", "s.yaml", "--results", "two.jsonl", "--jobs", "2"]) == 0

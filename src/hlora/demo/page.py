@@ -70,7 +70,8 @@ def verdict(results: dict[str, Any]) -> str:
     return (
         f"With the penalty (HLoRA) the model forgot {', and '.join(parts)}, compared with the same "
         f"training without it (LoRA(ν+μ)). Accuracy on chemistry: {100 * ours['acc']:.1f} % and "
-        f"{100 * plain['acc']:.1f} %, ± {100 * ours['acc_se']:.1f}."
+        f"{100 * plain['acc']:.1f} %, ± {100 * ours['acc_se']:.1f}; NLL of the right answer: "
+        f"{ours['nll']:.2f} and {plain['nll']:.2f}."
     )
 
 
