@@ -28,12 +28,11 @@ from hlora.commands.eval import Scores, score
 from hlora.config import ConvertSettings, DemoSettings, RecordSettings
 from hlora.demo.chemistry import write_chemistry
 from hlora.demo.general import SEEN, UNSEEN, write_general
-from hlora.demo.story import FULL, QUICK, Size, record_settings, tune_settings
+from hlora.demo.story import FULL, QUICK, Size, held_out, record_settings, tune_settings
 from hlora.evaluate import pooled_forgetting
 from hlora.files import write_whole
 from hlora.models import load, load_adapter, pick_device
 from hlora.progress import quiet_libraries
-from hlora.tasks import load_task
 from hlora.text import Blocks, Source, blocks, mix
 from hlora.training import seed_everything, train
 
@@ -75,14 +74,7 @@ def run_seed(demo: DemoSettings, size: Size, names: list[str]) -> list[dict[str,
         _record(place, nu)
     rows = []
     model, tokenizer = load(nu.model, dtype=nu.dtype, device=pick_device(nu.device))
-    kinds = {
-        kind: blocks(
-            Source.parse(str(place / "data" / f"{kind}.test.txt")), tokenizer, nu.block_size,
-            size.text_rows,
-        )
-        for kind in (*SEEN, UNSEEN)
-    }  # fmt: skip
-    task = load_task(str(place / "data" / "chemistry.test.jsonl"), limit=size.questions)
+    kinds, task = held_out(place / "data", tokenizer, nu.block_size, size)
     base = score(model, tokenizer, kinds, [], 8)["text"]
     for name in names:
         folder, times = ROWS[name]

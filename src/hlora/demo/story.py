@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hlora import __version__
 from hlora.commands import record, tune
@@ -22,7 +23,7 @@ from hlora.evaluate import pooled_forgetting
 from hlora.models import load, load_adapter, pick_device, pick_dtype
 from hlora.options import command_line
 from hlora.store import MARKER, TENSORS, read_info
-from hlora.tasks import load_task
+from hlora.tasks import Task, load_task
 from hlora.text import Source, blocks
 
 BASE, NU, PLAIN, HLORA = "base", "after ν", "LoRA(ν+μ)", "HLoRA"
@@ -125,20 +126,26 @@ def _phase(run: Callable[[Any], None], settings: TrainSettings, marker: str) -> 
     print(f"{settings.output} is done already.")
 
 
+def held_out(
+    data: Path, tokenizer: Any, block_size: int, size: Size
+) -> tuple[dict[str, Tensor], Task]:
+    """Blocks of each kind of text, and the chemistry questions, that no training reads."""
+    kinds = {
+        kind: blocks(
+            Source.parse(str(data / f"{kind}.test.txt")), tokenizer, block_size, size.text_rows
+        )
+        for kind in (*SEEN, UNSEEN)
+    }
+    return kinds, load_task(str(data / "chemistry.test.jsonl"), limit=size.questions)
+
+
 def _scores(
     settings: DemoSettings, size: Size, nu: RecordSettings
 ) -> tuple[dict[str, Scores], list[dict[str, Any]]]:
     """Scores by model, and what each model answered to the first questions."""
     output, device = Path(settings.output), pick_device(settings.device)
     model, tokenizer = load(nu.model, dtype=nu.dtype, device=device)
-    kinds = {
-        kind: blocks(
-            Source.parse(str(output / "data" / f"{kind}.test.txt")), tokenizer, nu.block_size,
-            size.text_rows,
-        )
-        for kind in (*SEEN, UNSEEN)
-    }  # fmt: skip
-    task = load_task(str(output / "data" / "chemistry.test.jsonl"), limit=size.questions)
+    kinds, task = held_out(output / "data", tokenizer, nu.block_size, size)
     scores = {BASE: score(model, tokenizer, kinds, [task], 8)}
     for name, folder in {NU: "nu", **FOLDERS}.items():
         adapted = load_adapter(model, output / folder)
