@@ -91,7 +91,7 @@ def save(
 def write(aside: Path, importance: Importance, info: dict[str, Any]) -> dict[str, Any]:
     """Write the importance and its `importance.json` beside an adapter; returns the latter."""
     tensors = {n: t.detach().cpu().contiguous() for n, t in importance.tensors().items()}
-    save_file(tensors, aside / TENSORS, metadata={"format": "pt", "kind": importance.kind})
+    save_file(tensors, aside / TENSORS, metadata={"format": "pt"})
     info = {
         **info,
         "kind": importance.kind,
