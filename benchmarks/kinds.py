@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import hlora
 from benchmarks.step import machine
 from hlora import store
@@ -33,7 +31,7 @@ from hlora.evaluate import pooled_forgetting
 from hlora.files import write_whole
 from hlora.models import load, load_adapter, pick_device
 from hlora.progress import quiet_libraries
-from hlora.text import Blocks, Source, blocks, mix
+from hlora.text import Blocks, Source, blocks, mix, stack
 from hlora.training import seed_everything, train
 
 PAGE = """# Dense importance, factored importance, and none
@@ -102,7 +100,7 @@ def _record(place: Path, nu: RecordSettings) -> None:
     settings = replace(nu, output=str(place / "run"), resume=False, save_steps=0)
     train(
         settings, new_adapter(model, nu), Blocks(mix(text, None, None)), recorders, what="ν",
-        collate=lambda rows: {k: torch.stack([r[k] for r in rows]) for k in rows[0]},
+        collate=stack,
     )  # fmt: skip
     nu_folder, ones = str(place / "factored"), str(place / "ones")
     convert.run(ConvertSettings(folder=nu_folder, to="ones", output=ones))

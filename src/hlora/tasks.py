@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hlora.errors import InputError
 from hlora.formats import FORMATS, Format
-from hlora.text import _parquet, load_hub, read_jsonl
+from hlora.text import load_hub, read_jsonl, read_parquet
 
 _JINJA = jinja2.sandbox.SandboxedEnvironment(
     undefined=jinja2.StrictUndefined, keep_trailing_newline=True
@@ -69,7 +69,7 @@ def load_task(
     if path.is_dir():
         raise InputError(f"{where} is a folder: name the file with the task's rows.")
     if path.is_file():
-        rows = _parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
+        rows = read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
         name = path.name.split(".")[0]
     elif where in FORMATS and FORMATS[where].hub:
         given = given or FORMATS[where]

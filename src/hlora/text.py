@@ -153,6 +153,11 @@ class Blocks(torch.utils.data.Dataset):
         return {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
 
 
+def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Collates rows of `Blocks`, which have one length."""
+    return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+
+
 def _pieces(document: str) -> Iterator[str]:
     """Cut at a line break near each PIECE characters."""
     start = 0
@@ -166,7 +171,7 @@ def _pieces(document: str) -> Iterator[str]:
 
 def _from_file(path: Path, column: str | None) -> Iterator[str]:
     if path.suffix == ".parquet":
-        rows: Iterator[dict[str, Any]] = _parquet(path)
+        rows: Iterator[dict[str, Any]] = read_parquet(path)
     elif path.suffix in (".jsonl", ".json"):
         rows = read_jsonl(path)
     else:
@@ -200,7 +205,12 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}).") from None
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .parquet file.
+
+    Raises:
+        InputError: it cannot be read, or pyarrow is not installed.
+    """
     try:
         import pyarrow.parquet as parquet
     except ImportError:

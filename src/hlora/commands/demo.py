@@ -13,7 +13,7 @@ from hlora.config import DemoSettings
 from hlora.demo.page import forgetting_figure, note, results_table, verdict, write_page
 from hlora.demo.story import run_story
 from hlora.errors import InputError
-from hlora.figures import save_figure
+from hlora.figures import load_pyplot, save_figure
 from hlora.files import check_space, write_json
 from hlora.progress import quiet_libraries
 
@@ -26,6 +26,7 @@ NEEDED = 300 << 20
 def run(settings: DemoSettings) -> None:
     """Train, score, print the table, write the page."""
     quiet_libraries()
+    load_pyplot()  # missing, it should be missed now and not after the training
     output = Path(settings.output)
     _make_room(output, settings.overwrite)
     check_space(output, NEEDED)

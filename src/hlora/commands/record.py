@@ -21,7 +21,7 @@ from hlora.pairs import Pair, find_pairs
 from hlora.plan import describe, importance_bytes
 from hlora.progress import bar, quiet_libraries
 from hlora.record import STATE, Record, describe_summary, summarize_norms
-from hlora.text import Blocks, Source, blocks, mix
+from hlora.text import Blocks, Source, blocks, mix, stack
 from hlora.training import arguments, check_unfinished, clean_up, seed_everything, train
 
 HUB_BLOCKS = 4000
@@ -78,7 +78,7 @@ def run(settings: RecordSettings) -> None:
         recorder.notes = notes
         train(
             settings, model, Blocks(rows), [recorder], what="record (ν)", state=STATE,
-            collate=_stack, resume_with=f"Go on with: hlora record ... --output {output} --resume",
+            collate=stack, resume_with=f"Go on with: hlora record ... --output {output} --resume",
         )  # fmt: skip
         clean_up(settings)
         summary = recorder.summary
@@ -119,7 +119,3 @@ def _gather_fisher(
     }  # fmt: skip
     store.save(Path(settings.output), model, pairs, importance, notes)
     return summary
-
-
-def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
