@@ -20,10 +20,10 @@ import hlora
 from benchmarks.shapes import SHAPES, lora_model
 from benchmarks.step import Bench, machine
 from hlora.files import size, write_json
-from hlora.importance import fisher
+from hlora.importance import fisher, fisher_original
+from hlora.importance.fisher_original import SEQUENCES
 from hlora.plan import importance_bytes
 
-ORIGINAL_SEQUENCES = 20_000
 LEAN_SEQUENCES = 200
 
 
@@ -76,22 +76,19 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
 
 
 def _original(shape: str, blocks: torch.Tensor, row: Any) -> None:
-    from benchmarks.peers import original_fisher
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = lora_model(shape, "q,v", 8, device).unload()  # type: ignore[operator]
+    model = lora_model(shape, "q,v", 8, device)
     blocks = blocks.to(device)
-    original_fisher(model, blocks[:1])
+    fisher_original.gather(model, blocks[:1])
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    found = original_fisher(model, blocks)
+    _, disk = fisher_original.gather(model, blocks)
     each = (time.perf_counter() - began) / len(blocks)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    row("EWC-LoRA, as published", ORIGINAL_SEQUENCES * each, peak,
-        sum(4 * t.numel() for t in found.values()),
-        f"{len(blocks)} of {ORIGINAL_SEQUENCES} sequences")  # fmt: skip
+    row("EWC-LoRA, as published", SEQUENCES * each, peak, disk,
+        f"{len(blocks)} of {SEQUENCES} sequences")  # fmt: skip
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ Each multiplies the thin matrices out, pair by pair; the penalty goes through au
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from hlora.pairs import Pair
 from hlora.steps import watchers
@@ -57,20 +56,3 @@ class PlainPenalty:
                 for p, O, anchor in zip(self.pairs, self.Omega, self.anchor, strict=True)
             )
             (self.phi * R).backward()
-
-
-def original_fisher(model: nn.Module, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Fisher information as EWC-LoRA published it (Xiang et al. 2023).
-
-    All parameters, one sequence at a time, the corpus' tokens as labels, and every gradient copied
-    to the CPU, where the squares are added up.
-    """
-    model.requires_grad_(True)
-    sums = {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
-    for row in blocks:
-        model.zero_grad()
-        model(input_ids=row[None], labels=row[None]).loss.backward()
-        for name, p in model.named_parameters():
-            if p.grad is not None:
-                sums[name] += p.grad.detach().to("cpu", torch.float32).square_()
-    return {n: s / len(blocks) for n, s in sums.items()}

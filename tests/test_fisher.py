@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import hlora
 from hlora import cli, ops, store
-from hlora.importance import fisher
+from hlora.importance import fisher, fisher_original
 from hlora.ops import reference as tiled
 from hlora.pairs import find_pairs
 from tests.conftest import lora_model, make_trainer, perturb
@@ -42,6 +42,23 @@ def test_it_is_the_mean_squared_gradient_of_the_base_weights(architecture):
     for name, F_i in found.tensors().items():
         torch.testing.assert_close(F_i.double(), expected[name], rtol=1e-4, atol=1e-10)
         assert F_i.max() > 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gptj", "gpt2"])
+def test_the_original_finds_the_same_at_another_scale(architecture):
+    model = lora_model(architecture)
+    model.train()
+    rows = torch.randint(3, 60, (5, 9))
+    lean = fisher.gather(model, rows, labels="corpus").tensors()
+    theirs, size = fisher_original.gather(model, rows)
+    for name, F_i in theirs.tensors().items():
+        # It squares gradients of the mean over tokens, ours are of the sum.
+        torch.testing.assert_close(F_i * 8**2, lean[name], rtol=1e-4, atol=1e-10)
+    base = [p for n, p in model.named_parameters() if "lora_" not in n]
+    assert size == 4 * sum(p.numel() for p in base)
+    assert model.training
+    assert not any(p.requires_grad for p in base)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_sampled_labels_depend_on_the_seed_alone():

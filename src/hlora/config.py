@@ -89,7 +89,7 @@ class RecordSettings(TrainSettings):
 
     text: list[str] = setting(
         "general text: .txt, .jsonl or .parquet files, folders, hub names (owner/name[:config]"
-        "[@split]); NAME=WHERE names a kind",
+        "[@split][#column]), python-docs, python-docstrings, python-code; NAME=WHERE names a kind",
         [], required=True, metavar="TEXT",
     )  # fmt: skip
     text_column: str | None = setting("column that holds the text; found if there is one", None)
@@ -119,11 +119,16 @@ class RecordSettings(TrainSettings):
         choices=("default", "paper", "official"), more=True,
     )  # fmt: skip
     fisher_sequences: int = setting(
-        "rows of text that the Fisher information is taken from", 200, more=True, least=1
-    )
-    fisher_labels: str = setting(
-        "labels sampled from the model, or the corpus' own tokens", "model",
+        "rows of text for the Fisher information; 0 for 200, or EWC-LoRA's 20,000 if original", 0,
+        more=True, least=0,
+    )  # fmt: skip
+    fisher_labels: str | None = setting(
+        "labels sampled from the model (as lean does), or the corpus' own (as original does)", None,
         choices=("model", "corpus"), more=True,
+    )  # fmt: skip
+    fisher_method: str = setting(
+        "lean: target matrices, whole batches; original: as EWC-LoRA published it, for its cost",
+        "lean", choices=("lean", "original"), more=True,
     )  # fmt: skip
     estimator: str | None = setting(
         "gradient of θ: equivalent (Eq. 11) or projected (Σω is the loss drop)", None,

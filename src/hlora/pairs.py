@@ -236,6 +236,26 @@ def lora_layers(model: nn.Module, pairs: Iterable[Pair]) -> dict[str, nn.Module]
     return {p.name: model.get_submodule(f"base_model.model.{p.name}") for p in pairs}
 
 
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters of the base model by name, without any adapter's.
+
+    Raises:
+        UnsupportedModelError: quantized weights, which have no gradient.
+    """
+    found = {n: p for n, p in unwrap(model).named_parameters() if "lora_" not in n}
+    for name, p in found.items():
+        if not p.is_floating_point():
+            raise UnsupportedModelError(
+                f"{name} is quantized and has no gradient: load the model in bf16 or fp32."
+            )
+    return found
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer keeps its base weight as (n, m): Conv1D does."""
+    return bool(getattr(layer, "fan_in_fan_out", False))
+
+
 def _check_factors(name: str, A: Tensor, B: Tensor) -> None:
     if type(A).__name__ == "DTensor" or A.ndim == 1 or B.ndim == 1:
         raise UnsupportedModelError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hlora import pythontext
 from hlora.errors import InputError
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
@@ -27,8 +28,10 @@ class Source:
 
     Attributes:
         name: what tables call it.
-        where: a file, a folder, or `owner/name[:config][@split]` on the hub.
-        column: the column with the text; None finds it.
+        where: a file, a folder, `python-docs`, `python-docstrings` or `python-code` with
+            `@train` or `@test` (see `hlora.pythontext`), or `owner/name[:config][@split]` on the
+            hub.
+        column: the column with the text, or several as `a+b`; None finds it.
         hub: load with `datasets.load_dataset`.
     """
 
@@ -39,7 +42,7 @@ class Source:
 
     @classmethod
     def parse(cls, spec: str, column: str | None = None) -> Source:
-        """From `[NAME=]WHERE`; `hub:` before WHERE forces the hub's loader.
+        """From `[NAME=]WHERE[#COLUMN]`; `hub:` before WHERE forces the hub's loader.
 
         Raises:
             InputError: neither a path nor a possible hub name.
@@ -49,7 +52,12 @@ class Source:
             name, where = "", spec
         forced = where.startswith("hub:")
         where = where.removeprefix("hub:")
+        if "#" in where and not Path(where).exists():
+            where, _, column = where.rpartition("#")
         path = Path(where)
+        if not forced and not path.exists() and pythontext.is_name(where):
+            _built_in(where)
+            return cls(name or where.partition("@")[0], where, column)
         hub = forced or not path.exists()
         if hub and not forced and (path.suffix in SUFFIXES or not _HUB_NAME.match(where)):
             raise InputError(f"There is no text at {where}.")
@@ -64,6 +72,8 @@ class Source:
         if self.hub:
             return _from_hub(self)
         path = Path(self.where)
+        if not path.exists() and pythontext.is_name(self.where):
+            return iter([pythontext.python_text(*_built_in(self.where))])
         if not path.is_dir():
             return _from_file(path, self.column)
         files = [p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
@@ -158,6 +168,16 @@ def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
 
+def _built_in(where: str) -> tuple[str, str]:
+    """Kind and split of `python-KIND[@SPLIT]`."""
+    name, _, split = where.partition("@")
+    kind, split = name.removeprefix(pythontext.PREFIX), split or "train"
+    if kind not in pythontext.KINDS or split not in pythontext.SPLITS:
+        known = ", ".join(pythontext.PREFIX + k for k in pythontext.KINDS)
+        raise InputError(f"There is no text at {where}; built in are {known}, @train or @test.")
+    return kind, split
+
+
 def _pieces(document: str) -> Iterator[str]:
     """Cut at a line break near each PIECE characters."""
     start = 0
@@ -233,11 +253,12 @@ def _column(rows: Iterator[dict[str, Any]], column: str | None, where: str) -> I
                     f"{where} has the columns {', '.join(row)}: name the one with the text with "
                     "--text-column."
                 )
-        if not isinstance(row.get(column), str):
+        parts = [row.get(c) for c in column.split("+")]
+        if not all(isinstance(p, str) for p in parts):
             raise InputError(
                 f"{where} has no text column {column!r}; its columns are {', '.join(row)}."
             )
-        yield row[column]
+        yield "\n".join(p for p in parts if isinstance(p, str))
 
 
 def _from_hub(source: Source) -> Iterator[str]:

@@ -9,6 +9,7 @@ import pytest
 import hlora
 from hlora import cli, study
 from hlora.methods import METHODS
+from hlora.study import measure, spec
 from tests.tiny import questions, write_rows, write_text
 
 STUDIES = Path(__file__).parents[2] / "studies"
@@ -50,9 +51,14 @@ def test_every_method_runs_and_shares_phase_nu(place, capsys):
         assert set(r["forgetting"]) == {"a", "b", "c", "seen", "unseen"}
         assert r["unseen"] == ["c"]
         assert r["task"]["n"] == 8
-    # plain, rslora, fisher, fisher at θ^ν, fisher with corpus labels, factored, official, paper;
+    # plain, rslora, fisher, as published, at θ^ν, with corpus labels, factored, official, paper;
     # and Ω = 1 beside the plain one.
-    assert len(list((place / "work" / "nu").iterdir())) == 9
+    assert len(list((place / "work" / "nu").iterdir())) == 10
+    for r in found.values():
+        assert r["versions"]["torch"]
+        assert r["study"]["model"] == "tiny"
+    original = found["ewc-original", 0.01]["recorded"]
+    assert original["all_parameters_bytes"] > found["ewc", 0.01]["importance_bytes"]
     base = found["base", None]
     assert base["forgetting"]["seen"]["nats"] == 0
     assert (
@@ -66,7 +72,7 @@ def test_every_method_runs_and_shares_phase_nu(place, capsys):
 
 def test_a_stopped_study_goes_on_and_a_half_line_is_dropped(place, capsys):
     edit(place, "seeds: [0, 1]", "seeds: [0]")
-    spec = study.read_study(place / "s.yaml")
+    grid = study.read_study(place / "s.yaml")
     assert cli.main(["study", "s.yaml"]) == 0
     whole = (place / "results" / "s.jsonl").read_text()
     kept = "\n".join(whole.splitlines()[:-2]) + "\n"
@@ -76,14 +82,14 @@ def test_a_stopped_study_goes_on_and_a_half_line_is_dropped(place, capsys):
     assert "2 runs to do" in capsys.readouterr().out
     again = (place / "results" / "s.jsonl").read_text()
     assert again.startswith(kept)
-    assert {r["key"] for r in lines(place)} == {study.key_of(spec, r) for r in study.runs_of(spec)}
+    assert {r["key"] for r in lines(place)} == {study.key_of(grid, r) for r in study.runs_of(grid)}
     first = {json.loads(x)["key"]: json.loads(x)["task"] for x in whole.splitlines()}
     assert {r["key"]: r["task"] for r in lines(place)} == first
 
 
 def test_a_failed_run_is_noted_and_the_others_go_on(place, capsys, monkeypatch):
     edit(place, "seeds: [0, 1]", "seeds: [0]")
-    scores = study._scores
+    scores = measure._scores
 
     def fails(of, task, adapter):
         if adapter is not None and not fails.done:
@@ -92,7 +98,7 @@ def test_a_failed_run_is_noted_and_the_others_go_on(place, capsys, monkeypatch):
         return scores(of, task, adapter)
 
     fails.done = False
-    monkeypatch.setattr(study, "_scores", fails)
+    monkeypatch.setattr(measure, "_scores", fails)
     assert cli.main(["study", "s.yaml"]) == 2
     assert (
         "1 runs failed, the first with: RuntimeError: the roof fell in" in capsys.readouterr().err
@@ -104,7 +110,7 @@ def test_a_failed_run_is_noted_and_the_others_go_on(place, capsys, monkeypatch):
 
 def test_a_phase_nu_that_fails_is_noted_by_the_runs_that_need_it(place, monkeypatch, capsys):
     edit(place, "seeds: [0, 1]", "seeds: [0]")
-    record = study._record_settings
+    record = spec.record_settings
 
     def broken(of, method, seed):
         settings = record(of, method, seed)
@@ -112,7 +118,7 @@ def test_a_phase_nu_that_fails_is_noted_by_the_runs_that_need_it(place, monkeypa
             settings.text = ["nowhere.txt"]
         return settings
 
-    monkeypatch.setattr(study, "_record_settings", broken)
+    monkeypatch.setattr(measure, "record_settings", broken)
     assert cli.main(["study", "s.yaml"]) == 2
     failed = [r for r in lines(place) if r["error"]]
     assert {r["run"]["method"] for r in failed} == {"hlora-factored"}
@@ -168,9 +174,9 @@ def test_a_dry_run_lists_the_runs(place, capsys):
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda p: p.name)
 def test_every_study_in_the_repository_is_valid(path):
-    spec = study.read_study(path)
-    assert spec.unseen
-    assert study.runs_of(spec)
+    grid = study.read_study(path)
+    assert grid.unseen
+    assert study.runs_of(grid)
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):

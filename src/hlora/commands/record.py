@@ -15,7 +15,7 @@ from hlora.adapters import new_adapter
 from hlora.config import RecordSettings
 from hlora.errors import InputError
 from hlora.files import check_space, refuse_result, size
-from hlora.importance import fisher
+from hlora.importance import fisher, fisher_original
 from hlora.models import load, load_adapter, pick_device, pick_dtype
 from hlora.pairs import Pair, find_pairs
 from hlora.plan import describe, importance_bytes
@@ -26,6 +26,8 @@ from hlora.training import arguments, check_unfinished, clean_up, seed_everythin
 
 HUB_BLOCKS = 4000
 """Rows taken of a hub data set, which may be endless, unless --text-blocks says otherwise."""
+LEAN = 200
+"""Sequences that a lean Fisher takes."""
 
 
 def run(settings: RecordSettings) -> None:
@@ -38,6 +40,10 @@ def run(settings: RecordSettings) -> None:
     if len({s.name for s in sources}) < len(sources):
         raise InputError(
             "Two kinds of text have the same name: name them with --text NAME=WHERE ..."
+        )
+    if settings.fisher_method == "original" and settings.fisher_labels == "model":
+        raise InputError(
+            "--fisher-method original takes the corpus' labels: leave out --fisher-labels."
         )
     refuse_result(output, settings.overwrite)
     check_unfinished(settings)
@@ -99,22 +105,31 @@ def _gather_fisher(
     settings: RecordSettings, model: nn.Module, pairs: list[Pair], rows: torch.Tensor,
     notes: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """EWC's importance: no training, a few hundred sequences forward and backward."""
+    """EWC's importance: no training, sequences forward and backward."""
+    original = settings.fisher_method == "original"
+    wanted = settings.fisher_sequences or (fisher_original.SEQUENCES if original else LEAN)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))
-    rows = rows[order[: settings.fisher_sequences]]
+    rows = rows[order[:wanted]]
+    labels = settings.fisher_labels or ("corpus" if original else "model")
+    extra: dict[str, Any] = {}
     began = time.monotonic()
     with bar("Fisher information", len(rows)) as shown:
-        found = fisher.gather(
-            model, rows, labels=settings.fisher_labels, batch_size=settings.batch_size,
-            seed=settings.seed, tick=shown.update,
-        )  # fmt: skip
+        if original:
+            found, extra["all_parameters_bytes"] = fisher_original.gather(
+                model, rows, tick=shown.update
+            )
+        else:
+            found = fisher.gather(
+                model, rows, labels=labels, batch_size=settings.batch_size, seed=settings.seed,
+                tick=shown.update,
+            )  # fmt: skip
     importance = found.stored_as(settings.storage)
     summary = {
-        "sequences": len(rows), "labels": settings.fisher_labels,
+        "sequences": len(rows), "labels": labels, "method": settings.fisher_method, **extra,
         "seconds": round(time.monotonic() - began, 1), **summarize_norms(importance.norms()),
     }  # fmt: skip
     notes |= {
-        "recording": {"labels": settings.fisher_labels, "storage": settings.storage},
+        "recording": {"labels": labels, "storage": settings.storage},
         "previous": settings.importance, "summary": summary,
     }  # fmt: skip
     store.save(Path(settings.output), model, pairs, importance, notes)

@@ -21,8 +21,9 @@ def run(settings: StudySettings) -> None:
     quiet_libraries()
     results = Path(settings.results or Path("results") / f"{Path(settings.file).stem}.jsonl")
     found = run_study(study, results, jobs=settings.jobs)
-    failed = [r for r in found if r["error"]]
-    print(f"{len(found) - len(failed)} runs in {results}.")
+    latest = {r["key"]: r for r in found}  # a run that failed once may have been made since
+    failed = [r for r in latest.values() if r["error"]]
+    print(f"{len(latest) - len(failed)} runs in {results}.")
     if failed:
         raise InputError(
             f"{len(failed)} runs failed, the first with: {failed[0]['error']} Started again, the "

@@ -4,7 +4,7 @@ F_i = E[(∂ log p(y|x) / ∂θ_i)²] over sequences x of general text, with the
 model itself. Only the target matrices are looked at, and the gradients of a whole batch are taken
 in one backward pass, sequence by sequence from the layers' inputs and output gradients:
 ∂/∂θ = Σ_t δ_t x_tᵀ. (Xiang et al. 2023 square the gradients of all parameters, one sequence at a
-time, with the corpus tokens as labels; `benchmarks/importance.py` measures what that costs.)
+time, with the corpus tokens as labels: `hlora.importance.fisher_original`.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,101 @@
+"""What a result was measured with: versions, the machine, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hlora import __version__
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+
+
+@lru_cache
+def versions() -> dict[str, str | None]:
+    """Of hlora (and its commit, in a checkout), Python and the libraries that train."""
+    found: dict[str, str | None] = {
+        "hlora": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+    }
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _commit() -> str | None:
+    """The checkout that this code runs from; `+` after it if files differ from the commit."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        run = subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10
+        )
+        return run.stdout.strip() if run.returncode == 0 else ""
+
+    try:
+        if not git("ls-files", "--error-unmatch", __file__):  # somebody else's repository
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(here))
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def describe() -> dict[str, Any]:
+    """The device that trains, and how many threads the CPU gives to it."""
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {"device": name, "threads": torch.get_num_threads(), "system": platform.system()}
+
+
+@lru_cache
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def reset_peak() -> None:
+    """Start the count of peak memory anew, on the GPU or (Linux) of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int | None:
+    """Most memory since `reset_peak`: allocated on the GPU, or resident in this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if os.name == "posix":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if platform.system() == "Darwin" else 1024)
+    return None

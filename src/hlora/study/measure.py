@@ -1,0 +1,177 @@
+"""One run of a study: phase ν if it is not there yet, phase μ, and scores against the base."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import traceback
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hlora import machine
+from hlora.config import ConvertSettings
+from hlora.errors import HloraError
+from hlora.files import write_json
+from hlora.methods import METHODS
+from hlora.study.spec import (
+    Run,
+    Study,
+    digest,
+    eval_settings,
+    key_of,
+    nu_folder,
+    record_settings,
+    tune_settings,
+)
+
+LOGGED = ("step", "loss", "R", "penalty", "total_loss")
+"""What is kept of each log entry: Fig. 4."""
+
+
+def run_one(study: Study, run: Run) -> dict[str, Any]:
+    """One run, whatever happens: a failure is a result with its reason."""
+    began = time.monotonic()
+    try:
+        with _logged(study, run.title):
+            result = {**_heading(study, run), **_measured(study, run)}
+    except Exception as error:
+        result = failed(study, run, error)
+    result["seconds_total"] = round(time.monotonic() - began, 1)
+    return result
+
+
+def failed(study: Study, run: Run, error: BaseException) -> dict[str, Any]:
+    """The line of a run that failed; a traceback goes to errors.txt beside the work."""
+    if isinstance(error, BrokenProcessPool):
+        said = "Its process was killed, as the system does when memory is short: fewer --jobs."
+    elif isinstance(error, HloraError):
+        said = str(error)
+    else:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        text = "".join(traceback.format_exception(error))
+        with (Path(study.work) / "errors.txt").open("a", encoding="utf-8") as file:
+            file.write(f"== {run.title}\n{text}\n")
+    return {**_heading(study, run), "error": said, "seconds_total": 0.0}
+
+
+def _heading(study: Study, run: Run) -> dict[str, Any]:
+    return {
+        "key": key_of(study, run), "run": asdict(run), "label": METHODS[run.method].label,
+        "error": None, "study": study.settings(), "task_files": study.tasks[run.task],
+        "seen": list(study.general), "unseen": study.unseen, "versions": machine.versions(),
+        "machine": machine.describe(),
+    }  # fmt: skip
+
+
+def _measured(study: Study, run: Run) -> dict[str, Any]:
+    from hlora import store
+    from hlora.commands import tune
+    from hlora.pairs import ADAPTER_FILES
+
+    method = METHODS[run.method]
+    base = base_scores(study, run.task)
+    if method.record is None:
+        return {"settings": {}, **_summary(study, base, base)}
+    nu = phase_nu(study, run.method, run.seed)
+    adapter = Path(study.work) / "mu" / key_of(study, run)
+    settings = tune_settings(study, run, nu)
+    machine.reset_peak()
+    if not (adapter / tune.MARKER).exists():
+        tune.run(settings)
+    tuned = json.loads((adapter / tune.MARKER).read_text("utf-8"))
+    peak = machine.peak_bytes()
+    recorded = store.read_info(nu)
+    summary = recorded["summary"]
+    return {
+        "settings": {"record": recorded["settings"], "tune": tuned["settings"]},
+        "seconds": {"record": summary.get("seconds"), "tune": tuned["seconds"]},
+        "steps": tuned["steps"], "recorded": {k: v for k, v in summary.items() if k != "norms"},
+        "importance_bytes": recorded["files"][store.TENSORS]["bytes"],
+        "adapter_bytes": (adapter / ADAPTER_FILES[1]).stat().st_size, "peak_bytes": peak,
+        "log": [{k: _short(e[k]) for k in LOGGED if k in e} for e in tuned["log"]],
+        "norms": {k: _short(v) for k, v in recorded["norms"].items()},
+        **_summary(study, base, _scores(study, run.task, adapter)),
+    }  # fmt: skip
+
+
+def phase_nu(study: Study, method: str, seed: int) -> Path:
+    """The importance folder of a method and seed, made if it is not there yet."""
+    from hlora.commands import convert, record
+    from hlora.store import MARKER
+
+    folder = nu_folder(study, method, seed)
+    if not (folder / MARKER).exists():
+        with _logged(study, f"phase ν of {method}, seed {seed}"):
+            machine.reset_peak()
+            record.run(record_settings(study, method, seed))
+    if not METHODS[method].ones:
+        return folder
+    ones = folder.with_name(f"{folder.name}-ones")
+    if not (ones / MARKER).exists():
+        convert.run(ConvertSettings(folder=str(folder), to="ones", output=str(ones)))
+    return ones
+
+
+def base_scores(study: Study, task: str) -> dict[str, Any]:
+    """Of the base model, kept: every run is compared with them."""
+    what = {
+        "model": study.model, "held_out": study.held_out, "task": study.tasks[task],
+        "eval": study.eval, "digests": study.digests,
+    }  # fmt: skip
+    path = Path(study.work) / "base" / f"{digest(what)}.json"
+    if not path.exists():
+        write_json(path, _scores(study, task, None))
+    return json.loads(path.read_text("utf-8"))
+
+
+def _scores(study: Study, task: str, adapter: Path | None) -> dict[str, Any]:
+    """Scores as plain values, the loss of each block of text included."""
+    from hlora.commands.eval import prepare, score
+    from hlora.models import load_adapter
+
+    settings = eval_settings(study, task)
+    model, tokenizer, kinds, tasks = prepare(settings)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    scores = score(model, tokenizer, kinds, tasks, settings.batch_size)
+    return {
+        "text": {k: asdict(s) for k, s in scores["text"].items()},
+        "task": next(iter(scores["task"].values())).asdict(),
+    }
+
+
+def _summary(study: Study, base: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    from hlora.evaluate import TextScore, pooled_forgetting
+
+    pairs = {
+        k: (TextScore(**base["text"][k]), TextScore(**after["text"][k])) for k in study.held_out
+    }
+    groups = {k: [k] for k in study.held_out}
+    groups |= {"seen": [k for k in study.held_out if k in study.general], "unseen": study.unseen}
+    return {
+        "text": {k: after.asdict() for k, (_, after) in pairs.items()},
+        "task": after["task"],
+        "forgetting": {
+            name: asdict(pooled_forgetting([pairs[k] for k in kinds]))
+            for name, kinds in groups.items()
+            if kinds
+        },
+    }
+
+
+@contextlib.contextmanager
+def _logged(study: Study, title: str) -> Any:
+    """What the commands print goes to a log beside the work."""
+    path = Path(study.work) / "log.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        print(f"== {title}")
+        yield
+
+
+def _short(value: float) -> float:
+    """Six digits: a results file is kept in the repository."""
+    return value if isinstance(value, int) else float(f"{value:.6g}")

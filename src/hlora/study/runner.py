@@ -1,0 +1,63 @@
+"""All runs of a study, and what they share made once."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from hlora.methods import METHODS
+from hlora.study.measure import base_scores, failed, phase_nu, run_one
+from hlora.study.pool import Call, outcomes
+from hlora.study.results import append, drop_half_line, read_results
+from hlora.study.spec import Run, Study, key_of, nu_folder, runs_of
+
+
+def run_study(study: Study, results: Path, *, jobs: int = 1) -> list[dict[str, Any]]:
+    """All runs that `results` lacks, `jobs` at once; returns everything that it then holds."""
+    drop_half_line(results)
+    done = {r["key"] for r in read_results(results) if not r.get("error")}
+    todo = [r for r in runs_of(study) if key_of(study, r) not in done]
+    stages = _stages(study, todo)
+    shared = sum(len(s) for s in stages)
+    began, finished, total = time.monotonic(), 0, len(todo)
+    print(
+        f"{total} runs to do, {len(done)} done before; first the {shared} things that they share.",
+        flush=True,
+    )
+    for stage in stages:
+        # One that fails is tried again, and its reason noted, by the runs that need it.
+        for _ in outcomes(stage, jobs):
+            finished += 1
+            print(f"[shared {finished}/{shared}, {_minutes(began)} so far]", flush=True)
+    began, calls = time.monotonic(), [(run_one, study, run) for run in todo]
+    for finished, (index, result) in enumerate(outcomes(calls, jobs), 1):
+        if isinstance(result, BaseException):
+            result = failed(study, todo[index], result)
+        append(results, result)
+        left = (time.monotonic() - began) / finished * (total - finished)
+        said = result["error"] or f"{result['seconds_total']:.0f} s"
+        print(
+            f"[{finished}/{total}, {left / 60:.0f} min left] {todo[index].title}: {said}",
+            flush=True,
+        )
+    return read_results(results)
+
+
+def _minutes(began: float) -> str:
+    return f"{(time.monotonic() - began) / 60:.0f} min"
+
+
+def _stages(study: Study, todo: list[Run]) -> list[list[Call]]:
+    """What runs share: each stage needs the one before, and no call is made twice."""
+    base: list[Call] = [(base_scores, study, t) for t in dict.fromkeys(r.task for r in todo)]
+    phases: list[dict[Path, Call]] = [{}, {}, {}]
+    for run in todo:
+        of = METHODS[run.method]
+        if of.record is None:
+            continue
+        # Those at θ^ν need the plain phase ν; Ω = 1 is made from a finished one.
+        stage = 2 if of.ones else 1 if of.after_nu else 0
+        folder = nu_folder(study, run.method, run.seed)
+        phases[stage].setdefault(folder, (phase_nu, study, run.method, run.seed))
+    return [base, *(list(of.values()) for of in phases)]

@@ -1,0 +1,265 @@
+"""A study file: what is compared, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from hlora.config import EvalSettings, RecordSettings, TuneSettings
+from hlora.errors import InputError
+from hlora.files import sha256
+from hlora.methods import METHODS, Method
+from hlora.options import build
+
+DATA = "HLORA_DATA"
+"""In the environment: where `data/...` in a study lies, instead of the study's own `data`."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, checked.
+
+    Attributes:
+        model: as for --model.
+        general: kinds of text that phase ν reads, by name.
+        held_out: kinds that forgetting is measured on; those that `general` lacks are unseen.
+        tasks: name → {train, test}.
+        methods: names from `hlora.methods`.
+        seeds: one run each.
+        phi: values for the methods that sweep, one list for all or method → list; empty for the
+            default.
+        record, tune, eval: settings of these commands.
+        work: a folder for what is in between.
+        data: a folder; text and tasks under `data/` are looked for there.
+        digests: of the files that are read, by the name that the study gives them.
+
+    A text or task may be a list: the first that exists counts, and what is no file (a name on
+    the hub) always does.
+    """
+
+    model: str
+    general: dict[str, str]
+    held_out: dict[str, str]
+    tasks: dict[str, dict[str, str]]
+    methods: list[str]
+    seeds: list[int]
+    work: str
+    phi: list[float] | dict[str, list[float]] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    tune: dict[str, Any] = field(default_factory=dict)
+    eval: dict[str, Any] = field(default_factory=dict)
+    data: str = "data"
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def unseen(self) -> list[str]:
+        return [k for k in self.held_out if k not in self.general]
+
+    def where(self, spec: str) -> str:
+        """A text or task as the commands take it."""
+        return _where(spec, self.data)
+
+    def phis(self, method: str) -> list[float | None]:
+        """The values of φ of a method's runs; None leaves φ to the method."""
+        if not METHODS[method].sweeps:
+            return [None]
+        given = self.phi.get(method, []) if isinstance(self.phi, dict) else self.phi
+        return list(given) or [None]
+
+    def settings(self) -> dict[str, Any]:
+        """What every run of the study has in common, and what two studies can differ in."""
+        shared = ("model", "general", "held_out", "record", "tune", "eval")
+        return {k: v for k, v in asdict(self).items() if k in shared}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the results."""
+
+    method: str
+    task: str
+    seed: int
+    phi: float | None
+
+    @property
+    def title(self) -> str:
+        phi = "" if self.phi is None else f", φ {self.phi:g}"
+        return f"{METHODS[self.method].label} on {self.task}, seed {self.seed}{phi}"
+
+
+def read_study(path: Path) -> Study:
+    """A study from YAML.
+
+    Raises:
+        InputError: a missing or misspelt key, an unknown method (the nearest is named), or
+            settings that the commands would refuse.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"The study {path} cannot be read: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(values, dict):
+        raise InputError(f"The study {path} must map names to values.")
+    known = [f for f in fields(Study) if f.name != "digests"]
+    refuse_unknown(values, [f.name for f in known], f"{path}: unknown key")
+    missing = [f.name for f in known if f.name not in values and _required(f)]
+    if missing:
+        raise InputError(f"{path}: {missing[0]} is missing.")
+    _check_types(values, path)
+    study = _chosen(values, path)
+    refuse_unknown(study.methods, METHODS, f"{path}: unknown method")
+    if isinstance(study.phi, dict):
+        sweeping = [m for m in METHODS if METHODS[m].sweeps]
+        refuse_unknown(study.phi, sweeping, f"{path}: phi names no method that has one:")
+    for run in runs_of(study):  # refuse now what a command would refuse in hours
+        record_settings(study, run.method, run.seed)
+        tune_settings(study, run, Path("nu"))
+        eval_settings(study, run.task)
+    return study
+
+
+def runs_of(study: Study) -> list[Run]:
+    """All runs; seed by seed, so that a study cut short has whole tables of fewer seeds."""
+    return [
+        Run(name, task, seed, phi)
+        for seed in study.seeds
+        for task in study.tasks
+        for name in study.methods
+        for phi in study.phis(name)
+    ]
+
+
+def key_of(study: Study, run: Run) -> str:
+    """A hash of everything that makes a run what it is, the content of its files included."""
+    task = study.tasks[run.task]
+    read = {*study.general.values(), *study.held_out.values(), *task.values()}
+    what = {
+        **study.settings(), **asdict(run), "task_files": task,
+        "method_settings": asdict(METHODS[run.method]),
+        "digests": {k: v for k, v in study.digests.items() if k in read},
+    }  # fmt: skip
+    return digest(what)
+
+
+def nu_folder(study: Study, method: str, seed: int) -> Path:
+    """The importance folder that a method and a seed need; methods may share one."""
+    of = METHODS[method]
+    what = {
+        "model": study.model, "general": study.general, "record": study.record,
+        "method": dict(of.record or {}), "seed": seed, "after_nu": of.after_nu,
+        "digests": {k: v for k, v in study.digests.items() if k in study.general.values()},
+    }  # fmt: skip
+    return Path(study.work) / "nu" / digest(what)
+
+
+def record_settings(study: Study, method: str, seed: int) -> RecordSettings:
+    of: Method = METHODS[method]
+    values: dict[str, Any] = {
+        "model": study.model, "seed": seed, "resume": True,
+        "text": [f"{k}={study.where(v)}" for k, v in study.general.items()],
+        "output": str(nu_folder(study, method, seed)), **study.record, **(of.record or {}),
+    }  # fmt: skip
+    if of.after_nu:
+        values["importance"] = str(nu_folder(study, "lora-nu-mu", seed))
+    return build(RecordSettings, values)
+
+
+def tune_settings(study: Study, run: Run, nu: Path) -> TuneSettings:
+    values: dict[str, Any] = {
+        "model": study.model, "importance": str(nu), "seed": run.seed, "resume": True,
+        "task": study.where(study.tasks[run.task]["train"]),
+        "output": str(Path(study.work) / "mu" / key_of(study, run)), **study.tune,
+        **METHODS[run.method].tune,
+    }  # fmt: skip
+    if run.phi is not None:
+        values["phi"] = run.phi
+    return build(TuneSettings, values)
+
+
+def eval_settings(study: Study, task: str) -> EvalSettings:
+    values = {
+        "model": study.model, "task": [study.where(study.tasks[task]["test"])],
+        "text": [f"{k}={study.where(v)}" for k, v in study.held_out.items()], **study.eval,
+    }  # fmt: skip
+    return build(EvalSettings, values)
+
+
+def digest(what: Any) -> str:
+    text = json.dumps(what, sort_keys=True, ensure_ascii=False, default=dict)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise InputError at the first name that is not known; it names the nearest that is."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1, 0.4)
+            raise InputError(
+                f"{what} {name!r}"
+                + (f"; did you mean {near[0]}?" if near else f": there are {', '.join(known)}.")
+            )
+
+
+def _check_types(values: dict[str, Any], path: Path) -> None:
+    hints = get_type_hints(Study)
+    for key, value in values.items():
+        kind = get_origin(hints[key]) or hints[key]
+        if kind in (list, dict, str) and not isinstance(value, kind):
+            words = {list: "a list", dict: "a mapping of names to values", str: "text"}
+            raise InputError(f"{path}: {key} must be {words[kind]}, not {value!r}.")
+    if not isinstance(values.get("phi", []), (list, dict)):
+        raise InputError(f"{path}: phi must be a list of numbers, or of each method's numbers.")
+    if not all(isinstance(s, int) for s in values["seeds"]):
+        raise InputError(f"{path}: seeds must be whole numbers.")
+    for key in ("methods", "seeds", "tasks", "held_out"):
+        if not values[key]:
+            raise InputError(f"{path}: {key} is empty.")
+    for name, task in values["tasks"].items():
+        if not isinstance(task, dict) or set(task) != {"train", "test"}:
+            raise InputError(f"{path}: task {name} must name its `train` and its `test`.")
+
+
+def _chosen(values: dict[str, Any], path: Path) -> Study:
+    """The study with the first text or task of each list that there is."""
+    folder = values.get("data", "data")
+    digests: dict[str, str] = {}
+
+    def choose(of: str | list[str]) -> str:
+        specs = of if isinstance(of, list) else [of]
+        if not specs or not all(isinstance(s, str) for s in specs):
+            raise InputError(f"{path}: a text or task must be text, or a list of it, not {of!r}.")
+        files = {s: Path(_where(s, folder)) for s in specs}
+        # A file that is missing is passed over if something else may stand for it.
+        spec = next((s for s in specs if files[s].exists() or not files[s].suffix), specs[-1])
+        if files[spec].is_file():
+            digests[spec] = sha256(files[spec])[:16]
+        return spec
+
+    def all_of(named: dict[str, Any]) -> dict[str, str]:
+        return {k: choose(v) for k, v in named.items()}
+
+    study = {
+        **values, "general": all_of(values["general"]), "held_out": all_of(values["held_out"]),
+        "tasks": {k: all_of(v) for k, v in values["tasks"].items()}, "digests": digests,
+    }  # fmt: skip
+    return Study(**study)
+
+
+def _where(spec: str, data: str) -> str:
+    head, sep, rest = spec.partition("/")
+    return f"{os.environ.get(DATA) or data}/{rest}" if head == "data" and sep else spec
+
+
+def _required(f: Field) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
