@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": (config.InspectSettings, "what is in an importance folder"),
     "convert": (config.ConvertSettings, "write an importance folder in another form"),
     "study": (config.StudySettings, "run a grid of methods, tasks, seeds and φ"),
+    "report": (config.ReportSettings, "tables and figures of a study, the paper's claims judged"),
     "demo": (config.DemoSettings, "the whole story on a small model"),
 }
 

@@ -10,6 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+USUAL_METRICS = (
+    "acc", "nll", "ppl_seen", "ppl_unseen", "forgetting_seen", "forgetting_unseen",
+)  # fmt: skip
+"""Of `hlora.results.metrics`: what tables show unless told otherwise."""
+
 
 def setting(
     help: str,
@@ -235,6 +240,33 @@ class StudySettings:
     )
     jobs: int = setting("runs at once, on one GPU or the cores", 1, least=1)
     dry_run: bool = setting("check the study, list its runs, and stop", False)
+
+
+@dataclass(kw_only=True)
+class ReportSettings:
+    """Tables and figures of a study, and what became of the paper's claims."""
+
+    results: str = setting(
+        "what `hlora study` wrote (.jsonl)", required=True, metavar="FILE", positional=True
+    )
+    output: str | None = setting(
+        "folder for index.html and the figures; the results' name and -report if not given", None,
+        metavar="DIR",
+    )  # fmt: skip
+    page: str | None = setting(
+        "also write a Markdown page, its figures in a folder beside it", None, metavar="FILE.md"
+    )
+    metrics: list[str] = setting(
+        "columns of the tables", list(USUAL_METRICS), metavar="NAME", more=True
+    )
+    compare: list[str] = setting(
+        "two rows for Fig. 3, as METHOD or METHOD@PHI", ["hlora", "ewc"], metavar="ROW"
+    )
+    where: list[str] = setting(
+        "only runs with this version or setting, such as versions.torch=2.13.0", [],
+        metavar="KEY=VALUE",
+    )  # fmt: skip
+    mixed: bool = setting("average runs of different versions or settings, and say so", False)
 
 
 @dataclass(kw_only=True)

@@ -136,6 +136,21 @@ def save_figure(figure: Any, path: Path) -> None:
         load_pyplot().close(figure)
 
 
+def save_both(figure: Any, stem: Path) -> str:
+    """Write STEM.svg and STEM.png; returns the figure as an <svg> element.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(stem.with_suffix(".png"), dpi=150)
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    except OSError as error:
+        raise InputError(f"{stem} cannot be written ({error.strerror}).") from None
+    return as_svg(figure)
+
+
 def as_svg(figure: Any) -> str:
     """The figure as an <svg> element, to be put into a page."""
     text = io.StringIO()

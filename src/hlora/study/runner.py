@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hlora.methods import METHODS
+from hlora.results.metrics import METRICS
 from hlora.study.measure import base_scores, failed, phase_nu, run_one
 from hlora.study.pool import Call, outcomes
 from hlora.study.results import append, drop_half_line, read_results
@@ -36,12 +37,21 @@ def run_study(study: Study, results: Path, *, jobs: int = 1) -> list[dict[str, A
             result = failed(study, todo[index], result)
         append(results, result)
         left = (time.monotonic() - began) / finished * (total - finished)
-        said = result["error"] or f"{result['seconds_total']:.0f} s"
+        said = result["error"] or f"{result['seconds_total']:.0f} s, {_figures(study, result)}"
         print(
             f"[{finished}/{total}, {left / 60:.0f} min left] {todo[index].title}: {said}",
             flush=True,
         )
     return read_results(results)
+
+
+def _figures(study: Study, result: dict[str, Any]) -> str:
+    found = {METRICS[m]: METRICS[m].of(result) for m in study.metrics}
+    return ", ".join(
+        f"{m.label} {value:{'+' if m.signed else ''}.{m.digits}f}"
+        for m, value in found.items()
+        if value is not None
+    )
 
 
 def _minutes(began: float) -> str:

@@ -16,7 +16,9 @@ from hlora.errors import InputError
 from hlora.files import sha256
 from hlora.methods import METHODS, Method
 from hlora.options import build
+from hlora.results.metrics import METRICS
 
+FORGETTING = ("forgetting_seen", "forgetting_unseen")
 DATA = "HLORA_DATA"
 """In the environment: where `data/...` in a study lies, instead of the study's own `data`."""
 
@@ -36,6 +38,7 @@ class Study:
             default.
         record, tune, eval: settings of these commands.
         work: a folder for what is in between.
+        metrics: what the progress line shows of each run, names from `hlora.results.metrics`.
         data: a folder; text and tasks under `data/` are looked for there.
         digests: of the files that are read, by the name that the study gives them.
 
@@ -54,6 +57,7 @@ class Study:
     record: dict[str, Any] = field(default_factory=dict)
     tune: dict[str, Any] = field(default_factory=dict)
     eval: dict[str, Any] = field(default_factory=dict)
+    metrics: list[str] = field(default_factory=lambda: ["acc", "nll", *FORGETTING])
     data: str = "data"
     digests: dict[str, str] = field(default_factory=dict)
 
@@ -118,6 +122,7 @@ def read_study(path: Path) -> Study:
     _check_types(values, path)
     study = _chosen(values, path)
     refuse_unknown(study.methods, METHODS, f"{path}: unknown method")
+    refuse_unknown(study.metrics, METRICS, f"{path}: unknown metric")
     if isinstance(study.phi, dict):
         sweeping = [m for m in METHODS if METHODS[m].sweeps]
         refuse_unknown(study.phi, sweeping, f"{path}: phi names no method that has one:")

@@ -1,0 +1,1 @@
+"""What a study found: read, compared, drawn, judged against the paper."""

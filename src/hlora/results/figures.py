@@ -1,0 +1,214 @@
+"""The paper's figures and the frontier, from the runs of a study."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from hlora.figures import STYLES, load_pyplot
+from hlora.importance.fisher_original import SEQUENCES
+from hlora.methods import METHODS
+from hlora.results.metrics import METRICS
+from hlora.results.significance import independent, p_text
+from hlora.results.table import Results, Row, mean_se
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p", "d", "8")
+OURS, RIVAL = "#0072b2", "#e69f00"
+
+
+def violins(
+    results: Results,
+    ours: Row,
+    rival: Row,
+    metrics: Sequence[str] = ("ppl_seen", "ppl_unseen", "acc"),
+) -> Any:
+    """Fig. 3: two rows over their seeds, with Welch's t-test. Every run is a point."""
+    pyplot = load_pyplot()
+    tasks = results.tasks
+    figure, axes = pyplot.subplots(
+        len(metrics), len(tasks), figsize=(2.4 * len(tasks) + 0.6, 1.9 * len(metrics)),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for metric, row in zip(metrics, axes, strict=True):
+        for task, at in zip(tasks, row, strict=True):
+            samples = [list(results.values(metric, r, task).values()) for r in (ours, rival)]
+            for x, (values, color) in enumerate(zip(samples, (OURS, RIVAL), strict=True)):
+                if len(values) > 1 and len(set(values)) > 1:
+                    body = at.violinplot([values], positions=[x], showextrema=False)["bodies"][0]
+                    body.set(facecolor=color, edgecolor="black", alpha=0.35)
+                at.plot([x] * len(values), values, MARKERS[x], color="black", markersize=3)
+            p = independent(*samples)
+            at.set_title(f"{task}: p {_p(p.welch)}", fontsize="medium")
+            at.set_xticks([0, 1], [METHODS[r.method].label for r in (ours, rival)])
+            at.set_xlim(-0.6, 1.6)
+        row[0].set_ylabel(METRICS[metric].label)
+    return figure
+
+
+def _p(p: float) -> str:
+    return p_text(p) if math.isnan(p) or p < 0.001 else f"= {p_text(p)}"
+
+
+def losses(results: Results, row: Row) -> Any:
+    """Fig. 4: task loss, φR and their sum over the steps of μ, the mean over seeds."""
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(
+        2, len(results.tasks), figsize=(2.4 * len(results.tasks) + 0.8, 3.4), sharex=True,
+        layout="constrained", squeeze=False, height_ratios=(2, 1),
+    )  # fmt: skip
+    for column, task in enumerate(results.tasks):
+        logs = [r["log"] for r in results.of(row, task)]
+        above, below = axes[0][column], axes[1][column]
+        for style, (key, label, at) in zip(
+            STYLES,
+            [("loss", "task", above), ("total_loss", "total", above), ("penalty", "φR", below)],
+            strict=False,
+        ):
+            steps, means = _mean_curve(logs, key)
+            at.plot(steps, means, linestyle=style, color="black", label=label)
+        above.set_title(task, loc="left")
+        below.set_ylim(bottom=0)
+        below.set_xlabel("optimizer step")
+    axes[0][0].set_ylabel("loss (nats)")
+    axes[1][0].set_ylabel("φR")
+    axes[0][-1].legend(frameon=False)
+    return figure
+
+
+def _mean_curve(logs: list[list[dict[str, float]]], key: str) -> tuple[list[float], list[float]]:
+    """The mean over runs at each step that all of them logged."""
+    curves = [{e["step"]: e[key] for e in log if key in e} for log in logs]
+    steps = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
+    return steps, [statistics.fmean(c[s] for c in curves) for s in steps]
+
+
+def costs(results: Results) -> Any | None:
+    """Fig. 5: seconds and bytes of each method's importance, on log scales."""
+    found = cost_rows(results)
+    if not found:
+        return None
+    pyplot = load_pyplot()
+    figure, panels = pyplot.subplots(
+        1, 2, figsize=(7.4, 0.4 * len(found) + 0.9), sharey=True, layout="constrained"
+    )
+    names = [c["label"] for c in found]
+    for at, key, unit in ((panels[0], "seconds", "seconds"), (panels[1], "bytes", "MiB on disk")):
+        values = [c[key] / (1 if key == "seconds" else 2**20) for c in found]
+        bars = at.barh(names, values, color="white", edgecolor="black", height=0.6)
+        for drawn, c in zip(bars, found, strict=True):
+            if key == "seconds" and c["extrapolated"]:
+                drawn.set_hatch("///")
+        at.bar_label(bars, [f"{v:,.3g}" for v in values], padding=3, fontsize="small")
+        at.set_xscale("log")
+        at.set_xlim(right=at.get_xlim()[1] * 4)
+        at.set_xlabel(unit)
+        at.tick_params(axis="y", length=0)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def cost_rows(results: Results) -> list[dict[str, Any]]:
+    """What the importance of each method took: seconds, bytes, and whether that is scaled up."""
+    rows = []
+    for method, label in {
+        "ewc-original": f"EWC-LoRA, as published, {SEQUENCES:,} sequences",
+        "ewc": "EWC-LoRA, lean",
+        "hlora": "HLoRA, dense: phase ν",
+        "hlora-factored": "HLoRA, factored: phase ν",
+    }.items():
+        lines = {
+            r["run"]["seed"]: r for r in results.lines
+            if r["run"]["method"] == method and r.get("seconds")
+        }.values()  # fmt: skip
+        if not lines:
+            continue
+        times = [r["seconds"]["record"] for r in lines]
+        told = next(iter(lines))["recorded"]
+        scaled = method == "ewc-original" and told["sequences"] != SEQUENCES
+        if method.startswith("ewc"):
+            label += "" if scaled else f", {told['sequences']:,} sequences"
+        rows.append(
+            {
+                "label": label, "runs": len(times), "extrapolated": scaled,
+                "seconds": statistics.fmean(times)
+                * (SEQUENCES / told["sequences"] if scaled else 1),
+                "measured": told.get("sequences") or next(iter(lines)).get("steps"),
+                "bytes": told.get("all_parameters_bytes", next(iter(lines))["importance_bytes"]),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def phi_curves(
+    results: Results,
+    metrics: Sequence[str] = ("forgetting_seen", "forgetting_unseen", "nll", "acc"),
+) -> Any | None:
+    """Fig. 6: each measure against φ, the mean over tasks, ± one standard error over seeds."""
+    sweeps: dict[str, list[Row]] = {}
+    for row in results.rows:
+        if row.phi is not None and row.phi > 0:
+            sweeps.setdefault(row.method, []).append(row)
+    if not sweeps:
+        return None
+    pyplot = load_pyplot()
+    figure, panels = pyplot.subplots(
+        1, len(metrics), figsize=(2.3 * len(metrics) + 0.6, 2.9), layout="constrained"
+    )
+    plain = Row("lora-nu-mu", None)
+    for metric, at in zip(metrics, panels, strict=True):
+        for index, (method, rows) in enumerate(sweeps.items()):
+            points = [mean_se(results.over_tasks(metric, r, results.tasks).values()) for r in rows]
+            at.errorbar(
+                [r.phi for r in rows], [m for m, _ in points],
+                yerr=[0 if math.isnan(e) else e for _, e in points], capsize=2, linewidth=1.2,
+                marker=MARKERS[index], markersize=5, linestyle=STYLES[index % len(STYLES)],
+                label=METHODS[method].label,
+            )  # fmt: skip
+        if plain in results.rows:
+            level = mean_se(results.over_tasks(metric, plain, results.tasks).values())[0]
+            at.axhline(level, color="black", linewidth=0.8, linestyle=":", label="no penalty (ν+μ)")
+        at.set_xscale("log")
+        at.set_xlabel("φ")
+        at.set_title(METRICS[metric].label, loc="left", fontsize="medium")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def frontier(results: Results, across: str = "nll", up: str = "forgetting_unseen") -> Any:
+    """What the domain costs the rest: lower left is better. One panel a task, mean over seeds."""
+    pyplot = load_pyplot()
+    rows = [r for r in results.rows if METHODS[r.method].record is not None]
+    tasks = results.tasks
+    figure, panels = pyplot.subplots(
+        1,
+        len(tasks),
+        figsize=(max(7.4, 2.9 * len(tasks) + 0.5), 3.9),
+        layout="constrained",
+        squeeze=False,
+    )
+    methods = list(dict.fromkeys(r.method for r in rows))
+    for task, at in zip(tasks, panels[0], strict=True):
+        for method in methods:
+            of = [r for r in rows if r.method == method and results.values(up, r, task)]
+            points = [
+                [mean_se(results.values(m, r, task).values())[0] for m in (across, up)] for r in of
+            ]
+            if not points:
+                continue
+            mine = method.startswith("hlora")
+            at.plot(
+                [p[0] for p in points], [p[1] for p in points], linewidth=0.8, linestyle="-",
+                color=OURS if mine else "black", marker=MARKERS[methods.index(method) % 14],
+                markerfacecolor=OURS if mine else "white", markersize=6,
+                label=METHODS[method].label,
+            )  # fmt: skip
+        at.axhline(0, color="black", linewidth=0.6, linestyle=":")
+        at.set_title(task, loc="left")
+        at.set_xlabel(METRICS[across].label)
+    panels[0][0].set_ylabel(METRICS[up].label + " (nats per token)")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure

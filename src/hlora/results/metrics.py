@@ -1,0 +1,70 @@
+"""The measures of a run, by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measure.
+
+    Attributes:
+        label: as tables print it.
+        of: from a line of the results; None where the run has no such measure.
+        digits: behind the point.
+        lower_is_better: None where neither is.
+        signed: printed with its sign.
+    """
+
+    label: str
+    of: Callable[[Line], float | None]
+    digits: int = 2
+    lower_is_better: bool | None = True
+    signed: bool = False
+
+
+def perplexity(line: Line, kinds: Iterable[str]) -> float | None:
+    """e to the mean loss over all tokens of these kinds of text."""
+    scores = [line["text"][k] for k in kinds if k in line["text"]]
+    if not scores:
+        return None
+    tokens = sum(s["tokens"] for s in scores)
+    return math.exp(sum(s["loss"] * s["tokens"] for s in scores) / tokens)
+
+
+def _seen(line: Line) -> list[str]:
+    return [k for k in line["text"] if k in line["seen"]]
+
+
+def _forgot(group: str) -> Callable[[Line], float | None]:
+    return lambda line: line["forgetting"].get(group, {}).get("nats")
+
+
+def _seconds(phase: str) -> Callable[[Line], float | None]:
+    return lambda line: line.get("seconds", {}).get(phase)
+
+
+def _percent(key: str) -> Callable[[Line], float | None]:
+    return lambda line: None if math.isnan(line["task"][key]) else 100 * line["task"][key]
+
+
+METRICS: dict[str, Metric] = {
+    "acc": Metric("accuracy %", _percent("acc"), 1, False),
+    "acc_norm": Metric("acc_norm %", _percent("acc_norm"), 1, False),
+    "nll": Metric("NLL", lambda line: line["task"]["nll"], 3),
+    "ppl_seen": Metric("PPL, seen", lambda line: perplexity(line, _seen(line))),
+    "ppl_unseen": Metric("PPL, unseen", lambda line: perplexity(line, line["unseen"])),
+    "forgetting_seen": Metric("forgot, seen", _forgot("seen"), 3, True, True),
+    "forgetting_unseen": Metric("forgot, unseen", _forgot("unseen"), 3, True, True),
+    "seconds_record": Metric("seconds, ν", _seconds("record"), 0),
+    "seconds_tune": Metric("seconds, μ", _seconds("tune"), 0),
+    "importance_bytes": Metric("importance, bytes", lambda line: line.get("importance_bytes"), 0),
+    "peak_bytes": Metric("peak memory, bytes", lambda line: line.get("peak_bytes"), 0),
+}
+"""By the names that `--metrics` and a study's `metrics` take. Perplexity is e to the nats."""

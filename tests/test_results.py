@@ -1,0 +1,197 @@
+"""Tables, claims and the report from made-up lines whose answers are known."""
+
+import json
+import math
+
+import pytest
+
+import hlora
+from hlora import cli
+from hlora.config import USUAL_METRICS
+from hlora.paper_numbers import TABLE_1, TABLE_2, e_perplexity
+from hlora.results import claims, figures, tables
+from hlora.results.metrics import METRICS, perplexity
+from hlora.results.table import Results, Row, mean_se, read, shown
+from tests.results_lines import line, study
+
+
+def write(path, lines, tail=""):
+    path.write_text("".join(json.dumps(r) + "\n" for r in lines) + tail, "utf-8")
+    return path
+
+
+@pytest.fixture
+def whole():
+    return Results(study(), [], [])
+
+
+def test_the_papers_perplexity_is_converted():
+    # 4.94 is 2 to the nats: log2(4.94) = 2.3045 nats, e to that is 10.02.
+    assert e_perplexity(4.94) == pytest.approx(10.02, abs=0.005)
+    assert e_perplexity(3.28) == pytest.approx(5.55, abs=0.005)
+    for model, rows in TABLE_2.items():
+        assert rows["lora-nu-mu"] == TABLE_1[model]["lora-nu-mu"]
+
+
+def test_perplexity_is_over_all_tokens_of_the_kinds():
+    r = line("base", "sciq", 0)
+    r["text"] = {"a": {"loss": 1.0, "tokens": 30}, "b": {"loss": 2.0, "tokens": 10}}
+    assert perplexity(r, ["a", "b"]) == pytest.approx(math.exp(1.25))
+    assert perplexity(r, ["c"]) is None
+
+
+def test_means_come_with_their_error_and_one_seed_is_said():
+    assert mean_se([1.0, 3.0]) == (2.0, 1.0)
+    assert shown([1.0, 3.0], 1) == "2.0 ± 1.0"
+    assert shown([1.0], 1) == "1.0 (n = 1)"
+    assert shown([], 1) == "–"
+
+
+def test_values_are_by_seed_and_over_tasks(whole):
+    row = Row("hlora", 0.01)
+    assert whole.values("forgetting_seen", row, "sciq") == pytest.approx(
+        {0: 0.05, 1: 0.064, 2: 0.07}
+    )
+    assert whole.over_tasks("nll", row, whole.tasks) == pytest.approx({0: 4.0, 1: 4.1, 2: 4.2})
+    assert [r.label for r in whole.rows][:3] == ["Base", "LoRA(μ)", "LoRA(ν+μ)"]
+    # Seeds that lack a task are left out of the mean over tasks.
+    del whole.lines[-1]
+    assert list(whole.over_tasks("nll", Row("l2", 0.03), whole.tasks)) == [0, 1]
+
+
+def test_claims_are_judged_from_the_figures(whole):
+    ours = Row("hlora", 0.01)
+    found = {v.claim: v for v in claims.judge(whole, ours)}
+    by_start = {k: next(v for c, v in found.items() if c.startswith(k)) for k in (
+        "Lower perplexity than LoRA", "Lower perplexity than EWC", "Lower perplexity than the base",
+        "Accuracy", "The penalty", "The layer", "Importance", "The importance takes", "R starts",
+        "v_proj",
+    )}  # fmt: skip
+    assert by_start["Lower perplexity than LoRA"].word == claims.HOLDS
+    # The original's forgetting is zero here and so smaller; the lean one's larger.
+    assert by_start["Lower perplexity than EWC"].word == "1 × holds, 1 × does not hold"
+    assert by_start["Lower perplexity than the base"].word == claims.FAILS
+    assert by_start["Accuracy"].word == claims.ALIKE
+    assert by_start["The penalty"].word == claims.HOLDS
+    assert "LoRA(ν+μ): -0.200 ± 0.000" in by_start["The penalty"].evidence
+    assert by_start["The layer"].word == claims.MISSING
+    assert by_start["Importance"].word == claims.HOLDS
+    # 10 s for 100 sequences is 2000 s for 20,000, against 60 s of ν.
+    assert by_start["The importance takes"].word == claims.HOLDS
+    assert "2000 s for 20,000 sequences" in by_start["The importance takes"].evidence
+    assert by_start["R starts"].word == claims.HOLDS
+    assert by_start["v_proj"].word == claims.HOLDS
+
+
+def test_a_claim_of_one_seed_stays_open():
+    one = Results(study(seeds=1), [], [])
+    words = {v.word for v in claims.judge(one, Row("hlora", 0.01)) if "perplexity" in v.claim}
+    assert words == {claims.OPEN}
+
+
+def test_costs_are_scaled_to_the_published_number_of_sequences(whole):
+    rows = {c["label"]: c for c in figures.cost_rows(whole)}
+    original = rows["EWC-LoRA, as published, 20,000 sequences"]
+    assert (original["seconds"], original["bytes"]) == (2000.0, 50_000)
+    assert original["extrapolated"]
+    assert not rows["EWC-LoRA, lean, 100 sequences"]["extrapolated"]
+
+
+def test_tables_hold_every_row(whole):
+    table = tables.by_task(whole, "sciq", USUAL_METRICS)
+    assert [r[0] for r in table.rows] == [r.label for r in whole.rows]
+    assert all(len(r) == len(table.headings) for r in table.rows)
+    first = tables.table_1(whole)
+    assert "10.02 (4.94) / 95.1" in first.rows[0]
+    kinds = tables.by_kind(whole, whole.rows)
+    assert kinds.headings == ["method", "wiki", "docs*"]
+    t = tables.t_tests(whole, Row("hlora", 0.01), Row("ewc", 0.01))
+    assert all(len(r) == len(t.headings) for r in t.rows)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_reads_a_line(metric, whole):
+    assert METRICS[metric].of(whole.lines[1]) is not None or metric == "peak_bytes"
+    METRICS[metric].of(whole.lines[0])
+
+
+def test_a_half_line_is_passed_over_and_a_failed_run_replaced(tmp_path):
+    bad = line("hlora", "sciq", 0, 0.01, error="the roof fell in")
+    path = write(tmp_path / "r.jsonl", [bad, *study()], '{"key": "x", "ru')
+    found = read(path)
+    assert len(found.lines) == len(study())
+    assert found.failed == []
+
+
+def test_unlike_runs_are_not_averaged_silently(tmp_path):
+    lines = study()
+    lines[3]["study"] = {"model": "tiny", "tune": {"max_steps": 300}}
+    path = write(tmp_path / "r.jsonl", lines)
+    with pytest.raises(hlora.InputError, match=r"study\.tune\.max_steps is 300 in 1, 4 in"):
+        read(path)
+    assert len(read(path, ["study.tune.max_steps=4"]).lines) == len(lines) - 1
+    assert read(path, mixed=True).mixed
+    lines[3] = {**study()[3], "versions": {"hlora": "0.2.0"}}
+    with pytest.raises(hlora.InputError, match=r"versions\.hlora is 0\.1\.0 in"):
+        read(write(path, lines))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere.jsonl"], "There is no results file nowhere.jsonl"),
+        (["empty.jsonl"], "holds no runs yet"),
+        (["failed.jsonl"], "All runs in failed.jsonl failed, the first with: the roof"),
+        (["r.jsonl", "--metrics", "acuracy"], "unknown metric 'acuracy'; did you mean acc"),
+        (["r.jsonl", "--compare", "hlora"], "takes two rows"),
+        (["r.jsonl", "--compare", "hlorra", "ewc"], "no run of 'hlorra'; did you mean hlora?"),
+        (["r.jsonl", "--compare", "hlora@0.5", "ewc"], "not run with φ 0.5; there are 0.003, 0.01"),
+        (["r.jsonl", "--where", "versions.tork=1"], "No run in r.jsonl has 'versions.tork'"),
+        (["r.jsonl", "--where", "versions.torch=1"], "versions.torch is 2.13.0"),
+        (["r.jsonl", "--where", "x"], "KEY=VALUE"),
+        (["binary.jsonl"], "cannot be read as results"),
+    ],
+)
+def test_bad_input_is_one_sentence(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "r.jsonl", study())
+    write(tmp_path / "failed.jsonl", [line("hlora", "a", 0, error="the roof")])
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    assert cli.main(["report", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_report_is_written_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "r.jsonl", study())
+    assert (
+        cli.main(["report", "r.jsonl", "--page", "docs/r.md", "--compare", "hlora@0.003", "l2"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "48 runs of tiny: 8 rows × 2 tasks (sciq, piqa) × 3 seeds" in out
+    html = (tmp_path / "r-report" / "index.html").read_text()
+    for part in ("s claims", "Table 1", "Table 2", "Fig. 3", "Fig. 4", "Fig. 5", "Fig. 6",
+                 "Fig. 7", "HLoRA, φ 0.003 against", "hlora report r.jsonl"):  # fmt: skip
+        assert part in html, part
+    assert html.count("<svg") == 6
+    assert "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "")
+    page = (tmp_path / "docs" / "r.md").read_text()
+    for name in ("frontier", "fig3", "fig4", "fig5", "fig6", "fig7"):
+        assert f"(r/{name}.svg)" in page
+        assert (tmp_path / "docs" / "r" / f"{name}.svg").is_file()
+        assert (tmp_path / "docs" / "r" / f"{name}.png").is_file()
+
+
+def test_the_report_of_a_study_just_begun(tmp_path, monkeypatch, capsys):
+    """One seed, no HLoRA, no penalty: what there is, is shown, and the rest left out."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "r.jsonl", [line("base", "sciq", 0), line("lora-mu", "sciq", 0)])
+    assert cli.main(["report", "r.jsonl"]) == 0
+    assert "ONE SEED (0)" in capsys.readouterr().out
+    html = (tmp_path / "r-report" / "index.html").read_text()
+    assert "Fig. 3" not in html
+    assert "Table 1" in html
