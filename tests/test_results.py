@@ -179,7 +179,7 @@ def test_the_report_is_written_whole(tmp_path, monkeypatch, capsys):
                  "Fig. 7", "HLoRA, φ 0.003 against", "hlora report r.jsonl"):  # fmt: skip
         assert part in html, part
     assert html.count("<svg") == 6
-    assert not re.search(r'(src|href)="(?!#)', html)  # nothing from elsewhere
+    assert not re.search(r'(src|href)="(?!#|data:)', html)  # nothing from elsewhere
     page = (tmp_path / "docs" / "r.md").read_text()
     for name in ("frontier", "fig3", "fig4", "fig5", "fig6", "fig7"):
         assert f"(r/{name}.svg)" in page

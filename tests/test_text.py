@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hlora
-from hlora import text
+from hlora import pythontext, text
 from hlora.text import Source, blocks, mix
 from tests.tiny import tokenizer, write_rows, write_text
 
@@ -190,3 +190,29 @@ def test_the_data_set_for_trainer_has_every_token_as_a_label():
     row = text.Blocks(torch.arange(12).reshape(3, 4))[1]
     assert row["input_ids"].tolist() == row["labels"].tolist() == [4, 5, 6, 7]
     assert json.dumps(row["attention_mask"].tolist()) == "[1, 1, 1, 1]"
+
+
+def test_python_comes_with_text_of_its_own():
+    for kind in pythontext.KINDS:
+        train, test = (pythontext.python_text(kind, split) for split in pythontext.SPLITS)
+        assert len(train) >= len(test) > 50_000
+        paragraphs = {p for p in train.split("\n\n") if len(p) > 80}
+        shared = [p for p in test.split("\n\n") if p in paragraphs]
+        assert len(shared) <= (0 if kind != "code" else 5)
+    source = Source.parse("python-code@test")
+    assert (source.name, source.hub) == ("python-code", False)
+    assert next(iter(source.documents())).startswith(pythontext.python_text("code", "test")[:50])
+
+
+@pytest.mark.parametrize("where", ["python-cod", "python-code@dev"])
+def test_misspelt_python_text_is_refused(where):
+    with pytest.raises(hlora.InputError, match="built in are python-docs"):
+        Source.parse(where)
+
+
+def test_columns_may_be_joined(tmp_path):
+    path = write_rows(tmp_path / "t.jsonl", [{"q": "one?", "a": "two.", "n": "3"}])
+    assert list(Source.parse(f"{path}#q+a").documents()) == ["one?\ntwo."]
+    with pytest.raises(hlora.InputError, match=r"no text column 'q\+b'; its columns are q, a, n"):
+        list(Source.parse(f"{path}#q+b").documents())
+    assert Source.parse("owner/name:config@split#q+a").column == "q+a"

@@ -192,6 +192,10 @@ class EvalSettings(Settings):
     )
     text: list[str] = setting("general text, as for `hlora record`", [], metavar="TEXT")
     task: list[str] = setting("tasks, as for `hlora tune`", [], metavar="TASK")
+    lm_eval: list[str] = setting(
+        "tasks for lm-evaluation-harness: its names (data from the hub), .yaml task files, or "
+        "[NAME=]FILE as for --task", [], metavar="TASK",
+    )  # fmt: skip
     json: str | None = setting("write all scores to this file", None, metavar="FILE")
     text_column: str | None = setting("column that holds the text", None)
     task_format: str | None = setting("how rows of the tasks are read", None)

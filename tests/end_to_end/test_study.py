@@ -165,6 +165,76 @@ def test_a_misspelt_study_is_refused_before_it_runs(place, capsys, old, new, mes
     assert not (place / "work").exists()
 
 
+def test_an_unknown_metric_names_the_nearest(place):
+    edit(place, "seeds:", "metrics: [acc, forgeting_seen]\nseeds:")
+    with pytest.raises(hlora.InputError, match="'forgeting_seen'; did you mean forgetting_seen"):
+        study.read_study(place / "s.yaml")
+
+
+def test_phi_may_differ_by_method(place):
+    edit(place, "phi: [0.01, 0.1]", "phi: {hlora: [0.5], l2: [1, 2]}")
+    grid = study.read_study(place / "s.yaml")
+    found = {
+        m: [r.phi for r in study.runs_of(grid) if r.method == m and r.seed == 0] for m in METHODS
+    }
+    assert (found["hlora"], found["l2"], found["ewc"]) == ([0.5], [1, 2], [None])
+    edit(place, "l2: [1, 2]", "l3: [1]")
+    with pytest.raises(hlora.InputError, match="no method that has one: 'l3'; did you mean l2"):
+        study.read_study(place / "s.yaml")
+
+
+def test_the_first_place_that_exists_is_read(place, monkeypatch):
+    edit(place, "general: {a: a.txt,", "general: {a: [data/nowhere.txt, data/a.txt, owner/name],")
+    edit(place, "work: work", "work: work\ndata: .")
+    grid = study.read_study(place / "s.yaml")
+    run = study.runs_of(grid)[0]
+    assert grid.general["a"] == "data/a.txt"
+    assert grid.where("data/a.txt") == "./a.txt"
+    before = study.key_of(grid, run)
+    # The same content elsewhere is the same run; other content is another.
+    (place / "d").mkdir()
+    shutil.copy(place / "a.txt", place / "d" / "a.txt")
+    monkeypatch.setenv("HLORA_DATA", str(place / "d"))
+    assert study.key_of(study.read_study(place / "s.yaml"), run) == before
+    (place / "d" / "a.txt").write_text("something else")
+    assert study.key_of(study.read_study(place / "s.yaml"), run) != before
+    monkeypatch.setenv("HLORA_DATA", "elsewhere")
+    assert study.read_study(place / "s.yaml").general["a"] == "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds: [0, 1]", "seeds: []", "seeds is empty"),
+        ("seeds: [0, 1]", "seeds: [a]", "seeds must be whole numbers"),
+        ("seeds: [0, 1]", "seeds: 3", "seeds must be a list, not 3"),
+        ("phi: [0.01, 0.1]", "phi: 0.1", "phi must be a list"),
+        ("work: work", "work: [w]", "work must be text"),
+        ("general: {a: a.txt, b: b.txt}", "general: a.txt", "general must be a mapping"),
+        ("general: {a: a.txt,", "general: {a: 3,", "a text or task must be text"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(place, old, new, message):
+    edit(place, old, new)
+    with pytest.raises(hlora.InputError, match=message):
+        study.read_study(place / "s.yaml")
+
+
+def test_a_study_and_its_report(place, capsys):
+    """Two commands, from a study file to the page."""
+    text = (place / "s.yaml").read_text()
+    start, end = text.index("methods:"), text.index("seeds:")
+    methods = "methods: [base, lora-mu, lora-nu-mu, ewc-original, hlora, l2]\n"
+    (place / "s.yaml").write_text(text[:start] + methods + text[end:])
+    assert cli.main(["study", "s.yaml"]) == 0
+    capsys.readouterr()
+    assert cli.main(["report", "results/s.jsonl", "--page", "r.md"]) == 0
+    assert "HLoRA, φ 0.01" in capsys.readouterr().out
+    page = (place / "r.md").read_text()
+    for part in ("Table 1", "Fig. 3", "Fig. 4", "Fig. 5", "Fig. 6", "Fig. 7", "(extrapolated)"):
+        assert part in page, part
+
+
 def test_a_dry_run_lists_the_runs(place, capsys):
     assert cli.main(["study", "s.yaml", "--dry-run"]) == 0
     out = capsys.readouterr().out

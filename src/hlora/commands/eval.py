@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from hlora import harness
 from hlora.config import EvalSettings
 from hlora.errors import InputError
 from hlora.evaluate import TaskScore, TextScore, forgetting, score_task, score_text
 from hlora.files import write_json
+from hlora.harness import HarnessScore
 from hlora.models import load, load_adapter, pick_device, pick_dtype
 from hlora.progress import bar, quiet_libraries
 from hlora.tasks import Task, load_task
@@ -24,15 +27,32 @@ from hlora.text import Source, blocks
 def run(settings: EvalSettings) -> None:
     """Print one table of text and one of tasks; with --json write all figures."""
     quiet_libraries()
-    if not settings.text and not settings.task:
-        raise InputError("Nothing to evaluate: give --text, --task or both.")
+    if not (settings.text or settings.task or settings.lm_eval):
+        raise InputError("Nothing to evaluate: give --text, --task or --lm-eval.")
     if settings.json and Path(settings.json).exists() and not settings.overwrite:
         raise InputError(f"{settings.json} exists already: choose another, or --overwrite it.")
-    model, tokenizer, kinds, tasks = prepare(settings)
-    scores = {"base": score(model, tokenizer, kinds, tasks, settings.batch_size)}
-    if settings.adapter:
-        adapted = load_adapter(model, settings.adapter)
-        scores["adapter"] = score(adapted, tokenizer, kinds, tasks, settings.batch_size)
+    zoo = [t for spec in settings.lm_eval for t in spec.split(",") if t]
+    limit = settings.task_rows or None
+    with contextlib.ExitStack() as stack:
+        # Before the model: a misspelt task is told at once.
+        harnessed = (
+            stack.enter_context(harness.prepared(zoo, format=settings.task_format, limit=limit))
+            if zoo
+            else None
+        )
+        model, tokenizer, kinds, tasks = prepare(settings)
+
+        def all_scores(of: nn.Module) -> Scores:
+            scores = score(of, tokenizer, kinds, tasks, settings.batch_size)
+            if harnessed:
+                scores["lm_eval"] = harness.run(
+                    of, tokenizer, harnessed, batch_size=settings.batch_size, limit=limit
+                )
+            return scores
+
+        scores = {"base": all_scores(model)}
+        if settings.adapter:
+            scores["adapter"] = all_scores(load_adapter(model, settings.adapter))
     _show(scores)
     if settings.json:
         write_json(Path(settings.json), _as_json(settings, scores))
@@ -108,6 +128,21 @@ def _show(scores: dict[str, Scores]) -> None:
                     _percent(s.acc_norm, s.acc_norm_se), f"{s.nll:.3f} ± {s.nll_se:.3f}",
                 )  # fmt: skip
         console.print(table)
+    if "lm_eval" in scores["base"]:
+        _show_harness(console, scores)
+
+
+def _show_harness(console: Console, scores: dict[str, Scores]) -> None:
+    table = Table(title="lm-evaluation-harness (± one standard error)")
+    for heading in ("task", "model", "n", "measure", "value"):
+        table.add_column(heading, justify="right" if heading in ("n", "value") else "left")
+    for name in scores["base"]["lm_eval"]:
+        for which, of in scores.items():
+            found: HarnessScore = of["lm_eval"][name]
+            for measure, (value, error) in found.values.items():
+                text = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+                table.add_row(name, which, f"{found.n:,}", measure, text)
+    console.print(table)
 
 
 def _perplexity(score: TextScore) -> str:
@@ -122,7 +157,7 @@ def _as_json(settings: EvalSettings, scores: dict[str, Scores]) -> dict[str, Any
     result: dict[str, Any] = {"settings": asdict(settings)}
     for which, of in scores.items():
         result[which] = {
-            group: {name: s.asdict() for name, s in named.items()} for group, named in of.items()
+            group: {name: _plain(s) for name, s in named.items()} for group, named in of.items()
         }
     if "adapter" in scores:
         result["forgetting"] = {
@@ -130,6 +165,10 @@ def _as_json(settings: EvalSettings, scores: dict[str, Scores]) -> dict[str, Any
             for name, before in scores["base"]["text"].items()
         }
     return _without_nan(result)
+
+
+def _plain(score: TextScore | TaskScore | HarnessScore) -> dict[str, Any]:
+    return asdict(score) if isinstance(score, HarnessScore) else score.asdict()
 
 
 def _without_nan(value: Any) -> Any:

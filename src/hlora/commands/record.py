@@ -45,6 +45,7 @@ def run(settings: RecordSettings) -> None:
         raise InputError(
             "--fisher-method original takes the corpus' labels: leave out --fisher-labels."
         )
+    fisher_rows = _fisher_rows(settings)
     refuse_result(output, settings.overwrite)
     check_unfinished(settings)
     recorder = None if settings.kind == "fisher" else _recorder(settings)
@@ -55,7 +56,7 @@ def run(settings: RecordSettings) -> None:
     kinds = {
         s.name: blocks(
             s, tokenizer, settings.block_size,
-            settings.text_blocks or (HUB_BLOCKS if s.hub else None),
+            settings.text_blocks or (max(HUB_BLOCKS, fisher_rows) if s.hub else None),
         )
         for s in sources
     }  # fmt: skip
@@ -101,15 +102,22 @@ def _recorder(settings: RecordSettings) -> Record:
     )  # fmt: skip
 
 
+def _fisher_rows(settings: RecordSettings) -> int:
+    """How many rows of text the Fisher information takes, if there are so many."""
+    if settings.kind != "fisher":
+        return 0
+    usual = fisher_original.SEQUENCES if settings.fisher_method == "original" else LEAN
+    return settings.fisher_sequences or usual
+
+
 def _gather_fisher(
     settings: RecordSettings, model: nn.Module, pairs: list[Pair], rows: torch.Tensor,
     notes: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """EWC's importance: no training, sequences forward and backward."""
     original = settings.fisher_method == "original"
-    wanted = settings.fisher_sequences or (fisher_original.SEQUENCES if original else LEAN)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))
-    rows = rows[order[:wanted]]
+    rows = rows[order[: _fisher_rows(settings)]]
     labels = settings.fisher_labels or ("corpus" if original else "model")
     extra: dict[str, Any] = {}
     began = time.monotonic()

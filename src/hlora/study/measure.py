@@ -111,7 +111,8 @@ def phase_nu(study: Study, method: str, seed: int) -> Path:
         return folder
     ones = folder.with_name(f"{folder.name}-ones")
     if not (ones / MARKER).exists():
-        convert.run(ConvertSettings(folder=str(folder), to="ones", output=str(ones)))
+        with _logged(study, f"Ω = 1 of {method}, seed {seed}"):
+            convert.run(ConvertSettings(folder=str(folder), to="ones", output=str(ones)))
     return ones
 
 
