@@ -228,7 +228,8 @@ def test_a_study_and_its_report(place, capsys):
     (place / "s.yaml").write_text(text[:start] + methods + text[end:])
     assert cli.main(["study", "s.yaml"]) == 0
     capsys.readouterr()
-    assert cli.main(["report", "results/s.jsonl", "--page", "r.md"]) == 0
+    argv = ["report", "results/s.jsonl", "--page", "r.md", "--compare", "hlora", "ewc-original"]
+    assert cli.main(argv) == 0
     assert "HLoRA, φ 0.01" in capsys.readouterr().out
     page = (place / "r.md").read_text()
     for part in ("Table 1", "Fig. 3", "Fig. 4", "Fig. 5", "Fig. 6", "Fig. 7", "(extrapolated)"):
