@@ -1,5 +1,11 @@
 """The kernels against the reference in float64, under Triton's interpreter where no GPU is."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,7 +18,16 @@ from tests.test_storage import heavy_tailed
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(1, 16, 16, 1), (2, 65, 130, 3), (3, 7, 200, 8), (1, 129, 33, 20), (2, 1, 1, 2)]
+SHAPES = [
+    (1, 16, 16, 1),
+    (2, 65, 130, 3),
+    (3, 7, 200, 8),
+    (1, 520, 33, 20),
+    (2, 1, 1, 2),
+    (1, 70, 40, 33),
+    (1, 40, 35, 100),
+    (1, 34, 33, 130),
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +77,23 @@ def test_weigh(fused, L, m, n, r, storage):
         assert error(a.double(), t) <= 2 * error(b.double(), t) + 1e-6
 
 
+@pytest.mark.parametrize("storage", ["fp32", "int8"])
+def test_several_launches_find_what_one_does(fused, storage, monkeypatch):
+    """Matrices whose partial gradients do not fit beside each other are taken in turn."""
+    Omega = heavy_tailed(5, 300, 40).to(DEVICE)
+    kept = LogCodes.encode(Omega) if storage == "int8" else Omega
+    change = LowRank(rand(5, 300, 4), rand(5, 4, 40))
+    one = fused.weigh(kept, change)
+    monkeypatch.setattr(fused, "PARTIAL", 2 * 4 * 2 * 4 * 40)  # two of the five matrices
+    two = fused.weigh(kept, change)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_wide_factors_are_left_to_plain_torch(fused):
+    assert fused.fits(LowRank(rand(1, 4, 256), rand(1, 256, 4)))
+    assert not fused.fits(LowRank(rand(1, 4, 257), rand(1, 257, 4)))
+
+
 def test_the_same_input_gives_the_same_bits(fused):
     change, Omega = LowRank(rand(2, 65, 4), rand(2, 4, 90)), heavy_tailed(2, 65, 90).to(DEVICE)
     one, two = fused.weigh(Omega, change), fused.weigh(Omega, change)
@@ -74,3 +106,18 @@ def test_factors_that_are_views_are_read_right(fused):
     ours, plain = fused.weigh(Omega, LowRank(P, Q)), reference.weigh(Omega, LowRank(P, Q))
     for a, b in zip(ours, plain, strict=True):
         assert error(a, b) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_tiles_fit_the_shared_memory_of_small_gpus():
+    """Compiled for compute capability 8.9, whose 99 KiB a block are the least of the usual ones."""
+    root = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernel_resources", "89"], cwd=root, capture_output=True,
+        text=True, env={**os.environ, "TRITON_INTERPRET": "0"}, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert len(found) == 6
+    assert {k: v for k, v in found.items() if not 0 < v <= 99 * 1024} == {}

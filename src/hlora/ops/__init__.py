@@ -24,19 +24,20 @@ __all__ = [
 
 def accumulate(omega: Tensor, gradient: LowRank, step: LowRank) -> None:
     """ω ← ω − g̃ ∘ Δθ, in place (Eq. 12). See `reference.accumulate`."""
-    _for(omega).accumulate(omega, gradient, step)
+    _for(omega, gradient, step).accumulate(omega, gradient, step)
 
 
 def weigh(Omega: Tensor | LogCodes, change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_i Ω_i (PQ)_i² of each matrix with its gradients (Eq. 14). See `reference.weigh`."""
-    return _for(change.P).weigh(Omega, change)
+    return _for(change.P, change).weigh(Omega, change)
 
 
-def _for(tensor: Tensor) -> ModuleType:
+def _for(tensor: Tensor, *changes: LowRank) -> ModuleType:
     if tensor.is_cuda and tensor.dtype == float32 and _has_fused():
         from hlora.ops import fused
 
-        return fused
+        if all(map(fused.fits, changes)):
+            return fused
     return reference
 
 

@@ -7,8 +7,6 @@ Triton's interpreter.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -17,45 +15,78 @@ from torch import Tensor
 from hlora.logcodes import LogCodes
 from hlora.lowrank import LowRank
 
-ROWS, COLUMNS = 64, 64
-"""A tile. `tl.dot` wants at least 16 of each."""
+WIDEST = 256
+"""Columns of P, padded to a power of two: beyond, tiles no longer fit a GPU's shared memory."""
+WIDE, STAGES = 32, 2
+"""Columns of a tile of the penalty, and how many tiles of Ω are on their way at once."""
+PARTIAL = 32 << 20
+"""Bytes of partial gradients at once: matrices beyond them take another launch."""
 
 
 def accumulate(omega: Tensor, gradient: LowRank, step: LowRank) -> None:
     """ω ← ω − g̃ ∘ Δθ, in place (Eq. 12): ω is read and written once. See `reference`."""
     L, m, n = gradient.shape
     k1, k2 = gradient.P.shape[2], step.P.shape[2]
-    _accumulate[(triton.cdiv(m, ROWS), triton.cdiv(n, COLUMNS), L)](
-        omega, *_both(gradient), *_both(step), m, n, k1, k2,
-        K1=_padded(k1), K2=_padded(k2), BM=ROWS, BN=COLUMNS,
+    K1, K2 = _padded(k1), _padded(k2)
+    tile = side(max(K1, K2))
+    _accumulate[(triton.cdiv(m, tile), triton.cdiv(n, tile), L)](
+        omega, *_both(gradient), *_both(step), m, n, k1, k2, K1=K1, K2=K2, BM=tile, BN=tile,
     )  # fmt: skip
 
 
 def weigh(Omega: Tensor | LogCodes, change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_i Ω_i (PQ)_i² of each matrix (Eq. 14), with its gradients. See `reference`.
 
-    Two launches, one over strips of rows (the value and the gradient by P), one over strips of
-    columns (by Q): Ω is read twice, which costs less memory than partial sums and is
-    deterministic.
+    One pass: Ω is read once. A program owns a strip of rows, whose gradient by P it finishes; its
+    part of the gradient by Q goes to memory of its own, and the parts are added up in a fixed
+    order.
     """
     L, m, n = change.shape
     P, Q = _both(change)
     k = P.shape[2]
     dP, dQ = torch.empty_like(P), torch.empty_like(Q)
-    strips = triton.cdiv(m, ROWS)
-    partial = torch.empty((L, strips), dtype=torch.float32, device=P.device)
-    if isinstance(Omega, LogCodes):
-        kept, scale, coded = Omega.codes, Omega.scale, True
-    else:
-        kept, scale, coded = Omega, partial, False  # `scale` is not read
-    shape: dict[str, Any] = {"K": _padded(k), "BM": ROWS, "BN": COLUMNS, "CODED": coded}
-    _weigh_rows[(strips, L)](kept, scale, P, Q, dP, partial, m, n, k, **shape)
-    _weigh_columns[(triton.cdiv(n, COLUMNS), L)](kept, scale, P, Q, dQ, m, n, k, **shape)
-    return partial.sum(dim=1), dP, dQ
+    K = _padded(k)
+    tall = _rows_of_a_strip(K)
+    strips = triton.cdiv(m, tall)
+    values = torch.empty((L, strips), dtype=torch.float32, device=P.device)
+    at_once = min(L, max(1, PARTIAL // (4 * strips * k * n)))
+    parts = torch.empty((at_once, strips, k, n), dtype=torch.float32, device=P.device)
+    for start in range(0, L, at_once):
+        some = slice(start, min(start + at_once, L))
+        if isinstance(Omega, LogCodes):
+            kept, scale, coded = Omega.codes[some], Omega.scale[some], True
+        else:
+            kept, scale, coded = Omega[some], values, False  # `scale` is not read
+        count = some.stop - some.start
+        _weigh[(strips, count)](
+            kept, scale, P[some], Q[some], dP[some], parts, values[some], m, n, k, K=K,
+            BM=tall, BN=WIDE, CODED=coded, num_warps=warps(tall), num_stages=STAGES,
+        )  # fmt: skip
+        torch.sum(parts[:count], dim=1, out=dQ[some])
+    return values.sum(dim=1), dP, dQ
 
 
 def _both(change: LowRank) -> tuple[Tensor, Tensor]:
     return change.P.contiguous(), change.Q.contiguous()
+
+
+def fits(change: LowRank) -> bool:
+    """Whether the kernels take so many columns of P."""
+    return _padded(change.P.shape[2]) <= WIDEST
+
+
+def side(K: int) -> int:
+    """Of a square tile of ω."""
+    return 64 if K <= 128 else 32
+
+
+def warps(tall: int) -> int:
+    return 8 if tall >= 128 else 4
+
+
+def _rows_of_a_strip(K: int) -> int:
+    """As many as shared memory holds, 99 KiB on a small GPU: the fewer strips, the fewer parts."""
+    return {16: 256, 32: 128, 64: 128, 128: 64}.get(K, 32)
 
 
 def _padded(k: int) -> int:
@@ -108,10 +139,12 @@ def _accumulate(omega, gP, gQ, dP, dQ, m, n, k1, k2, K1: tl.constexpr, K2: tl.co
 
 
 @triton.jit
-def _weigh_rows(Omega, scale, P, Q, dP, partial, m, n, k, K: tl.constexpr, BM: tl.constexpr,
-                BN: tl.constexpr, CODED: tl.constexpr):  # fmt: skip
+def _weigh(Omega, scale, P, Q, dP, parts, values, m, n, k, K: tl.constexpr, BM: tl.constexpr,
+           BN: tl.constexpr, CODED: tl.constexpr):  # fmt: skip
     strip, l = tl.program_id(0), tl.program_id(1)
+    strips = tl.num_programs(0)
     rows = strip * BM + tl.arange(0, BM)
+    ks = tl.arange(0, K)
     p = _left(P, l, rows, m, k, K)
     pull = tl.zeros((BM, K), dtype=tl.float32)
     value = tl.zeros((BM,), dtype=tl.float32)
@@ -122,25 +155,9 @@ def _weigh_rows(Omega, scale, P, Q, dP, partial, m, n, k, K: tl.constexpr, BM: t
         weighed = d * _kept(Omega, scale, l, rows, columns, m, n, CODED)
         value += tl.sum(weighed * d, axis=1)
         pull += tl.dot(weighed, tl.trans(q), input_precision="ieee")
-    ks = tl.arange(0, K)
+        part = tl.dot(tl.trans(p), weighed, input_precision="ieee")
+        at = parts + ((l * strips + strip) * k + ks)[:, None].to(tl.int64) * n + columns[None, :]
+        tl.store(at, 2.0 * part, mask=(ks < k)[:, None] & (columns < n)[None, :])
     at = dP + (l * m + rows)[:, None].to(tl.int64) * k + ks[None, :]
     tl.store(at, 2.0 * pull, mask=(rows < m)[:, None] & (ks < k)[None, :])
-    tl.store(partial + l * tl.num_programs(0) + strip, tl.sum(value))
-
-
-@triton.jit
-def _weigh_columns(Omega, scale, P, Q, dQ, m, n, k, K: tl.constexpr, BM: tl.constexpr,
-                   BN: tl.constexpr, CODED: tl.constexpr):  # fmt: skip
-    strip, l = tl.program_id(0), tl.program_id(1)
-    columns = strip * BN + tl.arange(0, BN)
-    q = _right(Q, l, columns, n, k, K)
-    pull = tl.zeros((K, BN), dtype=tl.float32)
-    for start in range(0, m, BM):
-        rows = start + tl.arange(0, BM)
-        p = _left(P, l, rows, m, k, K)
-        d = tl.dot(p, q, input_precision="ieee")
-        weighed = d * _kept(Omega, scale, l, rows, columns, m, n, CODED)
-        pull += tl.dot(tl.trans(p), weighed, input_precision="ieee")
-    ks = tl.arange(0, K)
-    at = dQ + (l * k + ks)[:, None].to(tl.int64) * n + columns[None, :]
-    tl.store(at, 2.0 * pull, mask=(ks < k)[:, None] & (columns < n)[None, :])
+    tl.store(values + l * strips + strip, tl.sum(value))
