@@ -196,3 +196,12 @@ def test_the_report_of_a_study_just_begun(tmp_path, monkeypatch, capsys):
     html = (tmp_path / "r-report" / "index.html").read_text()
     assert "Fig. 3" not in html
     assert "Table 1" in html
+
+
+def test_the_report_of_a_study_cut_short(tmp_path, monkeypatch, capsys):
+    """The second task has only some of its runs: nothing is averaged over unlike tasks."""
+    monkeypatch.chdir(tmp_path)
+    lines = study(seeds=1)
+    write(tmp_path / "r.jsonl", [*lines[:-8], *(r for r in lines[-8:-5])])
+    assert cli.main(["report", "r.jsonl"]) == 0
+    assert "Not all seeds and tasks are done for EWC-LoRA" in capsys.readouterr().out

@@ -150,16 +150,20 @@ def phi_curves(
     for row in results.rows:
         if row.phi is not None and row.phi > 0:
             sweeps.setdefault(row.method, []).append(row)
-    if not sweeps:
+    plain = Row("lora-nu-mu", None)
+    drawn = [r for rows in sweeps.values() for r in rows]
+    drawn += [plain] if plain in results.rows else []
+    # A study that still runs lacks some tasks: only means over the same ones can be compared.
+    tasks = [t for t in results.tasks if all(results.of(r, t) for r in drawn)]
+    if not sweeps or not tasks:
         return None
     pyplot = load_pyplot()
     figure, panels = pyplot.subplots(
         1, len(metrics), figsize=(2.3 * len(metrics) + 0.6, 2.9), layout="constrained"
     )
-    plain = Row("lora-nu-mu", None)
     for metric, at in zip(metrics, panels, strict=True):
         for index, (method, rows) in enumerate(sweeps.items()):
-            points = [mean_se(results.over_tasks(metric, r, results.tasks).values()) for r in rows]
+            points = [mean_se(results.over_tasks(metric, r, tasks).values()) for r in rows]
             at.errorbar(
                 [r.phi for r in rows], [m for m, _ in points],
                 yerr=[0 if math.isnan(e) else e for _, e in points], capsize=2, linewidth=1.2,
@@ -167,7 +171,7 @@ def phi_curves(
                 label=METHODS[method].label,
             )  # fmt: skip
         if plain in results.rows:
-            level = mean_se(results.over_tasks(metric, plain, results.tasks).values())[0]
+            level = mean_se(results.over_tasks(metric, plain, tasks).values())[0]
             at.axhline(level, color="black", linewidth=0.8, linestyle=":", label="no penalty (ν+μ)")
         at.set_xscale("log")
         at.set_xlabel("φ")
