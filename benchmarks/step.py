@@ -157,7 +157,7 @@ def _difference(bench: Bench, plain: Any, other: Any, repeats: int) -> float:
 def _importance(bench: Bench, folder: Path) -> None:
     """A dense importance of one step, and the same in every other form."""
     optimizer = bench.optimizer()
-    recorder = hlora.Record(folder / "fp32")
+    recorder = hlora.Record(folder / "fp32", kind="dense")
     recorder.start(bench.model, optimizer)
     bench.step(optimizer)
     recorder.finish(bench.model)

@@ -112,7 +112,7 @@ def nu(tmp_path):
     import hlora
 
     folder = tmp_path / "nu"
-    trainer = make_trainer(lora_model(), tmp_path / "run-nu", [hlora.Record(folder)])
+    trainer = make_trainer(lora_model(), tmp_path / "run-nu", [hlora.Record(folder, kind="dense")])
     trainer.train()
     return folder
 

@@ -141,3 +141,13 @@ def test_what_it_cannot_do_is_refused(tmp_path, nu):
         hlora.Record(tmp_path / "x", kind="thin")
     with pytest.raises(ValueError, match="missing"):
         Factored.from_tensors({"a.rows": torch.ones(2)})
+
+
+def test_it_is_the_default_and_dense_where_the_paper_or_its_storage_is_asked_for(tmp_path, nu):
+    new = tmp_path / "x"
+    assert hlora.Record(new).kind == "factored"
+    assert hlora.Record(new, preset="paper").kind == "dense"
+    assert hlora.Record(new, preset="official").kind == "dense"
+    assert hlora.Record(new, storage="int8").kind == "dense"
+    assert hlora.Record(new, previous=nu).kind == "dense"
+    assert hlora.Record(new, preset="paper", kind="factored").kind == "factored"

@@ -162,7 +162,9 @@ def test_base_anchor_starts_from_the_base_model(nu, tmp_path):
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_base_anchor_with_a_mutated_base_is_the_start(tmp_path, init):
     make_trainer(
-        lora_model(init_lora_weights=init), tmp_path / "run", [hlora.Record(tmp_path / "nu")]
+        lora_model(init_lora_weights=init),
+        tmp_path / "run",
+        [hlora.Record(tmp_path / "nu", kind="dense")],
     ).train()
     model = lora_model(init_lora_weights=init)
     callback = hlora.Penalty(tmp_path / "nu", anchor="base")
@@ -265,7 +267,7 @@ def test_a_resumed_pissa_run_keeps_its_base(tmp_path):
     def model():
         return lora_model(init_lora_weights="pissa")
 
-    make_trainer(model(), tmp_path / "run", [hlora.Record(tmp_path / "nu")]).train()
+    make_trainer(model(), tmp_path / "run", [hlora.Record(tmp_path / "nu", kind="dense")]).train()
     settings = {"save_strategy": "steps", "save_steps": 3, "rows": token_rows(seed=2)}
     whole, resumed = model(), model()
     make_trainer(

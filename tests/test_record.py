@@ -54,7 +54,7 @@ def expected_omega(spy, index, s, gradient=None):
 
 def record(tmp_path, model=None, rule=None, **settings):
     model = model or lora_model()
-    callback = hlora.Record(tmp_path / "nu", **(rule or {}))
+    callback = hlora.Record(tmp_path / "nu", **{"kind": "dense", **(rule or {})})
     trainer = make_trainer(model, tmp_path / "run", [callback], **settings)
     spy = Spy(model)
     trainer.create_optimizer()
@@ -135,7 +135,7 @@ def test_projected_path_integral_is_the_loss_drop(tmp_path, optim, rate, steps):
 def test_recording_changes_nothing_in_training(tmp_path):
     plain, recorded = lora_model(), lora_model()
     make_trainer(plain, tmp_path / "a").train()
-    make_trainer(recorded, tmp_path / "b", [hlora.Record(tmp_path / "nu")]).train()
+    make_trainer(recorded, tmp_path / "b", [hlora.Record(tmp_path / "nu", kind="dense")]).train()
     for p, q in zip(plain.parameters(), recorded.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -220,13 +220,13 @@ def test_a_skipped_fp16_step_leaves_no_nan(fused, tmp_path):
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused
     )
-    callback = hlora.Record(tmp_path / "nu")
+    callback = hlora.Record(tmp_path / "nu", kind="dense")
     callback.start(model, optimizer)
     plain = lora_model()
     plain_optimizer = torch.optim.AdamW(
         [p for p in plain.parameters() if p.requires_grad], lr=1e-2, fused=fused
     )
-    expected = hlora.Record(tmp_path / "plain")
+    expected = hlora.Record(tmp_path / "plain", kind="dense")
     expected.start(plain, plain_optimizer)
     rows = token_rows(4)
     batch = {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
@@ -268,7 +268,7 @@ def test_a_frozen_factor_counts_as_zero_gradient(tmp_path):
 
 
 def record_frozen(tmp_path, model):
-    callback = hlora.Record(tmp_path / "nu")
+    callback = hlora.Record(tmp_path / "nu", kind="dense")
     make_trainer(model, tmp_path / "run", [callback]).train()
     return callback, None, model
 
@@ -291,12 +291,16 @@ def test_the_summary_is_printed_and_stored(tmp_path, capsys):
 def test_a_resumed_recording_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 3}
     whole = lora_model(lora_dropout=0.1)
-    make_trainer(whole, tmp_path / "a", [hlora.Record(tmp_path / "nu-a")], **settings).train()
+    make_trainer(
+        whole, tmp_path / "a", [hlora.Record(tmp_path / "nu-a", kind="dense")], **settings
+    ).train()
     resumed = lora_model(lora_dropout=0.1, seed=5)  # its weights come from the checkpoint
     resumed.base_model.model.load_state_dict(
         lora_model(lora_dropout=0.1).base_model.model.state_dict()
     )
-    trainer = make_trainer(resumed, tmp_path / "a", [hlora.Record(tmp_path / "nu-b")], **settings)
+    trainer = make_trainer(
+        resumed, tmp_path / "a", [hlora.Record(tmp_path / "nu-b", kind="dense")], **settings
+    )
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     a, b = (load_file(tmp_path / f"nu-{x}" / store.TENSORS) for x in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -308,7 +312,7 @@ def test_resuming_without_the_recorder_s_state_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 3}
     make_trainer(lora_model(), tmp_path / "a", **settings).train()
     trainer = make_trainer(
-        lora_model(), tmp_path / "a", [hlora.Record(tmp_path / "nu")], **settings
+        lora_model(), tmp_path / "a", [hlora.Record(tmp_path / "nu", kind="dense")], **settings
     )
     with pytest.raises(hlora.StoreError, match=r"hlora_record\.safetensors is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
@@ -316,7 +320,7 @@ def test_resuming_without_the_recorder_s_state_is_refused(tmp_path):
 
 def test_an_output_with_a_result_is_refused(nu):
     with pytest.raises(hlora.InputError, match="already holds a result"):
-        hlora.Record(nu)
+        hlora.Record(nu, kind="dense")
     hlora.Record(nu, overwrite=True)
 
 

@@ -66,7 +66,9 @@ def test_the_gradient_keeps_its_direction():
 def test_recording_and_tuning_with_them(tmp_path, storage, bytes_each):
     for name, how in (("full", "fp32"), ("small", storage)):
         make_trainer(
-            lora_model(), tmp_path / f"run-{name}", [hlora.Record(tmp_path / name, storage=how)]
+            lora_model(),
+            tmp_path / f"run-{name}",
+            [hlora.Record(tmp_path / name, kind="dense", storage=how)],
         ).train()
     full, small = (store.load(tmp_path / n).importance for n in ("full", "small"))
     decoded = small.decoded()

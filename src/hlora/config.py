@@ -110,9 +110,9 @@ class RecordSettings(TrainSettings):
         "an earlier importance folder: start from its adapter and add to it (Eq. 13)", None,
         metavar="DIR", more=True,
     )  # fmt: skip
-    kind: str = setting(
-        "what is remembered: dense, a number for each element (the paper); factored, row and "
-        "column sums; fisher, EWC's, without training", "dense",
+    kind: str | None = setting(
+        "what is remembered: factored, row and column sums (if not given); dense, a number for "
+        "each element (the paper, its presets, --storage); fisher, EWC's, without training", None,
         choices=("dense", "factored", "fisher"),
     )  # fmt: skip
     storage: str = setting(

@@ -1,7 +1,8 @@
 """The compared methods as data: what phase ν is, and what phase μ changes.
 
 A method is the settings of `hlora record` and `hlora tune` that differ from a study's own. Labels
-are the paper's; `source` says where a row comes from.
+are the paper's; `source` says where a row comes from. Importance is dense, as the paper has it,
+where a method does not say otherwise.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def steps_of(settings: TrainSettings, rows: int) -> int:
     return max(1, int(settings.epochs * max(1, -(-per_epoch // settings.gradient_accumulation))))
 
 
-def importance_bytes(pairs: list[Pair], kind: str = "dense", storage: str = "fp32") -> int:
+def importance_bytes(pairs: list[Pair], kind: str, storage: str = "fp32") -> int:
     """Size of an importance, in memory in phase μ and on disk."""
     if kind == "factored":
         return sum(4 * (p.shape[0] + p.shape[1]) for p in pairs)

@@ -45,8 +45,10 @@ class Record(TrainerCallback):
 
     Args:
         output: the folder for the adapter and its importance.
-        kind: `dense` keeps one number for each element, as the paper does; `factored` keeps the
-            row sums and column sums of each matrix, a thousandth of it.
+        kind: `factored` keeps the row sums and column sums of each matrix; `dense` one number for
+            each element, as the paper does, a thousand times as many. None is `factored`, but
+            `dense` for the presets of the paper, for a storage of dense importance, and to go on
+            from a dense one.
         storage: what dense importance is written as: `fp32`, `bf16` or `int8` (logarithmic codes).
         preset: `default`, `paper` (Eq. 11-13 to the letter) or `official` (the authors' code).
         previous: an importance folder of an earlier general task, which this one adds to
@@ -69,7 +71,7 @@ class Record(TrainerCallback):
         self,
         output: str | Path,
         *,
-        kind: str = "dense",
+        kind: str | None = None,
         storage: str = "fp32",
         preset: str | None = None,
         previous: str | Path | None = None,
@@ -81,15 +83,17 @@ class Record(TrainerCallback):
         self.output = Path(output)
         self.rule: RecordRule = choose(RECORD_PRESETS, preset, **rule)
         self.preset = preset or "default"
-        one_of("kind", kind, TRACES)
         one_of("storage", storage, STORAGES)
+        self.previous = store.load(previous) if previous is not None else None
+        if kind is None:
+            kind = self._usual_kind(storage)
+        one_of("kind", kind, TRACES)
         if kind == "factored" and self.rule.clamp == "step":
             raise InputError(
                 "Factored importance knows only sums of ω, so it cannot clamp each element after "
                 "each step (preset 'official'): record with kind='dense'."
             )
         self.kind, self.storage = kind, storage
-        self.previous = store.load(previous) if previous is not None else None
         if self.previous is not None and self.previous.importance.kind != kind:
             raise InputError(
                 f"{previous} holds {self.previous.importance.kind} importance and this one would "
@@ -100,6 +104,11 @@ class Record(TrainerCallback):
         self.summary: dict[str, Any] = {}
         self.notes: dict[str, Any] = {}  # joins importance.json
         self._groups: list[Group] = []
+
+    def _usual_kind(self, storage: str) -> str:
+        if self.previous is not None and self.previous.importance.kind in TRACES:
+            return self.previous.importance.kind
+        return "factored" if self.preset == "default" and storage == "fp32" else "dense"
 
     # ------------------------------------------------------------------ in any training loop
 

@@ -15,7 +15,9 @@ def main(folder: Path, batch: int) -> None:
         "ddp_find_unused_parameters": False,
     }  # fmt: skip
     model = lora_model(dtype=torch.float64)
-    make_trainer(model, folder / "run", [hlora.Record(folder / "nu")], **settings).train()
+    make_trainer(
+        model, folder / "run", [hlora.Record(folder / "nu", kind="dense")], **settings
+    ).train()
     model = lora_model(dtype=torch.float64)
     trainer = make_trainer(
         model, folder / "run", [hlora.Penalty(folder / "nu", phi=5.0)], rows=token_rows(seed=2),

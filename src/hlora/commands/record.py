@@ -66,8 +66,9 @@ def run(settings: RecordSettings) -> None:
     else:
         model = new_adapter(model, settings)
     pairs = find_pairs(model)
-    needed = importance_bytes(pairs, settings.kind, settings.storage)
-    running = importance_bytes(pairs, settings.kind, "fp32")
+    kind = recorder.kind if recorder else "fisher"
+    needed = importance_bytes(pairs, kind, settings.storage)
+    running = importance_bytes(pairs, kind, "fp32")
     check_space(output, needed + (4 * running if settings.save_steps else 0))
     if settings.dry_run:
         batch = dict.fromkeys(("input_ids", "labels"), rows[: settings.batch_size])

@@ -170,7 +170,7 @@ def nu_folder(study: Study, method: str, seed: int) -> Path:
 def record_settings(study: Study, method: str, seed: int) -> RecordSettings:
     of: Method = METHODS[method]
     values: dict[str, Any] = {
-        "model": study.model, "seed": seed, "resume": True,
+        "model": study.model, "seed": seed, "resume": True, "kind": "dense",
         "text": [f"{k}={study.where(v)}" for k, v in study.general.items()],
         "output": str(nu_folder(study, method, seed)), **study.record, **(of.record or {}),
     }  # fmt: skip
