@@ -204,4 +204,4 @@ def test_the_report_of_a_study_cut_short(tmp_path, monkeypatch, capsys):
     lines = study(seeds=1)
     write(tmp_path / "r.jsonl", [*lines[:-8], *(r for r in lines[-8:-5])])
     assert cli.main(["report", "r.jsonl"]) == 0
-    assert "Not all seeds and tasks are done for EWC-LoRA" in capsys.readouterr().out
+    assert "Not on every task with every seed: EWC-LoRA" in capsys.readouterr().out

@@ -183,6 +183,29 @@ def test_phi_may_differ_by_method(place):
         study.read_study(place / "s.yaml")
 
 
+def test_dear_methods_may_run_on_few_tasks_and_seeds(place):
+    edit(place, "seeds: [0, 1]", "only: {ewc-original: {seeds: [1]}}\nseeds: [0, 1]")
+    runs = study.runs_of(study.read_study(place / "s.yaml"))
+    assert {r.seed for r in runs if r.method == "ewc-original"} == {1}
+    assert {r.seed for r in runs if r.method == "ewc"} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        ("{ewc-orignal: {seeds: [1]}}", "no method of the study: 'ewc-orignal'; did you mean ewc"),
+        ("{ewc: {seed: [1]}}", "unknown key 'seed'; did you mean seeds"),
+        ("{ewc: {seeds: [7]}}", "no such seed 7: there are 0, 1"),
+        ("{ewc: {tasks: [party]}}", "no such task 'party'; did you mean parity"),
+        ("{ewc: [1]}", "must map tasks and seeds to lists"),
+    ],
+)
+def test_wrong_limits_are_refused(place, only, message):
+    edit(place, "seeds: [0, 1]", f"only: {only}\nseeds: [0, 1]")
+    with pytest.raises(hlora.InputError, match=message):
+        study.read_study(place / "s.yaml")
+
+
 def test_the_first_place_that_exists_is_read(place, monkeypatch):
     edit(place, "general: {a: a.txt,", "general: {a: [data/nowhere.txt, data/a.txt, owner/name],")
     edit(place, "work: work", "work: work\ndata: .")

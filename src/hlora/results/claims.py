@@ -58,7 +58,7 @@ def _against(
         words, said = [], []
         for other in others:
             d = difference(results, metric, ours, other)
-            if not d.n:
+            if not d.n or (d.n == 1 and len(results.seeds) > 1):  # nothing to tell
                 continue
             better = (d.mean > 0) if higher else (d.mean < 0)
             if not d.decided:

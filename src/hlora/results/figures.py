@@ -150,13 +150,12 @@ def phi_curves(
     for row in results.rows:
         if row.phi is not None and row.phi > 0:
             sweeps.setdefault(row.method, []).append(row)
-    plain = Row("lora-nu-mu", None)
-    drawn = [r for rows in sweeps.values() for r in rows]
-    drawn += [plain] if plain in results.rows else []
-    # A study that still runs lacks some tasks: only means over the same ones can be compared.
-    tasks = [t for t in results.tasks if all(results.of(r, t) for r in drawn)]
-    if not sweeps or not tasks:
+    # Only means over the same tasks can be compared.
+    tasks = results.tasks
+    sweeps = {m: rs for m, rs in sweeps.items() if all(results.of(r, t) for r in rs for t in tasks)}
+    if not sweeps:
         return None
+    plain = Row("lora-nu-mu", None)
     pyplot = load_pyplot()
     figure, panels = pyplot.subplots(
         1, len(metrics), figsize=(2.3 * len(metrics) + 0.6, 2.9), layout="constrained"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,10 @@ def parts(
     """The whole report, without what the results cannot tell."""
     found = [
         Part("What was run", about(results)),
+        Part("All tasks", "Means over tasks ± one standard error over seeds. NLL is that of the "
+             "right answer, in nats; forgetting is loss on general text minus the base model's, "
+             "nats per token: below zero, the text was learned.",
+             tables.over_tasks(results, metrics)),
         *_claims(results, ours),
         Part(
             "Table 1, beside the paper's",
@@ -139,7 +144,8 @@ def about(results: Results) -> str:
     said.append(
         f"Scored on {line['task']['n']} questions (±"
         f"{100 * line['task']['acc_se']:.0f} points of accuracy from these alone) and "
-        f"{text['tokens']:,} tokens of each kind of text."
+        f"{text['tokens']:,} tokens of each kind of text (forgetting: ±{_text_error(results):.3f} "
+        "from these alone)."
     )
     versions = ", ".join(f"{k} {v}" for k, v in line["versions"].items() if v)
     machines = sorted({_machine(r) for r in results.lines})
@@ -157,6 +163,13 @@ def about(results: Results) -> str:
     return " ".join(said)
 
 
+def _text_error(results: Results) -> float:
+    """The usual standard error of one run's forgetting, over its blocks of text."""
+    group = "unseen" if results.lines[0]["unseen"] else "seen"
+    errors = [r["forgetting"][group]["se"] for r in results.lines if r.get("settings")]
+    return statistics.median(errors) if errors else 0.0
+
+
 def _machine(line: dict[str, Any]) -> str:
     of = line.get("machine", {})
     return f"{of.get('device', 'unknown')}, {of.get('threads', '?')} threads a run"
@@ -168,7 +181,7 @@ def _incomplete(results: Results) -> str:
         row.label for row in results.rows
         if any(len(results.of(row, t)) < len(results.seeds) for t in results.tasks)
     ]  # fmt: skip
-    return f"Not all seeds and tasks are done for {', '.join(short)}." if short else ""
+    return f"Not on every task with every seed: {', '.join(short)}." if short else ""
 
 
 def _claims(results: Results, ours: Row | None) -> list[Part]:

@@ -70,6 +70,18 @@ def by_task(results: Results, task: str, metrics: Sequence[str]) -> Table:
     return Table(["method", *(METRICS[m].label for m in metrics), "seeds"], rows)
 
 
+def over_tasks(results: Results, metrics: Sequence[str]) -> Table:
+    """The methods that have every task: means over tasks ± standard error over seeds."""
+    cells = []
+    for row in results.rows:
+        if not all(results.of(row, t) for t in results.tasks):
+            continue
+        means = {m: results.over_tasks(m, row, results.tasks) for m in metrics}
+        told = [shown(v.values(), METRICS[m].digits, METRICS[m].signed) for m, v in means.items()]
+        cells.append([row.label, *told, str(max(map(len, means.values())))])
+    return Table(["method", *(METRICS[m].label for m in metrics), "seeds"], cells)
+
+
 def by_kind(results: Results, rows: Sequence[Row]) -> Table:
     """Forgetting on each kind of text, the mean over tasks; unseen kinds carry a star."""
     kinds = list(results.lines[0]["text"])

@@ -36,6 +36,7 @@ class Study:
         seeds: one run each.
         phi: values for the methods that sweep, one list for all or method → list; empty for the
             default.
+        only: method → {tasks, seeds}, for methods too dear to run on all of them.
         record, tune, eval: settings of these commands.
         work: a folder for what is in between.
         metrics: what the progress line shows of each run, names from `hlora.results.metrics`.
@@ -54,6 +55,7 @@ class Study:
     seeds: list[int]
     work: str
     phi: list[float] | dict[str, list[float]] = field(default_factory=list)
+    only: dict[str, dict[str, list]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     tune: dict[str, Any] = field(default_factory=dict)
     eval: dict[str, Any] = field(default_factory=dict)
@@ -75,6 +77,11 @@ class Study:
             return [None]
         given = self.phi.get(method, []) if isinstance(self.phi, dict) else self.phi
         return list(given) or [None]
+
+    def runs(self, method: str, task: str, seed: int) -> bool:
+        """Whether a method is run on a task with a seed."""
+        only = self.only.get(method, {})
+        return task in only.get("tasks", [task]) and seed in only.get("seeds", [seed])
 
     def settings(self) -> dict[str, Any]:
         """What every run of the study has in common, and what two studies can differ in."""
@@ -123,6 +130,13 @@ def read_study(path: Path) -> Study:
     study = _chosen(values, path)
     refuse_unknown(study.methods, METHODS, f"{path}: unknown method")
     refuse_unknown(study.metrics, METRICS, f"{path}: unknown metric")
+    refuse_unknown(study.only, study.methods, f"{path}: only names no method of the study:")
+    for name, limits in study.only.items():
+        if not isinstance(limits, dict) or not all(isinstance(v, list) for v in limits.values()):
+            raise InputError(f"{path}: only.{name} must map tasks and seeds to lists.")
+        refuse_unknown(limits, ("tasks", "seeds"), f"{path}: only.{name}: unknown key")
+        refuse_unknown(limits.get("tasks", []), study.tasks, f"{path}: only.{name}: no such task")
+        refuse_unknown(limits.get("seeds", []), study.seeds, f"{path}: only.{name}: no such seed")
     if isinstance(study.phi, dict):
         sweeping = [m for m in METHODS if METHODS[m].sweeps]
         refuse_unknown(study.phi, sweeping, f"{path}: phi names no method that has one:")
@@ -140,6 +154,7 @@ def runs_of(study: Study) -> list[Run]:
         for seed in study.seeds
         for task in study.tasks
         for name in study.methods
+        if study.runs(name, task, seed)
         for phi in study.phis(name)
     ]
 
@@ -204,15 +219,16 @@ def digest(what: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
+def refuse_unknown(given: Iterable[Any], known: Iterable[Any], what: str) -> None:
     """Raise InputError at the first name that is not known; it names the nearest that is."""
     known = list(known)
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1, 0.4)
+            names = [str(k) for k in known]
+            near = difflib.get_close_matches(str(name), names, 1, 0.4)
             raise InputError(
                 f"{what} {name!r}"
-                + (f"; did you mean {near[0]}?" if near else f": there are {', '.join(known)}.")
+                + (f"; did you mean {near[0]}?" if near else f": there are {', '.join(names)}.")
             )
 
 
