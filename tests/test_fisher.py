@@ -94,6 +94,21 @@ def test_the_command_and_the_penalty_from_the_base(tiny, tmp_path, capsys):
         ["convert", str(tmp_path / "f"), "--to", "int8", "--output", str(tmp_path / "f8")]
     ) == 0  # fmt: skip
     assert store.load(tmp_path / "f8").info["kind"] == "fisher"
+    with pytest.raises(hlora.InputError, match="fisher importance, which a recording cannot add"):
+        hlora.Record(tmp_path / "new", previous=tmp_path / "f")
+
+
+def test_the_original_is_a_command_and_says_what_the_whole_takes(tiny, tmp_path, capsys):
+    write_text(tmp_path / "t.txt")
+    argv = ["record", "--model", str(tiny), "--text", str(tmp_path / "t.txt"), "--output"]
+    argv += [str(tmp_path / "f"), "--kind", "fisher", "--fisher-method", "original"]
+    argv += ["--block-size", "32", "--fisher-sequences", "3"]
+    assert cli.main([*argv, "--fisher-labels", "model"]) == 2
+    assert "takes the corpus' labels" in capsys.readouterr().err
+    assert cli.main(argv) == 0
+    info = store.load(tmp_path / "f").info
+    assert info["summary"]["sequences"] == 3
+    assert info["summary"]["all_parameters_bytes"] > info["files"][store.TENSORS]["bytes"]
 
 
 def test_tuning_is_held_at_the_base_by_it(tmp_path):

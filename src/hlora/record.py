@@ -94,6 +94,11 @@ class Record(TrainerCallback):
                 "each step (preset 'official'): record with kind='dense'."
             )
         self.kind, self.storage = kind, storage
+        if self.previous is not None and self.previous.importance.kind not in TRACES:
+            raise InputError(
+                f"{previous} holds {self.previous.importance.kind} importance, which a recording "
+                "cannot add to: record without `previous` (--importance)."
+            )
         if self.previous is not None and self.previous.importance.kind != kind:
             raise InputError(
                 f"{previous} holds {self.previous.importance.kind} importance and this one would "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -188,15 +188,6 @@ def load(folder: Path | str) -> Stored:
             )
     _, factors = read_adapter(folder)
     return Stored(folder, info, importance, factors)
-
-
-def peek(folder: Path) -> dict[str, tuple[list[int], str]]:
-    """Shape and type of each stored tensor, without reading them."""
-    with safe_open(folder / TENSORS, framework="pt") as file:
-        return {
-            k: (file.get_slice(k).get_shape(), file.get_slice(k).get_dtype())
-            for k in file.keys()  # noqa: SIM118
-        }
 
 
 def base_of(model: nn.Module, pairs: list[Pair]) -> dict[str, Any]:

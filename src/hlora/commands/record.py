@@ -13,6 +13,7 @@ from torch import nn
 from hlora import store
 from hlora.adapters import new_adapter
 from hlora.config import RecordSettings
+from hlora.distributed import is_main
 from hlora.errors import InputError
 from hlora.files import check_space, refuse_result, size
 from hlora.importance import fisher, fisher_original
@@ -33,6 +34,8 @@ LEAN = 200
 def run(settings: RecordSettings) -> None:
     """Train on general text and write the adapter with its importance to `settings.output`."""
     quiet_libraries()
+    if settings.kind == "fisher" and not is_main():  # one process gathers it, and writes
+        return
     if settings.preset == "official":  # their gradients are unclipped
         settings = replace(settings, training={"max_grad_norm": 0.0, **settings.training})
     output = Path(settings.output)
