@@ -98,7 +98,7 @@ def record_settings(settings: DemoSettings, size: Size) -> RecordSettings:
     return RecordSettings(
         **_train_settings(settings), output=str(output / "nu"),
         text=[str(output / "data" / f"{kind}.train.txt") for kind in SEEN],
-        block_size=128, batch_size=8, max_steps=size.nu_steps,
+        block_size=128, batch_size=8, max_steps=size.nu_steps, kind="dense",  # the paper's
     )  # fmt: skip
 
 
