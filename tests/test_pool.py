@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -41,3 +44,35 @@ def test_a_killed_process_takes_nothing_else_with_it(tmp_path):
     assert len(found) == len(calls)
     assert (found[0], found[2], found[3], found[4]) == (2, 4, "alive", 6)
     assert isinstance(found[1], BrokenProcessPool)
+
+
+def naps(marker):
+    Path(marker).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    marker = tmp_path / "pid"
+    script = (
+        "from tests.test_pool import naps\nfrom hlora.study.pool import outcomes\n"
+        f"if __name__ == '__main__':\n    list(outcomes([(naps, {str(marker)!r})] * 2, 2))\n"
+    )
+    (tmp_path / "parent.py").write_text(script)
+    root = Path(__file__).parents[1]
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")], env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    wait_until(lambda: marker.exists() and marker.read_text())
+    parent.kill()
+    parent.wait()
+    worker = Path("/proc") / marker.read_text() / "stat"
+    wait_until(lambda: not worker.exists() or worker.read_text().split()[2] == "Z")
+
+
+def wait_until(holds, seconds=60):
+    for _ in range(10 * seconds):
+        if holds():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it took too long")
