@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 FORGETTING = {"lora-mu": 0.3, "lora-nu-mu": 0.25, "ewc": 0.1, "hlora": 0.05, "l2": 0.2}
@@ -10,6 +11,7 @@ FORGETTING = {"lora-mu": 0.3, "lora-nu-mu": 0.25, "ewc": 0.1, "hlora": 0.05, "l2
 def line(method: str, task: str, seed: int, phi: float | None = None, **changes: Any) -> dict:
     """One run: forgetting by method with a little of the seed in it."""
     wobble = 0.01 * seed + 0.001 * len(task) * (seed % 2)
+    wobble += random.Random(f"{method} {seed}").uniform(-0.002, 0.002)
     lost = FORGETTING.get(method, 0.0) + (wobble if method != "base" else 0.0)
     trained = method != "base"
     result = {

@@ -46,9 +46,13 @@ def test_paired_differences_use_the_seeds_that_both_have():
     assert not d.decided
 
 
-def test_a_constant_difference_is_decided():
-    assert paired({0: 1.0, 1: 1.0}, {0: 0.0, 1: 0.0}).decided
-    assert not paired({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}).decided
+def test_what_does_not_vary_cannot_be_tested():
+    """Accuracies move in steps of a question: equal ones over seeds are no proof."""
+    same = paired({0: 93.0, 1: 93.0}, {0: 92.0, 1: 92.0})
+    assert (same.mean, same.se) == (1.0, 0.0)
+    assert not same.decided
+    assert math.isnan(independent([93.0, 93.0], [92.0, 92.0]).welch)
+    assert independent([93.0, 93.0], [91.0, 92.0, 90.0]).welch < 0.2
 
 
 def test_p_values_read_well():

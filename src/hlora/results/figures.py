@@ -173,6 +173,9 @@ def phi_curves(
             level = mean_se(results.over_tasks(metric, plain, tasks).values())[0]
             at.axhline(level, color="black", linewidth=0.8, linestyle=":", label="no penalty (ν+μ)")
         at.set_xscale("log")
+        values = sorted({r.phi for rows in sweeps.values() for r in rows if r.phi})
+        at.set_xticks(values, [f"{v:g}" for v in values], fontsize="x-small")
+        at.minorticks_off()
         at.set_xlabel("φ")
         at.set_title(METRICS[metric].label, loc="left", fontsize="medium")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -193,8 +193,9 @@ def _claims(results: Results, ours: Row | None) -> list[Part]:
         Part(
             "The paper's claims",
             "A claim holds or does not where a t-test over seeds (paired, the mean over tasks) "
-            "decides it at the 5 % level; several rivals are counted one by one. Where nothing is "
-            "decided, more seeds or questions would be needed.",
+            "decides it at the 5 % level; several rivals are counted one by one. Seeds share their "
+            "questions and their text, whose own errors are above. Where nothing is decided, more "
+            "seeds would be needed.",
             tables.verdicts(by_row),
         )
     ]

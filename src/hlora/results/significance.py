@@ -15,7 +15,8 @@ class Independent:
     """Two samples compared as independent ones, as the paper does (its Fig. 3).
 
     Attributes:
-        welch, student: p-values of the t-tests without and with equal variances; NaN if n < 2.
+        welch, student: p-values of the t-tests without and with equal variances; NaN if n < 2 or
+            neither sample varies.
         g: Hedges' g, the difference in pooled standard deviations, corrected for small samples.
         n: sizes of the two samples.
     """
@@ -32,7 +33,7 @@ class Paired:
 
     Attributes:
         mean, se: of the differences; se is NaN for one.
-        p: of a t-test against zero.
+        p: of a t-test against zero; NaN if n < 2 or the differences do not vary.
         n: how many.
     """
 
@@ -50,11 +51,11 @@ class Paired:
 def independent(a: list[float], b: list[float]) -> Independent:
     """Welch's and Student's t-test of the means of a and b, and the effect size."""
     n = (len(a), len(b))
-    if min(n) < 2:
+    if min(n) < 2 or not (statistics.variance(a) or statistics.variance(b)):
         return Independent(math.nan, math.nan, math.nan, n)
     stats = _scipy()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # samples without variance
+        warnings.simplefilter("ignore")  # one sample without variance
         welch = float(stats.ttest_ind(a, b, equal_var=False).pvalue)
         student = float(stats.ttest_ind(a, b, equal_var=True).pvalue)
     freedom = sum(n) - 2
@@ -75,8 +76,8 @@ def paired(a: dict[int, float], b: dict[int, float]) -> Paired:
     if n < 2:
         return Paired(mean, math.nan, math.nan, n)
     se = statistics.stdev(differences) / math.sqrt(n)
-    if se == 0:
-        return Paired(mean, se, 1.0 if mean == 0 else 0.0, n)
+    if se == 0:  # accuracies move in steps: the same step twice proves nothing
+        return Paired(mean, se, math.nan, n)
     return Paired(mean, se, float(2 * _scipy().t.sf(abs(mean / se), n - 1)), n)
 
 
