@@ -70,7 +70,7 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
 
     lean()
     each = bench.seconds(lean, 1) / len(blocks)
-    row("EWC, lean", LEAN_SEQUENCES * each, bench.peak(lean), importance_bytes(bench.pairs),
+    row("EWC, lean", LEAN_SEQUENCES * each, bench.peak(lean), importance_bytes(bench.pairs, "dense"),
         f"{len(blocks)} of {LEAN_SEQUENCES} sequences")  # fmt: skip
     return blocks
 
