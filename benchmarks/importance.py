@@ -70,7 +70,8 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
 
     lean()
     each = bench.seconds(lean, 1) / len(blocks)
-    row("EWC, lean", LEAN_SEQUENCES * each, bench.peak(lean), importance_bytes(bench.pairs, "dense"),
+    disk = importance_bytes(bench.pairs, "fisher")
+    row("EWC, lean", LEAN_SEQUENCES * each, bench.peak(lean), disk,
         f"{len(blocks)} of {LEAN_SEQUENCES} sequences")  # fmt: skip
     return blocks
 
