@@ -128,21 +128,23 @@ def _r_rises_and_falls(results: Results, ours: Row) -> tuple[str, str]:
     return word, f"it rises from near zero in {rises} and ends below its peak in {falls} of {n}"
 
 
-def _cheaper(results: Results, ours: Row) -> tuple[str, str]:
-    published = _recorded(results, "ewc-original")
-    lean = _recorded(results, "ewc")
-    own = [r["seconds"]["record"] for r in results.of(ours) if r.get("seconds")]
-    if not own or not published:
-        return MISSING, ""
-    mine = statistics.fmean(own)
-    theirs = statistics.fmean(s * SEQUENCES / n for s, n in published)
-    said = (
-        f"phase ν {mine:.0f} s; Fisher as published {theirs:.0f} s for {SEQUENCES:,} sequences "
-        f"(extrapolated from {published[0][1]})"
-    )
-    if lean:
-        said += f"; lean Fisher {statistics.fmean(s for s, _ in lean):.0f} s for {lean[0][1]}"
-    return (HOLDS if mine < theirs else FAILS), said
+def _cheaper(method: str) -> Judge:
+    """Phase ν takes less time than a Fisher, the published one scaled to its 20,000 sequences."""
+
+    def of(results: Results, ours: Row) -> tuple[str, str]:
+        theirs = _recorded(results, method)
+        own = [r["seconds"]["record"] for r in results.of(ours) if r.get("seconds")]
+        if not own or not theirs:
+            return MISSING, ""
+        wanted = SEQUENCES if method == "ewc-original" else theirs[0][1]
+        mine = statistics.fmean(own)
+        other = statistics.fmean(s * wanted / n for s, n in theirs)
+        said = f"phase ν {mine:.0f} s, the Fisher {other:.0f} s for {wanted:,} sequences"
+        if wanted != theirs[0][1]:
+            said += f" (extrapolated from {theirs[0][1]})"
+        return (HOLDS if mine < other else FAILS), said
+
+    return of
 
 
 def _recorded(results: Results, method: str) -> list[tuple[float, int]]:
@@ -187,7 +189,7 @@ def mean_norms(results: Results, row: Row) -> dict[str, float]:
 
 _LOST = ("forgetting_seen", "forgetting_unseen")
 _PLAIN = ("lora-mu", "lora-nu-mu", "rslora-mu", "rslora-nu-mu")
-_EWC = ("ewc", "ewc-nu", "ewc-corpus", "ewc-original")
+_EWC = ("ewc", "ewc-corpus", "ewc-original")
 
 CLAIMS: tuple[tuple[str, Judge], ...] = (
     (
@@ -207,6 +209,14 @@ CLAIMS: tuple[tuple[str, Judge], ...] = (
         _against("forgetting_unseen", _EWC),
     ),
     (
+        "Lower perplexity than EWC-LoRA from the same θ^ν, on text like ν's (ours to ask)",
+        _against("forgetting_seen", ("ewc-nu",)),
+    ),
+    (
+        "Lower perplexity than EWC-LoRA from the same θ^ν, on unseen kinds of text",
+        _against("forgetting_unseen", ("ewc-nu",)),
+    ),
+    (
         "Lower perplexity than the base model, on text like ν's (Table 1)",
         _below_base("forgetting_seen"),
     ),
@@ -216,11 +226,11 @@ CLAIMS: tuple[tuple[str, Judge], ...] = (
     ),
     (
         "Accuracy no worse than any baseline's (Table 1)",
-        _against("acc", (*_PLAIN, *_EWC), higher=True, or_equal=True),
+        _against("acc", (*_PLAIN, *_EWC, "ewc-nu"), higher=True, or_equal=True),
     ),
     (
         "NLL of the right answer no worse than any baseline's (ours to ask)",
-        _against("nll", (*_PLAIN, *_EWC), or_equal=True),
+        _against("nll", (*_PLAIN, *_EWC, "ewc-nu"), or_equal=True),
     ),
     ("The layer weights help (Table 2, − layer)", _ablation("no-layer")),
     ("The penalty helps (Table 2, − layer, element)", _ablation("")),
@@ -228,7 +238,8 @@ CLAIMS: tuple[tuple[str, Judge], ...] = (
         "Importance matters: forgets less than L2 to θ^ν, on unseen kinds of text (ours to ask)",
         _against("forgetting_unseen", ("l2",)),
     ),
-    ("The importance takes less time than EWC-LoRA's (Fig. 5)", _cheaper),
+    ("The importance takes less time than EWC-LoRA's (Fig. 5)", _cheaper("ewc-original")),
+    ("The importance takes less time than a lean Fisher (ours to ask)", _cheaper("ewc")),
     ("R starts at zero, rises, then falls (Fig. 4)", _r_rises_and_falls),
     ("v_proj of the first four blocks and of the last stands out (Fig. 7)", _first_and_last_values),
 )

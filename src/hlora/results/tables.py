@@ -46,7 +46,7 @@ def _triple(results: Results, row: Row, task: str) -> str:
     means = [
         mean_se(results.values(m, row, task).values())[0] for m in ("ppl_seen", "ppl_unseen", "acc")
     ]
-    return "{:.2f} · {:.2f} / {:.1f}".format(*means)
+    return "{:.2f} · {:.2f} / {:.1f}".format(*means) if results.of(row, task) else "–"
 
 
 def _converted(score: Score) -> str:
