@@ -105,7 +105,7 @@ def _ablation(without: str) -> Judge:
     def of(results: Results, ours: Row) -> tuple[str, str]:
         name = f"{ours.method}-{without}" if without else "lora-nu-mu"
         others = [r for r in results.rows if r.method == name and r.phi in (None, ours.phi)]
-        if not others or ours.method.endswith("factored"):
+        if not others:
             return MISSING, ""
         both = [_against(m, (name,))(results, ours) for m in _LOST]
         parts = zip(("seen", "unseen"), both, strict=True)
