@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -209,3 +210,14 @@ def test_the_report_of_a_study_cut_short(tmp_path, monkeypatch, capsys):
     write(tmp_path / "r.jsonl", [*lines[:-8], *(r for r in lines[-8:-5])])
     assert cli.main(["report", "r.jsonl"]) == 0
     assert "Not on every task with every seed: EWC-LoRA" in capsys.readouterr().out
+
+
+def test_the_page_in_the_docs_is_that_of_the_results_in_the_repository(tmp_path):
+    root = Path(__file__).parents[1]
+    argv = ["report", str(root / "results" / "smollm2.jsonl"), "--output", str(tmp_path / "r")]
+    assert cli.main([*argv, "--page", str(tmp_path / "results.md")]) == 0
+    made, kept = (
+        [line for line in path.read_text("utf-8").splitlines() if not line.startswith("hlora ")]
+        for path in (tmp_path / "results.md", root / "docs" / "results.md")
+    )
+    assert made == kept
