@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-
 from torch import nn
 
 from hlora.config import TrainSettings
 from hlora.errors import InputError
+from hlora.names import suggest
 
 
 def new_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
@@ -44,9 +43,8 @@ def check_targets(model: nn.Module, targets: list[str]) -> None:
     ends = sorted({n.rsplit(".", 1)[-1] for n in linear if "lm_head" not in n})
     for target in targets:
         if not any(n == target or n.endswith(f".{target}") for n in linear):
-            near = difflib.get_close_matches(target, ends, 1)
             raise InputError(
                 f"The model has no linear module {target!r}"
-                + (f"; did you mean {near[0]}?" if near else "")
+                + suggest(target, ends, "")
                 + f" Its targets are {', '.join(ends)}."
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from importlib import import_module
@@ -10,6 +9,7 @@ from importlib import import_module
 import hlora
 from hlora import config
 from hlora.errors import HloraError, InputError
+from hlora.names import suggest
 
 COMMANDS = {
     "record": (
@@ -61,11 +61,8 @@ def _run(argv: list[str]) -> int:
         return 0
     name, *rest = argv
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        raise InputError(
-            f"There is no command {name!r}"
-            + (f"; did you mean {near[0]}?" if near else f": there are {', '.join(COMMANDS)}.")
-        )
+        listed = f": there are {', '.join(COMMANDS)}."
+        raise InputError(f"There is no command {name!r}" + suggest(name, COMMANDS, listed))
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     from hlora.options import parse

@@ -7,7 +7,6 @@ Python), or whatever `hlora eval --task` reads, whose rows are passed on as prom
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import json
 import logging
@@ -21,6 +20,7 @@ import yaml
 from torch import nn
 
 from hlora.errors import InputError
+from hlora.names import suggest
 from hlora.progress import watched
 from hlora.tasks import load_task
 
@@ -74,11 +74,8 @@ def prepared(
         manager = TaskManager(include_defaults=bool(names))
         for name in names:
             if name not in manager.all_tasks:
-                near = difflib.get_close_matches(name, manager.all_tasks, 1)
-                raise InputError(
-                    f"lm-eval has no task {name!r}"
-                    + (f"; did you mean {near[0]}?" if near else ", and no such file is here.")
-                )
+                end = suggest(name, manager.all_tasks, ", and no such file is here.")
+                raise InputError(f"lm-eval has no task {name!r}" + end)
         yield HarnessTasks(tasks, manager)
 
 

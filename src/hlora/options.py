@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import shlex
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hlora.errors import InputError
+from hlora.names import suggest
 
 S = TypeVar("S")
 
@@ -239,9 +239,7 @@ def _take_training(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _unknown(word: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(word.partition("=")[0], known, 1, 0.5)
-    return f"Unknown setting {word}" + (f"; did you mean {near[0]}?" if near else "; see --help.")
+    return f"Unknown setting {word}" + suggest(word.partition("=")[0], known, "; see --help.", 0.5)
 
 
 def command_line(command: str, settings: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from hlora.errors import InputError
 from hlora.formats import FORMATS, Format
+from hlora.names import suggest
 from hlora.text import load_hub, read_jsonl, read_parquet
 
 _JINJA = jinja2.sandbox.SandboxedEnvironment(
@@ -79,11 +79,8 @@ def load_task(
         rows, name = load_hub(where, split), where.split("/")[-1]
     else:
         known = [n for n, f in FORMATS.items() if f.hub]
-        near = difflib.get_close_matches(where, known, 1)
-        raise InputError(
-            f"There is no task or file {where!r}"
-            + (f"; did you mean {near[0]}?" if near else f". Known tasks: {', '.join(known)}.")
-        )
+        listed = f". Known tasks: {', '.join(known)}."
+        raise InputError(f"There is no task or file {where!r}" + suggest(where, known, listed))
     examples = []
     for number, row in enumerate(rows, 1):
         if given is None:
@@ -116,11 +113,8 @@ def _format(name: str) -> Format:
         return FORMATS[name]
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
-        near = difflib.get_close_matches(name, FORMATS, 1)
-        raise InputError(
-            f"Unknown --task-format {name!r}"
-            + (f"; did you mean {near[0]}?" if near else f": there are {', '.join(FORMATS)}.")
-        )
+        listed = f": there are {', '.join(FORMATS)}."
+        raise InputError(f"Unknown --task-format {name!r}" + suggest(name, FORMATS, listed))
     try:
         data = yaml.safe_load(path.read_text("utf-8"))
         known = {f.name for f in fields(Format)}

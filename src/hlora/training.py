@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from hlora.distributed import is_main, refuse_sharded, wait_for_all
 from hlora.errors import InputError, StoreError
 from hlora.files import write_json
 from hlora.models import pick_device, pick_dtype
+from hlora.names import suggest
 from hlora.progress import Interruptible, Progress
 
 OURS = {
@@ -61,10 +61,8 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
         if name in OURS:
             raise InputError(f"--training.{name} has its own flag here: {OURS[name]}.")
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
             raise InputError(
-                f"TrainingArguments has no field {name!r}"
-                + (f"; did you mean {near[0]}?" if near else ".")
+                f"TrainingArguments has no field {name!r}" + suggest(name, known, ".", 0.5)
             )
     refuse_sharded(SimpleNamespace(**settings.training))
     device = pick_device(settings.device)

@@ -9,11 +9,11 @@ from rich.table import Table as RichTable
 
 from hlora.config import ReportSettings
 from hlora.errors import InputError
+from hlora.names import refuse_unknown
 from hlora.report import Table
 from hlora.results import page, tables
 from hlora.results.metrics import METRICS
 from hlora.results.table import Results, Row, read
-from hlora.study.spec import refuse_unknown
 
 DEFAULT_PHI = 0.01
 """Of several values, the one nearest to the default of `hlora tune` is compared."""

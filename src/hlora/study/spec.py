@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -15,6 +13,7 @@ from hlora.config import EvalSettings, RecordSettings, TuneSettings
 from hlora.errors import InputError
 from hlora.files import sha256
 from hlora.methods import METHODS, Method
+from hlora.names import refuse_unknown
 from hlora.options import build
 from hlora.results.metrics import METRICS
 
@@ -217,19 +216,6 @@ def eval_settings(study: Study, task: str) -> EvalSettings:
 def digest(what: Any) -> str:
     text = json.dumps(what, sort_keys=True, ensure_ascii=False, default=dict)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def refuse_unknown(given: Iterable[Any], known: Iterable[Any], what: str) -> None:
-    """Raise InputError at the first name that is not known; it names the nearest that is."""
-    known = list(known)
-    for name in given:
-        if name not in known:
-            names = [str(k) for k in known]
-            near = difflib.get_close_matches(str(name), names, 1, 0.4)
-            raise InputError(
-                f"{what} {name!r}"
-                + (f"; did you mean {near[0]}?" if near else f": there are {', '.join(names)}.")
-            )
 
 
 def _check_types(values: dict[str, Any], path: Path) -> None:
