@@ -30,6 +30,7 @@ from hlora import store
 from hlora.commands import convert
 from hlora.config import ConvertSettings
 from hlora.files import write_json
+from hlora.machine import processor
 from hlora.pairs import find_pairs
 from hlora.steps import watchers
 
@@ -208,18 +209,10 @@ def machine() -> dict[str, Any]:
     """Where this was measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "device": gpu or f"{torch.get_num_threads()} CPU threads, {_processor()}",
+        "device": gpu or f"{torch.get_num_threads()} CPU threads, {processor()}",
         "torch": torch.__version__, "python": platform.python_version(),
         "hlora": hlora.__version__,
     }  # fmt: skip
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ import hlora
 from hlora import cli
 from hlora.config import USUAL_METRICS
 from hlora.paper_numbers import TABLE_1, TABLE_2, e_perplexity
-from hlora.results import claims, figures, tables
+from hlora.results import claims, tables
+from hlora.results.cost import costs
 from hlora.results.metrics import METRICS, perplexity
 from hlora.results.table import Results, Row, mean_se, read, shown
 from tests.results_lines import line, study
@@ -96,11 +97,11 @@ def test_a_claim_of_one_seed_stays_open():
 
 
 def test_costs_are_scaled_to_the_published_number_of_sequences(whole):
-    rows = {c["label"]: c for c in figures.cost_rows(whole)}
+    rows = costs(whole)
     original = rows["EWC-LoRA, as published, 20,000 sequences"]
-    assert (original["seconds"], original["bytes"]) == (2000.0, 50_000)
-    assert original["extrapolated"]
-    assert not rows["EWC-LoRA, lean, 100 sequences"]["extrapolated"]
+    assert (original.seconds, original.bytes) == (2000.0, 50_000)
+    assert original.extrapolated
+    assert not rows["EWC-LoRA, lean, 100 sequences"].extrapolated
 
 
 def test_tables_hold_every_row(whole):

@@ -121,15 +121,17 @@ def forgetting_chart(
     return figure
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write to a .png, .svg or .pdf file.
+def save_figure(figure: Any, *paths: Path) -> None:
+    """Write to .png, .svg or .pdf files.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: a file cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            dated = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+            figure.savefig(path, dpi=150, **dated)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}).") from None
     finally:
@@ -142,13 +144,9 @@ def save_both(figure: Any, stem: Path) -> str:
     Raises:
         InputError: they cannot be written.
     """
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(stem.with_suffix(".png"), dpi=150)
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-    except OSError as error:
-        raise InputError(f"{stem} cannot be written ({error.strerror}).") from None
-    return as_svg(figure)
+    svg = stem.with_suffix(".svg")
+    save_figure(figure, stem.with_suffix(".png"), svg)
+    return _element(svg.read_text("utf-8"))
 
 
 def as_svg(figure: Any) -> str:
@@ -156,5 +154,9 @@ def as_svg(figure: Any) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     load_pyplot().close(figure)
-    svg = text.getvalue()
+    return _element(text.getvalue())
+
+
+def _element(svg: str) -> str:
+    """Without the head of a file."""
     return svg[svg.index("<svg") :]

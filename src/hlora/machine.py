@@ -55,12 +55,13 @@ def describe() -> dict[str, Any]:
     """The device that trains, and how many threads the CPU gives to it."""
     import torch
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return {"device": name, "threads": torch.get_num_threads(), "system": platform.system()}
 
 
 @lru_cache
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -81,11 +82,15 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_bytes() -> int | None:
-    """Most memory since `reset_peak`: allocated on the GPU, or resident in this process."""
+def peak_bytes(*, gpu: bool | None = None) -> int | None:
+    """Most memory since `reset_peak`: allocated on the GPU, or resident in this process.
+
+    Args:
+        gpu: which of the two; None takes the GPU where there is one.
+    """
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() if gpu is None else gpu:
         return torch.cuda.max_memory_allocated()
     try:
         for line in Path("/proc/self/status").read_text().splitlines():

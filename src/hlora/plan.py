@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from hlora.config import TrainSettings
 from hlora.files import size
+from hlora.machine import peak_bytes
 from hlora.pairs import Pair
 from hlora.training import arguments
 
@@ -82,9 +82,7 @@ def _one_pass(model: nn.Module, batch: dict[str, torch.Tensor], args: Any) -> tu
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
     model.zero_grad()
-    if cuda:
-        return seconds, torch.cuda.max_memory_allocated()
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds, peak_bytes(gpu=cuda) or 0
 
 
 def _duration(seconds: float) -> str:

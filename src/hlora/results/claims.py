@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hlora.importance.fisher_original import SEQUENCES
-from hlora.results.significance import Paired, p_text, paired
+from hlora.results.cost import cost_of
+from hlora.results.metrics import FORGETTING, METRICS
+from hlora.results.significance import Paired, p_equals, paired
 from hlora.results.table import Results, Row
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "does not hold", "not decided", "not measured"
@@ -72,14 +73,8 @@ def _against(
 
 
 def _difference(d: Paired, metric: str) -> str:
-    digits = 1 if metric.startswith("acc") else 3
-    if d.n < 2:
-        return f"{d.mean:+.{digits}f} (n = 1)"
-    return f"{d.mean:+.{digits}f} ± {d.se:.{digits}f} (p {_equals(d.p)})"
-
-
-def _equals(p: float) -> str:
-    return p_text(p) if p < 0.001 else f"= {p_text(p)}"
+    tested = f" (p {p_equals(d.p)})" if d.n > 1 else ""
+    return d.shown(METRICS[metric].digits) + tested
 
 
 def _together(words: list[str]) -> str:
@@ -107,7 +102,7 @@ def _ablation(without: str) -> Judge:
         others = [r for r in results.rows if r.method == name and r.phi in (None, ours.phi)]
         if not others:
             return MISSING, ""
-        both = [_against(m, (name,))(results, ours) for m in _LOST]
+        both = [_against(m, (name,))(results, ours) for m in FORGETTING]
         parts = zip(("seen", "unseen"), both, strict=True)
         return _together([w for w, _ in both]), "; ".join(f"{k}: {e}" for k, (_, e) in parts)
 
@@ -132,29 +127,16 @@ def _cheaper(method: str) -> Judge:
     """Phase ν takes less time than a Fisher, the published one scaled to its 20,000 sequences."""
 
     def of(results: Results, ours: Row) -> tuple[str, str]:
-        theirs = _recorded(results, method)
-        own = [r["seconds"]["record"] for r in results.of(ours) if r.get("seconds")]
-        if not own or not theirs:
+        mine, theirs = cost_of(results, ours.method), cost_of(results, method)
+        if mine is None or theirs is None:
             return MISSING, ""
-        wanted = SEQUENCES if method == "ewc-original" else theirs[0][1]
-        mine = statistics.fmean(own)
-        other = statistics.fmean(s * wanted / n for s, n in theirs)
-        said = f"phase ν {mine:.0f} s, the Fisher {other:.0f} s for {wanted:,} sequences"
-        if wanted != theirs[0][1]:
-            said += f" (extrapolated from {theirs[0][1]})"
-        return (HOLDS if mine < other else FAILS), said
+        said = f"phase ν {mine.seconds:.0f} s, the Fisher {theirs.seconds:.0f} s for "
+        said += f"{theirs.sequences:,} sequences"
+        if theirs.extrapolated:
+            said += f" (extrapolated from {theirs.timed})"
+        return (HOLDS if mine.seconds < theirs.seconds else FAILS), said
 
     return of
-
-
-def _recorded(results: Results, method: str) -> list[tuple[float, int]]:
-    """Seconds and sequences of a method's phases ν, each once."""
-    found = {}
-    for line in results.lines:
-        told = line.get("recorded", {})
-        if line["run"]["method"] == method and "sequences" in told:
-            found[line["run"]["seed"]] = (told["seconds"], told["sequences"])
-    return list(found.values())
 
 
 def _first_and_last_values(results: Results, ours: Row) -> tuple[str, str]:
@@ -187,7 +169,6 @@ def mean_norms(results: Results, row: Row) -> dict[str, float]:
     return {n: statistics.fmean(v[n] for v in by_seed.values()) for n in names}
 
 
-_LOST = ("forgetting_seen", "forgetting_unseen")
 _PLAIN = ("lora-mu", "lora-nu-mu", "rslora-mu", "rslora-nu-mu")
 _EWC = ("ewc", "ewc-corpus", "ewc-original")
 

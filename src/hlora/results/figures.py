@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from hlora.figures import STYLES, load_pyplot
-from hlora.importance.fisher_original import SEQUENCES
 from hlora.methods import METHODS
+from hlora.results.cost import Cost
 from hlora.results.metrics import METRICS
-from hlora.results.significance import independent, p_text
+from hlora.results.significance import independent, p_equals
 from hlora.results.table import Results, Row, mean_se
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p", "d", "8")
@@ -40,15 +40,11 @@ def violins(
                     body.set(facecolor=color, edgecolor="black", alpha=0.35)
                 at.plot([x] * len(values), values, MARKERS[x], color="black", markersize=3)
             p = independent(*samples)
-            at.set_title(f"{task}: p {_p(p.welch)}", fontsize="medium")
+            at.set_title(f"{task}: p {p_equals(p.welch)}", fontsize="medium")
             at.set_xticks([0, 1], [METHODS[r.method].label for r in (ours, rival)])
             at.set_xlim(-0.6, 1.6)
         row[0].set_ylabel(METRICS[metric].label)
     return figure
-
-
-def _p(p: float) -> str:
-    return p_text(p) if math.isnan(p) or p < 0.001 else f"= {p_text(p)}"
 
 
 def losses(results: Results, row: Row) -> Any:
@@ -84,61 +80,28 @@ def _mean_curve(logs: list[list[dict[str, float]]], key: str) -> tuple[list[floa
     return steps, [statistics.fmean(c[s] for c in curves) for s in steps]
 
 
-def costs(results: Results) -> Any | None:
+def cost_bars(found: dict[str, Cost]) -> Any:
     """Fig. 5: seconds and bytes of each method's importance, on log scales."""
-    found = cost_rows(results)
-    if not found:
-        return None
     pyplot = load_pyplot()
     figure, panels = pyplot.subplots(
         1, 2, figsize=(7.4, 0.4 * len(found) + 0.9), sharey=True, layout="constrained"
     )
-    names = [c["label"] for c in found]
-    for at, key, unit in ((panels[0], "seconds", "seconds"), (panels[1], "bytes", "MiB on disk")):
-        values = [c[key] / (1 if key == "seconds" else 2**20) for c in found]
-        bars = at.barh(names, values, color="white", edgecolor="black", height=0.6)
-        for drawn, c in zip(bars, found, strict=True):
-            if key == "seconds" and c["extrapolated"]:
-                drawn.set_hatch("///")
+    seconds = [c.seconds for c in found.values()]
+    mebibytes = [c.bytes / 2**20 for c in found.values()]
+    for at, values, unit in zip(
+        panels, (seconds, mebibytes), ("seconds", "MiB on disk"), strict=True
+    ):
+        bars = at.barh(list(found), values, color="white", edgecolor="black", height=0.6)
         at.bar_label(bars, [f"{v:,.3g}" for v in values], padding=3, fontsize="small")
         at.set_xscale("log")
         at.set_xlim(right=at.get_xlim()[1] * 4)
         at.set_xlabel(unit)
         at.tick_params(axis="y", length=0)
+    for drawn, cost in zip(panels[0].patches, found.values(), strict=True):
+        if cost.extrapolated:
+            drawn.set_hatch("///")
     panels[0].invert_yaxis()
     return figure
-
-
-def cost_rows(results: Results) -> list[dict[str, Any]]:
-    """What the importance of each method took: seconds, bytes, and whether that is scaled up."""
-    rows = []
-    for method, label in {
-        "ewc-original": f"EWC-LoRA, as published, {SEQUENCES:,} sequences",
-        "ewc": "EWC-LoRA, lean",
-        "hlora": "HLoRA, dense: phase ν",
-        "hlora-factored": "HLoRA, factored: phase ν",
-    }.items():
-        lines = {
-            r["run"]["seed"]: r for r in results.lines
-            if r["run"]["method"] == method and r.get("seconds")
-        }.values()  # fmt: skip
-        if not lines:
-            continue
-        times = [r["seconds"]["record"] for r in lines]
-        told = next(iter(lines))["recorded"]
-        scaled = method == "ewc-original" and told["sequences"] != SEQUENCES
-        if method.startswith("ewc"):
-            label += "" if scaled else f", {told['sequences']:,} sequences"
-        rows.append(
-            {
-                "label": label, "runs": len(times), "extrapolated": scaled,
-                "seconds": statistics.fmean(times)
-                * (SEQUENCES / told["sequences"] if scaled else 1),
-                "measured": told.get("sequences") or next(iter(lines)).get("steps"),
-                "bytes": told.get("all_parameters_bytes", next(iter(lines))["importance_bytes"]),
-            }
-        )  # fmt: skip
-    return rows
 
 
 def phi_curves(

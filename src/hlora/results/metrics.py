@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Line = dict[str, Any]
+Measure = Callable[[Line], float | None]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Metric:
     """
 
     label: str
-    of: Callable[[Line], float | None]
+    of: Measure
     digits: int = 2
     lower_is_better: bool | None = True
     signed: bool = False
@@ -42,15 +43,16 @@ def _seen(line: Line) -> list[str]:
     return [k for k in line["text"] if k in line["seen"]]
 
 
-def _forgot(group: str) -> Callable[[Line], float | None]:
+def forgetting_on(group: str) -> Measure:
+    """On one kind of text, on all that were `seen`, or on all `unseen`."""
     return lambda line: line["forgetting"].get(group, {}).get("nats")
 
 
-def _seconds(phase: str) -> Callable[[Line], float | None]:
+def _seconds(phase: str) -> Measure:
     return lambda line: line.get("seconds", {}).get(phase)
 
 
-def _percent(key: str) -> Callable[[Line], float | None]:
+def _percent(key: str) -> Measure:
     return lambda line: None if math.isnan(line["task"][key]) else 100 * line["task"][key]
 
 
@@ -60,11 +62,13 @@ METRICS: dict[str, Metric] = {
     "nll": Metric("NLL", lambda line: line["task"]["nll"], 3),
     "ppl_seen": Metric("PPL, seen", lambda line: perplexity(line, _seen(line))),
     "ppl_unseen": Metric("PPL, unseen", lambda line: perplexity(line, line["unseen"])),
-    "forgetting_seen": Metric("forgot, seen", _forgot("seen"), 3, True, True),
-    "forgetting_unseen": Metric("forgot, unseen", _forgot("unseen"), 3, True, True),
+    "forgetting_seen": Metric("forgot, seen", forgetting_on("seen"), 3, True, True),
+    "forgetting_unseen": Metric("forgot, unseen", forgetting_on("unseen"), 3, True, True),
     "seconds_record": Metric("seconds, ν", _seconds("record"), 0),
     "seconds_tune": Metric("seconds, μ", _seconds("tune"), 0),
     "importance_bytes": Metric("importance, bytes", lambda line: line.get("importance_bytes"), 0),
     "peak_bytes": Metric("peak memory, bytes", lambda line: line.get("peak_bytes"), 0),
 }
 """By the names that `--metrics` and a study's `metrics` take. Perplexity is e to the nats."""
+
+FORGETTING = ("forgetting_seen", "forgetting_unseen")

@@ -14,6 +14,7 @@ from hlora.files import write_whole
 from hlora.report import Section, Table, write_report
 from hlora.results import figures, tables
 from hlora.results.claims import MISSING, Verdict, judge, mean_norms
+from hlora.results.cost import costs
 from hlora.results.table import Results, Row
 
 TITLE = "What a study of HLoRA found"
@@ -98,13 +99,13 @@ def parts(
             Part("Fig. 4: losses in phase μ", figures=[
                 ("fig4", figures.losses(results, ours), f"{ours.label}, the mean over seeds.")])
         )  # fmt: skip
-    drawn = figures.costs(results)
-    if drawn is not None:
+    priced = costs(results)
+    if priced:
         found.append(
             Part("Fig. 5: the cost of the importance",
                  "HLoRA's time is its whole phase ν; what recording adds to it is in docs/cost.md. "
                  "Hatched: extrapolated.",
-                 tables.cost(results), [("fig5", drawn, "Log scales.")])
+                 tables.cost(priced), [("fig5", figures.cost_bars(priced), "Log scales.")])
         )  # fmt: skip
     swept = figures.phi_curves(results)
     if swept is not None:

@@ -47,6 +47,13 @@ class Paired:
         """Whether it differs from zero at the 5 % level."""
         return self.p < 0.05
 
+    def shown(self, digits: int) -> str:
+        """`mean ± standard error`; a single difference is said to be one."""
+        if not self.n:
+            return "–"
+        error = " (n = 1)" if self.n == 1 else f" ± {self.se:.{digits}f}"
+        return f"{self.mean:+.{digits}f}{error}"
+
 
 def independent(a: list[float], b: list[float]) -> Independent:
     """Welch's and Student's t-test of the means of a and b, and the effect size."""
@@ -85,6 +92,11 @@ def p_text(p: float) -> str:
     if math.isnan(p):
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def p_equals(p: float) -> str:
+    """After `p`: `= 0.031`, `< 0.001`, or `–` where there was no test."""
+    return p_text(p) if math.isnan(p) or p < 0.001 else f"= {p_text(p)}"
 
 
 def _scipy():  # type: ignore[no-untyped-def]

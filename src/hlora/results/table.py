@@ -11,7 +11,7 @@ from typing import Any
 
 from hlora.errors import InputError
 from hlora.methods import METHODS
-from hlora.results.metrics import METRICS, Line
+from hlora.results.metrics import METRICS, Line, Measure
 from hlora.study.results import read_results
 
 
@@ -71,12 +71,13 @@ class Results:
             and task in (None, r["run"]["task"])
         ]  # fmt: skip
 
-    def values(self, metric: str, row: Row, task: str) -> dict[int, float]:
-        """A measure by seed."""
-        found = {r["run"]["seed"]: METRICS[metric].of(r) for r in self.of(row, task)}
+    def values(self, metric: str | Measure, row: Row, task: str) -> dict[int, float]:
+        """A measure, by its name or as a function of a line, by seed."""
+        of = METRICS[metric].of if isinstance(metric, str) else metric
+        found = {r["run"]["seed"]: of(r) for r in self.of(row, task)}
         return {seed: value for seed, value in sorted(found.items()) if value is not None}
 
-    def over_tasks(self, metric: str, row: Row, tasks: Sequence[str]) -> dict[int, float]:
+    def over_tasks(self, metric: str | Measure, row: Row, tasks: Sequence[str]) -> dict[int, float]:
         """The mean over tasks by seed, for the seeds that have them all."""
         by_task = [self.values(metric, row, task) for task in tasks]
         seeds = set.intersection(*(set(v) for v in by_task)) if by_task else set()

@@ -8,8 +8,8 @@ from hlora.files import size
 from hlora.paper_numbers import COST, TABLE_1, TABLE_2, TASKS, Score, e_perplexity
 from hlora.report import Table
 from hlora.results.claims import MISSING, Verdict, difference
-from hlora.results.figures import cost_rows
-from hlora.results.metrics import METRICS
+from hlora.results.cost import Cost
+from hlora.results.metrics import METRICS, forgetting_on
 from hlora.results.significance import independent, p_text
 from hlora.results.table import Results, Row, mean_se, shown
 
@@ -86,16 +86,16 @@ def by_kind(results: Results, rows: Sequence[Row]) -> Table:
     """Forgetting on each kind of text, the mean over tasks; unseen kinds carry a star."""
     kinds = list(results.lines[0]["text"])
     unseen = results.lines[0]["unseen"]
-    cells = []
-    for row in rows:
-        lost = []
-        for kind in kinds:
-            by_seed: dict[int, list[float]] = {}
-            for line in results.of(row):
-                by_seed.setdefault(line["run"]["seed"], []).append(line["forgetting"][kind]["nats"])
-            means = [sum(v) / len(v) for v in by_seed.values() if len(v) == len(results.tasks)]
-            lost.append(shown(means, 3, signed=True))
-        cells.append([row.label, *lost])
+    cells = [
+        [
+            row.label,
+            *(
+                shown(results.over_tasks(forgetting_on(k), row, results.tasks).values(), 3, True)
+                for k in kinds
+            ),
+        ]
+        for row in rows
+    ]
     return Table(["method", *(k + ("*" if k in unseen else "") for k in kinds)], cells)
 
 
@@ -112,13 +112,7 @@ def head_to_head(results: Results, ours: Row) -> Table:
         row = [other.label]
         for metric in metrics:
             d = difference(results, metric, ours, other)
-            digits = METRICS[metric].digits
-            row.append(
-                "–" if not d.n
-                else f"{d.mean:+.{digits}f} (n = 1)" if d.n == 1
-                else f"{d.mean:+.{digits}f} ± {d.se:.{digits}f}"
-            )  # fmt: skip
-            row.append(p_text(d.p))
+            row += [d.shown(METRICS[metric].digits), p_text(d.p)]
         cells.append(row)
     return Table(headings, cells)
 
@@ -141,17 +135,14 @@ def t_tests(results: Results, ours: Row, rival: Row) -> Table:
     return Table(headings, cells)
 
 
-def cost(results: Results) -> Table | None:
+def cost(found: dict[str, Cost]) -> Table:
     """Fig. 5 as figures, with the paper's below."""
-    found = cost_rows(results)
-    if not found:
-        return None
     cells = [
         [
-            c["label"], f"{c['seconds']:,.0f} s" + (" (extrapolated)" if c["extrapolated"] else ""),
-            f"{c['measured']:,}" if c["measured"] else "–", size(c["bytes"]), str(c["runs"]),
+            label, f"{c.seconds:,.0f} s" + (" (extrapolated)" if c.extrapolated else ""),
+            f"{c.timed:,}" if c.timed else "–", size(c.bytes), str(c.seeds),
         ]
-        for c in found
+        for label, c in found.items()
     ]  # fmt: skip
     for model, rows in COST.items():
         for method, (hours, gigabytes) in rows.items():

@@ -15,9 +15,8 @@ from hlora.files import sha256
 from hlora.methods import METHODS, Method
 from hlora.names import refuse_unknown
 from hlora.options import build
-from hlora.results.metrics import METRICS
+from hlora.results.metrics import FORGETTING, METRICS
 
-FORGETTING = ("forgetting_seen", "forgetting_unseen")
 DATA = "HLORA_DATA"
 """In the environment: where `data/...` in a study lies, instead of the study's own `data`."""
 
