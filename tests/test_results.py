@@ -90,6 +90,20 @@ def test_claims_are_judged_from_the_figures(whole):
     assert by_start["v_proj"].word == claims.HOLDS
 
 
+def test_a_method_is_compared_on_the_tasks_where_its_seeds_are(whole):
+    ours, dear = Row("hlora", 0.01), Row("l2", 0.03)
+    lines = [r for r in whole.lines if r["run"]["method"] != "l2" or r["run"]["task"] == "sciq"]
+    lines.append(line("l2", "piqa", 0, 0.03))
+    part = Results(lines, [], [])
+    assert claims.shared_tasks(part, ours, dear) == ["sciq"]
+    assert claims.difference(part, "nll", ours, dear).n == 3
+    assert claims.named_with_tasks(part, ours, dear) == "L2 to θ^ν, φ 0.03 (sciq)"
+    assert claims.shared_tasks(part, ours, Row("lora-mu", None)) == ["sciq", "piqa"]
+    nobody = Row("ewc-nu", None)
+    assert claims.shared_tasks(part, ours, nobody) == []
+    assert claims.difference(part, "nll", ours, nobody).n == 0
+
+
 def test_a_claim_of_one_seed_stays_open():
     one = Results(study(seeds=1), [], [])
     words = {v.word for v in claims.judge(one, Row("hlora", 0.01)) if "perplexity" in v.claim}

@@ -38,15 +38,29 @@ def judge(results: Results, ours: Row) -> list[Verdict]:
     return [Verdict(claim, *of(results, ours)) for claim, of in CLAIMS]
 
 
+def shared_tasks(results: Results, ours: Row, other: Row) -> list[str]:
+    """The tasks that both rows ran with most seeds in common.
+
+    A method that is too dear for every task is compared on those where its seeds are.
+    """
+    common = {
+        t: len(results.values("nll", ours, t).keys() & results.values("nll", other, t).keys())
+        for t in results.tasks
+    }
+    most = max(common.values(), default=0)
+    return [t for t, n in common.items() if n == most > 0]
+
+
 def difference(results: Results, metric: str, ours: Row, other: Row) -> Paired:
-    """Ours minus the other's over seeds, each the mean over the tasks that both have."""
-    tasks = [
-        t for t in results.tasks
-        if results.values(metric, ours, t) and results.values(metric, other, t)
-    ]  # fmt: skip
-    if not tasks:
-        return paired({}, {})
+    """Ours minus the other's over seeds, each the mean over the tasks that they share."""
+    tasks = shared_tasks(results, ours, other)
     return paired(results.over_tasks(metric, ours, tasks), results.over_tasks(metric, other, tasks))
+
+
+def named_with_tasks(results: Results, ours: Row, other: Row) -> str:
+    """The other row's label, and the tasks of the comparison where they are not all."""
+    tasks = shared_tasks(results, ours, other)
+    return other.label + ("" if tasks == results.tasks else f" ({', '.join(tasks)})")
 
 
 def _against(
@@ -66,7 +80,7 @@ def _against(
                 words.append(ALIKE if or_equal else OPEN)
             else:
                 words.append(HOLDS if better else FAILS)
-            said.append(f"{other.label}: {_difference(d, metric)}")
+            said.append(f"{named_with_tasks(results, ours, other)}: {_difference(d, metric)}")
         return _together(words), "; ".join(said)
 
     return of

@@ -79,8 +79,9 @@ def parts(
     if ours:
         found.append(
             Part(f"{ours.label} against every other row",
-                 "Differences seed by seed, each the mean over tasks, ± one standard error; p of a "
-                 "t-test against zero. Negative is better, but for accuracy.",
+                 "Differences seed by seed, each the mean over tasks (those in brackets, where not "
+                 "all were run), ± one standard error; p of a t-test against zero. Negative is "
+                 "better, but for accuracy.",
                  tables.head_to_head(results, ours))
         )  # fmt: skip
     if ours and rival:
@@ -173,7 +174,7 @@ def _text_error(results: Results) -> float:
 
 def _machine(line: dict[str, Any]) -> str:
     of = line.get("machine", {})
-    return f"{of.get('device', 'unknown')}, {of.get('threads', '?')} threads a run"
+    return f"{of.get('device', 'unknown')}, CPU threads a run: {of.get('threads', '?')}"
 
 
 def _incomplete(results: Results) -> str:

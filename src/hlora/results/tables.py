@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hlora.files import size
 from hlora.paper_numbers import COST, TABLE_1, TABLE_2, TASKS, Score, e_perplexity
 from hlora.report import Table
-from hlora.results.claims import MISSING, Verdict, difference
+from hlora.results.claims import MISSING, Verdict, difference, named_with_tasks
 from hlora.results.cost import Cost
 from hlora.results.metrics import METRICS, forgetting_on
 from hlora.results.significance import independent, p_text
@@ -100,7 +100,7 @@ def by_kind(results: Results, rows: Sequence[Row]) -> Table:
 
 
 def head_to_head(results: Results, ours: Row) -> Table:
-    """Differences to every other row, paired by seed, each the mean over tasks."""
+    """Differences to every other row, paired by seed, each the mean over the tasks they share."""
     metrics = ("forgetting_seen", "forgetting_unseen", "nll", "acc")
     headings = [f"{ours.label} minus"]
     for metric in metrics:
@@ -109,7 +109,7 @@ def head_to_head(results: Results, ours: Row) -> Table:
     for other in results.rows:
         if other == ours or other.method == "base":
             continue
-        row = [other.label]
+        row = [named_with_tasks(results, ours, other)]
         for metric in metrics:
             d = difference(results, metric, ours, other)
             row += [d.shown(METRICS[metric].digits), p_text(d.p)]
