@@ -25,6 +25,9 @@ test-oldest: .venv-oldest/.installed
 bench: .venv/.dev
 	$(BIN)/python -m benchmarks.step --growth smollm2
 	$(BIN)/python -m benchmarks.importance
+	$(BIN)/python -m benchmarks.storage
+	$(BIN)/python -m benchmarks.host
+	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.page
 
 quick: lint

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import hlora
-from benchmarks.shapes import SHAPES, lora_model
+from benchmarks.shapes import WHOLE, lora_model
 from benchmarks.step import Bench, machine
 from hlora.files import size, write_json
 from hlora.importance import fisher, fisher_original
@@ -94,8 +94,8 @@ def _original(shape: str, blocks: torch.Tensor, row: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    everywhere = list(SHAPES) if torch.cuda.is_available() else ["tiny", "smollm2"]
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=everywhere)
+    everywhere = WHOLE if torch.cuda.is_available() else ["tiny", "smollm2"]
+    parser.add_argument("--shapes", nargs="+", choices=WHOLE, default=everywhere)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of phase ν")
     usual = 20 if torch.cuda.is_available() else 4
     parser.add_argument("--batch", type=int, default=usual)

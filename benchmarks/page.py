@@ -10,70 +10,159 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import targets
 from hlora.files import size, write_whole
+
+PARTS = ("step", "importance", "storage", "host", "kernels")
 
 INTRO = """# What it costs
 
 Made by `make bench` on {device} (torch {torch}, Python {python}, hlora {hlora}).
-Milliseconds are medians. A row's peers are the plain LoRA step, and the same addition in plain
-torch, of the same run. "Kept" is what stays in memory. The penalty in plain torch keeps θ^ν as a
-dense matrix beside Ω; ours keeps its thin factors, and multiplies 2r columns for it where the other
-multiplies r: at a high rank on a CPU it can be the slower of the two.
 
 ## Added to a LoRA step
+
+Milliseconds are medians. A row's peers are the plain LoRA step, and the same addition in plain
+torch, of the same run. "Floor" is the time to read the importance once (and to write it, in
+recording) at the speed of a copy in the same run. "Kept" is what stays in memory; the penalty in
+plain torch keeps θ^ν as a dense matrix beside Ω, ours keeps its thin factors.
+"""
+
+BOUNDS = """
+"At work" is the time that the GPU's kernels take. Where it is near the floor, memory bounds the
+addition; where it is near the whole, arithmetic does; what is left above it is launches.
+"""
+
+HOST = """
+## What the host has to queue
+
+Operations of torch in a step (views apart), in a model with the depth of Llama-3.2-3B and next to
+nothing in its matrices: the same on every machine. On a GPU each is about a launch. Ours leave out
+the work of `hlora.ops` itself: for each group of matrices of one shape, one kernel in recording,
+one kernel and three sums in the penalty. "Waits" are values that the host reads, and so waits for.
+"""
+
+KERNELS = """
+## The kernels
+
+Compiled for compute capability {capability} by Triton {triton} (`python -m benchmarks.kernels`;
+no GPU is needed). A kernel with a stack of more than some bytes spills registers. The last columns
+are a thread's instructions for each element of Ω, a product's chunk of 16 columns counted once:
+all, multiply-adds, and 4-byte words through shared memory.
+"""
+
+STORAGE = """
+## What an importance takes
+
+On disk, and in memory in phase μ. Percent are of EWC-LoRA's: one float32 for each parameter of the
+base model.
 """
 
 IMPORTANCE = """
 ## To get an importance
 
-{steps}. A few steps and sequences were timed and scaled. "EWC-LoRA, as published" takes all
-parameters, one sequence at a time, and copies each gradient to the CPU; "lean" is ours
-(`--kind fisher`): target matrices only, whole batches, labels sampled from the model.
+Batch {batch} × {tokens} tokens. A few steps and sequences were timed and scaled. "EWC-LoRA, as
+published" takes all parameters, one sequence at a time, and copies each gradient to the CPU; "lean"
+is ours (`--kind fisher`): target matrices only, whole batches, labels sampled from the model.
+"""
+
+GOALS = """
+## What was to be reached
+
+On an H100, at the shapes of Llama-3.2-3B, LoRA of r 8 on q and v, 20 × 128 tokens.
 """
 
 LIMITS = """
 ## What is not measured here
 
-{limits}
+No GPU was there: peak memory, the Triton kernels' speed (their results are tested under Triton's
+interpreter) and the times of the paper's models. On a machine with one, `make bench` measures them
+and writes this page anew.
 """
 
 
-def page(step: dict[str, Any], importance: dict[str, Any]) -> str:
-    """The whole page as Markdown."""
-    rows = step["rows"]
-    on_gpu = any(r["added_peak_bytes"] is not None for r in rows)
-    lines = [INTRO.format(**step["machine"])]
-    lines += [
-        "| model, targets | r | batch | step ms | addition | ms | % of the step | kept |"
-        + (" whole step | peak |" if on_gpu else ""),
-        "|---|---|---|---|---|---|---|---|" + ("---|---|" if on_gpu else ""),
-    ]
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows])
+
+
+def page(found: dict[str, dict[str, Any]]) -> str:
+    """The whole page as Markdown, from what each benchmark wrote."""
+    step, importance = found["step"], found["importance"]
+    on_gpu = any(r["added_peak_bytes"] is not None for r in step["rows"])
+    parts = [INTRO.format(**step["machine"]), _steps(step["rows"], on_gpu)]
+    parts += [BOUNDS] if on_gpu else []
+    parts += [HOST, _host(found["host"]["rows"])]
+    if "kernels" in found:
+        parts += [KERNELS.format(**found["kernels"]), _kernels(found["kernels"]["rows"])]
+    parts += [STORAGE, _storage(found["storage"]["rows"])]
+    parts += [IMPORTANCE.format(**importance["rows"][0]), _importance(importance["rows"])]
+    goals = targets.verdicts(step["rows"], importance["rows"], found["storage"]["rows"])
+    header = ["", "to reach", "measured", ""]
+    parts += [GOALS, table(header, [list(g) for g in goals])]
+    parts += [] if on_gpu else [LIMITS]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _steps(rows: list[dict[str, Any]], on_gpu: bool) -> str:
+    header = ["model, targets", "r", "batch", "step ms", "addition", "ms", "% of the step"]
+    header += ["floor ms", "kept", *(["at work ms", "whole step ms", "peak"] if on_gpu else [])]
+    lines = []
     for r in rows:
         cells = [
             f"{r['shape']}, {r['targets']}", str(r["rank"]), f"{r['batch']} × {r['tokens']}",
             f"{r['step_ms']:.1f}", r["addition"], f"{r['added_ms']:.2f}",
-            f"{r['added_percent']:.2f}", size(r["kept_bytes"]),
+            f"{r['added_percent']:.2f}", f"{r['floor_ms']:.2f}", size(r["kept_bytes"]),
         ]  # fmt: skip
         if on_gpu:
-            cells += [f"{r['whole_step_difference_ms']:+.2f} ms", size(r["added_peak_bytes"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    first = importance["rows"][0]
-    lines.append(IMPORTANCE.format(steps=f"Batch {first['batch']} × {first['tokens']} tokens"))
-    lines += ["| model | importance | seconds | on disk | timed |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {r['shape']} | {r['method']} | {r['seconds']:,.1f} | {size(r['disk_bytes'])} | "
-        f"{r['timed']} |"
-        for r in importance["rows"]
+            cells += [f"{r['busy_ms']:.2f}", f"{r['whole_step_difference_ms']:+.2f}"]
+            cells += [size(r["added_peak_bytes"])]
+        lines.append(cells)
+    return table(header, lines)
+
+
+def _host(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        [r["addition"], str(r["operations"]), f"{r['percent']:.2f}", str(r["waits"])] for r in rows
     ]
-    if not on_gpu:
-        lines.append(
-            LIMITS.format(
-                limits="No GPU was there: peak memory, the Triton kernels' speed (their results "
-                "are tested under Triton's interpreter) and the paper's model sizes. On a machine "
-                "with one, `make bench` measures them and writes this page anew."
-            )
-        )
-    return "\n".join(lines).rstrip() + "\n"
+    return table(["", "operations", "% of the step", "waits"], cells)
+
+
+def _kernels(rows: list[dict[str, Any]]) -> str:
+    header = ["kernel", "Ω", "r", "tile", "warps", "registers", "stack", "shared"]
+    header += ["instructions", "multiply-adds", "shared words"]
+    cells = [
+        [
+            r["kernel"], r["omega"], str(r["rank"]), " × ".join(map(str, r["tile"])),
+            str(r["warps"]), str(r["registers"]), size(r["stack_bytes"]), size(r["shared_bytes"]),
+            *(
+                f"{r[k + '_per_element']:.2f}"
+                for k in ("instructions", "multiply_adds", "shared_words")
+            ),
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return table(header, cells)
+
+
+def _storage(rows: list[dict[str, Any]]) -> str:
+    forms = list(rows[0]["bytes"])
+    cells = [
+        [
+            f"{r['shape']}, {r['targets']}",
+            *(f"{size(n)} ({100 * n / r['ewc_bytes']:.2g} %)" for n in r["bytes"].values()),
+            size(r["ewc_bytes"]),
+        ]
+        for r in rows
+    ]
+    return table(["model, targets", *forms, "EWC-LoRA"], cells)
+
+
+def _importance(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        [r["shape"], r["method"], f"{r['seconds']:,.1f}", size(r["disk_bytes"]), r["timed"]]
+        for r in rows
+    ]
+    return table(["model", "importance", "seconds", "on disk", "timed"], cells)
 
 
 def plot(step: dict[str, Any], path: Path) -> None:
@@ -105,15 +194,16 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--step", default="results/cost-step.json")
-    parser.add_argument("--importance", default="results/cost-importance.json")
+    for part in PARTS:
+        parser.add_argument(f"--{part}", default=f"results/cost-{part}.json")
     parser.add_argument("--output", default="docs/cost.md")
     given = parser.parse_args()
-    step, importance = (
-        json.loads(Path(f).read_text("utf-8")) for f in (given.step, given.importance)
-    )
-    plot(step, Path(given.output).with_suffix(".svg"))
-    text = page(step, importance)
+    files = {part: Path(getattr(given, part)) for part in PARTS}
+    if not files["kernels"].exists():
+        del files["kernels"]  # Triton is for Linux
+    found = {part: json.loads(file.read_text("utf-8")) for part, file in files.items()}
+    plot(found["step"], Path(given.output).with_suffix(".svg"))
+    text = page(found)
     text += "\n![Time added to a step against the size of the target matrices](cost.svg)\n"
     write_whole(Path(given.output), text)
     print(f"Written to {given.output}.")

@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
+NARROW = "llama-3.2-3b, narrow"
+"""As many matrices as llama-3.2-3b, and next to nothing in them: the host's work is left."""
+
 SHAPES: dict[str, LlamaConfig | GPTJConfig] = {
     "tiny": LlamaConfig(
         vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
@@ -20,11 +23,18 @@ SHAPES: dict[str, LlamaConfig | GPTJConfig] = {
         num_attention_heads=24, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
     ),
     "gpt-j-6b": GPTJConfig(),
+    NARROW: LlamaConfig(
+        vocab_size=512, hidden_size=96, intermediate_size=128, num_hidden_layers=28,
+        num_attention_heads=24, num_key_value_heads=8, head_dim=4, tie_word_embeddings=True,
+    ),
     "llama-3.1-8b": LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8,
     ),
 }  # fmt: skip
+
+WHOLE = [name for name in SHAPES if name != NARROW]
+"""The shapes of whole models."""
 
 TARGETS: dict[str, list[str] | str] = {"q,v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
 

@@ -4,7 +4,9 @@
 
 In one run on one machine: the plain step, each addition, and the same in plain torch. An addition
 is timed on its own, after a real backward pass, as the median of many; on a GPU also as the
-difference between whole steps with and without it.
+difference between whole steps with and without it, and as the time that the GPU is at work. The
+floor is the time that the importance takes to be read (and to be written, in recording) at the
+speed of a copy in the same run.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 
 import hlora
 from benchmarks.peers import PlainPenalty, PlainRecord
-from benchmarks.shapes import SHAPES, TARGETS, lora_model
+from benchmarks.shapes import TARGETS, WHOLE, lora_model
 from hlora import store
 from hlora.commands import convert
 from hlora.config import ConvertSettings
@@ -75,6 +77,22 @@ class Bench:
             times.append(time.perf_counter() - began)
         return statistics.median(times)
 
+    def bandwidth(self) -> float:
+        """Bytes a second, read and written, of a large copy."""
+        count = 1 << (30 if self.device.type == "cuda" else 28)
+        one, two = (torch.zeros(count, dtype=torch.uint8, device=self.device) for _ in range(2))
+        two.copy_(one)
+        return 2 * count / self.seconds(lambda: two.copy_(one), 5)  # type: ignore[arg-type,return-value]
+
+    def busy(self, run: Callable[[], None]) -> float | None:
+        """Seconds that the GPU is at work in one run."""
+        if self.device.type != "cuda":
+            return None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            self.sync()
+        return sum(e.self_device_time_total for e in profile.key_averages()) / 1e6
+
     def addition(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         """What an attached callback adds to a step, to be run alone after a real backward pass."""
         self.step(optimizer)
@@ -110,15 +128,17 @@ def measure(
         bench.step(plain)
     step = bench.seconds(lambda: bench.step(plain), max(3, repeats // 4))
     step_peak = bench.peak(lambda: bench.step(plain))
+    bandwidth = bench.bandwidth()
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        _importance(bench, folder)
-        for name, start in _additions(bench, folder):
+        importance(bench, folder)
+        for name, start in additions(bench, folder):
             optimizer = bench.optimizer()
             kept = start(optimizer)
             added = bench.addition(optimizer)
-            alone = bench.seconds(added, repeats)
+            alone, busy = bench.seconds(added, repeats), bench.busy(added)
+            floor = kept * (2 if name.startswith("record") else 1) / bandwidth
             bench.model.zero_grad()
             whole = peak = None
             if bench.device.type == "cuda":
@@ -130,7 +150,8 @@ def measure(
                     "shape": shape, "targets": targets, "rank": rank, "batch": batch,
                     "tokens": tokens, "matrices": len(bench.pairs), "addition": name,
                     "step_ms": 1e3 * step, "added_ms": 1e3 * alone,
-                    "added_percent": 100 * alone / step,
+                    "added_percent": 100 * alone / step, "floor_ms": 1e3 * floor,
+                    "busy_ms": None if busy is None else 1e3 * busy,
                     "whole_step_difference_ms": None if whole is None else 1e3 * whole,
                     "added_peak_bytes": peak, "kept_bytes": kept,
                 }
@@ -155,7 +176,7 @@ def _difference(bench: Bench, plain: Any, other: Any, repeats: int) -> float:
     return statistics.median(differences)
 
 
-def _importance(bench: Bench, folder: Path) -> None:
+def importance(bench: Bench, folder: Path) -> None:
     """A dense importance of one step, and the same in every other form."""
     optimizer = bench.optimizer()
     recorder = hlora.Record(folder / "fp32", kind="dense")
@@ -166,7 +187,7 @@ def _importance(bench: Bench, folder: Path) -> None:
         convert.run(ConvertSettings(folder=str(folder / "fp32"), to=to, output=str(folder / to)))
 
 
-def _additions(
+def additions(
     bench: Bench, folder: Path
 ) -> list[tuple[str, Callable[[torch.optim.Optimizer], int]]]:
     """A name, and what attaches it to an optimizer and returns the bytes it keeps."""
@@ -218,15 +239,15 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     small = ["tiny", "smollm2"]
-    everywhere = list(SHAPES) if torch.cuda.is_available() else small
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=everywhere)
+    everywhere = WHOLE if torch.cuda.is_available() else small
+    parser.add_argument("--shapes", nargs="+", choices=WHOLE, default=everywhere)
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=["q,v"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8])
     usual = 20 if torch.cuda.is_available() else 4
     parser.add_argument("--batches", nargs="+", type=int, default=[usual])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument(
-        "--growth", choices=list(SHAPES), help="also more targets, ranks and batches of this shape"
+        "--growth", choices=WHOLE, help="also more targets, ranks and batches of this shape"
     )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", default="results/cost-step.json")

@@ -4,8 +4,13 @@ import json
 import sys
 
 import pytest
+import torch
 
-from benchmarks import importance, kinds, page, step
+from benchmarks import host, importance, kinds, page, shapes, step, storage, targets
+from hlora import store
+from hlora.importance import Dense, Factored
+from hlora.pairs import find_pairs
+from hlora.plan import importance_bytes
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::SyntaxWarning"
@@ -17,24 +22,80 @@ def run(module, monkeypatch, *argv):
     module.main()
 
 
-def test_the_cost_page_is_made_from_the_two_benchmarks(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A folder with the results of all benchmarks, at the size of a test."""
+    place = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(storage, "WHOLE", ["tiny", "llama-3.2-3b"])
+        run(step, patch, "--shapes", "tiny", "--batches", 2, "--tokens", 16, "--repeats", 2)
+        run(importance, patch, "--shapes", "tiny", "--batch", 2, "--tokens", 16, "--timed", 2)
+        run(storage, patch)
+        run(host, patch)
+    return place / "results"
+
+
+@pytest.fixture
+def measured(results):
+    """The rows of each."""
+    parts = ("step", "importance", "storage", "host")
+    return {p: json.loads((results / f"cost-{p}.json").read_text())["rows"] for p in parts}
+
+
+def test_the_cost_page_is_made_from_the_benchmarks(results, measured, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    run(step, monkeypatch, "--shapes", "tiny", "--batches", 2, "--tokens", 16, "--repeats", 2,
-        "--json", "s.json")  # fmt: skip
-    run(importance, monkeypatch, "--shapes", "tiny", "--batch", 2, "--tokens", 16, "--timed", 2,
-        "--json", "i.json")  # fmt: skip
-    run(page, monkeypatch, "--step", "s.json", "--importance", "i.json", "--output", "cost.md")
-    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    monkeypatch.chdir(results.parent)
+    rows = measured["step"]
     assert {r["addition"] for r in rows} == {
         "record, plain torch", "record, dense", "record, factored", "penalty, plain torch",
         "penalty, fp32", "penalty, bf16", "penalty, int8", "penalty, factored",
     }  # fmt: skip
-    assert all(r["step_ms"] > 0 and r["added_ms"] > 0 for r in rows)
+    assert all(r["step_ms"] > 0 and r["added_ms"] > 0 and r["floor_ms"] > 0 for r in rows)
+    run(page, monkeypatch, "--output", tmp_path / "cost.md")
     text = (tmp_path / "cost.md").read_text()
-    assert "EWC-LoRA, as published" in text
-    assert "tiny, q,v" in text
+    for part in ("EWC-LoRA, as published", "tiny, q,v", "| the LoRA step |", "not measured"):
+        assert part in text
+    assert "## The kernels" not in text  # they were not compiled
     assert (tmp_path / "cost.svg").is_file()
+
+
+def test_the_host_waits_for_nothing_in_a_step(measured):
+    rows = {r["addition"]: r for r in measured["host"]}
+    assert {name: r["waits"] for name, r in rows.items()} == dict.fromkeys(rows, 0)
+    for name in ("record, dense", "record, factored", "penalty, fp32", "penalty, factored"):
+        assert 0 < rows[name]["percent"] < 2  # no loop over the 56 matrices
+
+
+def test_waiting_is_seen():
+    assert host.counted(lambda: float(torch.ones(2).sum())).waits == ["_local_scalar_dense"]
+
+
+def test_the_sizes_that_are_counted_are_those_of_files(tmp_path):
+    model = shapes.lora_model("tiny", "q,v", 4, torch.device("cpu"))
+    pairs = find_pairs(model)
+    dense = Dense({p.name: torch.rand(p.shape[:2]) for p in pairs})
+    kinds = {f"dense {form}": dense.stored_as(form) for form in ("fp32", "bf16", "int8")}
+    kinds["factored"] = Factored.of_dense(dense.decoded())
+    for name, kind in kinds.items():
+        store.save(tmp_path / name, model, pairs, kind, {})
+        written = (tmp_path / name / store.TENSORS).stat().st_size
+        counted = importance_bytes(pairs, *storage.FORMS[name])
+        assert counted <= written < counted + 200 * len(pairs) + 500  # the file's header
+
+
+def test_what_was_to_be_reached_is_judged(measured):
+    parts = [measured[p] for p in ("step", "importance", "storage")]
+    words = {what: word for what, *_, word in targets.verdicts(*parts)}
+    assert words["factored: on disk, of EWC-LoRA's"] == "reached"
+    assert words["record, dense: of a step"] == "not measured"
+    row = {
+        "shape": targets.SHAPE, "targets": "q,v", "rank": 8, "batch": 20, "tokens": 128,
+        "addition": "record, dense", "added_percent": 1.6, "added_peak_bytes": 1 << 20,
+    }  # fmt: skip
+    found = {what: rest for what, *rest in targets.verdicts([row], [], [])}
+    assert found["record, dense: of a step"] == ["≤ 1.5 %", "1.6 %", "missed"]
+    assert found["record, dense: peak memory"][-1] == "reached"
 
 
 def test_the_peers_compute_the_same(monkeypatch):
@@ -70,8 +131,9 @@ def test_the_peers_compute_the_same(monkeypatch):
     bench.model.zero_grad()
     peer.add(optimizer)
     for g in groups:
-        _, dP, _ = dense.pull(g, LowRank.moved(*start[g.names], *g.factors(), g.s))
-        expected = 0.5 * g.s * dP[:, :, : g.r]
+        change = LowRank.moved(*start[g.names], *g.factors(), g.s)
+        _, by_A, _ = dense.pull(g, change, *g.factors())
+        expected = 2 * 0.5 * g.s * by_A
         for pair, dB in zip(g.pairs, expected, strict=True):
             torch.testing.assert_close(pair.B.grad, dB, rtol=1e-3, atol=1e-6)
 

@@ -10,7 +10,7 @@ from hlora.lowrank import LowRank
 from hlora.ops import reference as tiled
 from hlora.pairs import find_pairs, group
 from tests.conftest import lora_model, make_trainer, token_rows
-from tests.test_ops import SHAPES, error, rand
+from tests.test_ops import SHAPES, error, eye, rand
 from tests.test_penalty import distance
 from tests.test_record import Spy, expected_omega
 
@@ -26,14 +26,15 @@ def test_the_sums_of_a_product_are_exact(L, m, n, r):
 
 @pytest.mark.parametrize(("L", "m", "n", "r"), SHAPES)
 def test_the_penalty_is_autograd_s_on_the_dense_rank_one_matrix(L, m, n, r):
-    P, Q = rand(L, m, r).requires_grad_(), rand(L, r, n).requires_grad_()
-    u, v = rand(L, m).abs(), rand(L, n).abs()
-    expected = (u[:, :, None] * v[:, None, :] * (P @ Q) ** 2).sum(dim=(1, 2))
-    eP, eQ = torch.autograd.grad(expected.sum(), (P, Q))
-    values, dP, dQ = LowRank(P.detach(), Q.detach()).weigh_rank_one(u, v)
+    B, A = rand(L, m, r).requires_grad_(), rand(L, r, n).requires_grad_()
+    D, u, v = rand(L, m, n), rand(L, m).abs(), rand(L, n).abs()
+    change = LowRank(torch.cat([B.detach(), D], dim=2), torch.cat([A.detach(), eye(L, n)], dim=1))
+    expected = (u[:, :, None] * v[:, None, :] * (B @ A + D) ** 2).sum(dim=(1, 2))
+    eB, eA = torch.autograd.grad(expected.sum(), (B, A))
+    values, dB, dA = change.weigh_rank_one(u, v, B.detach(), A.detach())
     assert error(values, expected.detach()) < 1e-12
-    assert error(dP, eP) < 1e-12
-    assert error(dQ, eQ) < 1e-12
+    assert error(2 * dB, eB) < 1e-12
+    assert error(2 * dA, eA) < 1e-12
 
 
 @pytest.mark.parametrize("tile", [1 << 20, 16])

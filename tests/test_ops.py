@@ -16,6 +16,10 @@ def rand(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
+def eye(L, n):
+    return torch.eye(n, dtype=torch.float64).expand(L, n, n)
+
+
 def error(a, b):
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
@@ -50,14 +54,15 @@ def test_consolidation_is_eq_13(L, m, n, r):
 @pytest.mark.usefixtures("_tile")
 @pytest.mark.parametrize(("L", "m", "n", "r"), SHAPES)
 def test_penalty_and_gradients_are_autograd_s(L, m, n, r):
-    P, Q = rand(L, m, r).requires_grad_(), rand(L, r, n).requires_grad_()
-    Omega = rand(L, m, n).abs()
-    expected = (Omega * (P @ Q) ** 2).sum(dim=(1, 2))
-    eP, eQ = torch.autograd.grad(expected.sum(), (P, Q))
-    values, dP, dQ = ops.weigh(Omega, LowRank(P.detach(), Q.detach()))
+    D, Omega = rand(L, m, n), rand(L, m, n).abs()
+    B, A = rand(L, m, r).requires_grad_(), rand(L, r, n).requires_grad_()
+    change = LowRank(torch.cat([B.detach(), D], dim=2), torch.cat([A.detach(), eye(L, n)], dim=1))
+    expected = (Omega * (B @ A + D) ** 2).sum(dim=(1, 2))
+    eB, eA = torch.autograd.grad(expected.sum(), (B, A))
+    values, dB, dA = ops.weigh(Omega, change, B.detach(), A.detach())
     assert error(values, expected.detach()) < 1e-12
-    assert error(dP, eP) < 1e-12
-    assert error(dQ, eQ) < 1e-12
+    assert error(2 * dB, eB) < 1e-12
+    assert error(2 * dA, eA) < 1e-12
 
 
 @pytest.mark.parametrize(("L", "m", "n", "r"), SHAPES)
@@ -66,7 +71,7 @@ def test_float32_errs_at_most_twice_as_much_as_plain_torch(L, m, n, r):
     truth = (Omega * (P @ Q) ** 2).sum(dim=(1, 2))
     P32, Q32, O32 = P.float(), Q.float(), Omega.float()
     plain = (O32 * (P32 @ Q32) ** 2).sum(dim=(1, 2))
-    ours = ops.weigh(O32, LowRank(P32, Q32))[0]
+    ours = ops.weigh(O32, LowRank(P32, Q32), P32, Q32)[0]
     assert error(ours.double(), truth) <= 2 * error(plain.double(), truth) + 1e-6
 
 

@@ -46,8 +46,9 @@ def test_the_penalty_reads_them_as_their_decoded_values(L, m, n, r, storage):
     Omega = heavy_tailed(L, m, n)
     small = Omega.bfloat16() if storage == "bf16" else LogCodes.encode(Omega)
     change = LowRank(rand(L, m, r), rand(L, r, n))
-    ours = ops.weigh(small, change)
-    decoded = ops.weigh(small.to(torch.float64), change)
+    sides = rand(L, m, 3), rand(L, 3, n)
+    ours = ops.weigh(small, change, *sides)
+    decoded = ops.weigh(small.to(torch.float64), change, *sides)
     for a, b in zip(ours, decoded, strict=True):
         assert error(a, b) < 1e-6  # codes are decoded in float32
 
@@ -55,9 +56,9 @@ def test_the_penalty_reads_them_as_their_decoded_values(L, m, n, r, storage):
 def test_the_gradient_keeps_its_direction():
     """Cosine of the penalty's gradient against float32's, on a heavy-tailed Ω."""
     Omega, change = heavy_tailed(2, 60, 80), LowRank(rand(2, 60, 4).float(), rand(2, 4, 80).float())
-    _, dP, _ = ops.weigh(Omega, change)
+    _, dP, _ = ops.weigh(Omega, change, change.P, change.Q)
     for small in (Omega.bfloat16(), LogCodes.encode(Omega)):
-        _, other, _ = ops.weigh(small, change)
+        _, other, _ = ops.weigh(small, change, change.P, change.Q)
         cosine = torch.nn.functional.cosine_similarity(dP.flatten(), other.flatten(), dim=0)
         assert float(cosine) > 0.9999
 

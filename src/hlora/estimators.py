@@ -33,7 +33,8 @@ def projected(
     P_T G = [g^B (AAᵀ)⁺A + B(BᵀB)⁺g^A − B(BᵀB)⁺(Bᵀg^B)(AAᵀ)⁺A] / s. Unlike Eq. 11 it makes
     Eq. 3 hold to first order, for any optimizer: Σω is the loss drop. Not in the paper.
 
-    With one factor frozen only the other's directions exist.
+    With one factor frozen only the other's directions exist. On a GPU the pseudo-inverse of the
+    r × r matrices makes the host wait for the device at each step.
     """
     gB_A = gB @ _pinv(A @ A.mT)  # (L, m, r), to be multiplied by A
     B_inv = B @ _pinv(B.mT @ B)

@@ -62,15 +62,20 @@ class LowRank:
         columns = (((other.P.mT @ self.P) @ self.Q) * other.Q).sum(dim=1)
         return rows, columns
 
-    def weigh_rank_one(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Σ_ij u_i v_j (PQ)_ij² of each matrix (L,), with the derivatives by P and by Q.
+    def weigh_rank_one(
+        self, u: Tensor, v: Tensor, left: Tensor, right: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ_ij u_i v_j (PQ)_ij² of each matrix (L,), and half its gradient, G = (u vᵀ)∘(PQ).
 
         From k × k matrices alone: Σ_ab (Pᵀ diag(u) P)_ab (Q diag(v) Qᵀ)_ab.
 
         Args:
             u: (L, m), v: (L, n).
+            left: (L, m, r), right: (L, r, n).
+
+        Returns:
+            The values, G rightᵀ (L, m, r) and leftᵀ G (L, r, n), as `hlora.ops.weigh` does.
         """
         uP, Qv = u[:, :, None] * self.P, self.Q * v[:, None, :]
-        by_rows, by_columns = self.P.mT @ uP, Qv @ self.Q.mT
-        values = (by_rows * by_columns).sum(dim=(1, 2))
-        return values, 2 * uP @ by_columns, 2 * by_rows @ Qv
+        values = ((self.P.mT @ uP) * (Qv @ self.Q.mT)).sum(dim=(1, 2))
+        return values, uP @ (Qv @ right.mT), (left.mT @ uP) @ Qv

@@ -114,15 +114,21 @@ class Group:
     @torch.no_grad()
     def add_gradients(self, dB: Tensor, dA: Tensor) -> None:
         """Add (L, m, r) and (L, r, n) to the parameters' gradients."""
-        for index, which in ((dB, "B"), (dA, "A")):
-            for d, pair in zip(index.unbind(0), self.pairs, strict=True):
-                f: nn.Parameter = getattr(pair, which)
-                if not f.requires_grad:
-                    continue
+        gradients, added = [], []
+        for trained, factors, more in (
+            (self.trains_B, [p.B for p in self.pairs], dB),
+            (self.trains_A, [p.A for p in self.pairs], dA),
+        ):
+            if not trained:
+                continue
+            for f, d in zip(factors, more.to(factors[0].dtype).unbind(0), strict=True):
                 if f.grad is None:
-                    f.grad = d.to(f.dtype).clone()
+                    f.grad = d.clone()
                 else:
-                    f.grad.add_(d.to(f.grad.dtype))
+                    gradients.append(f.grad)
+                    added.append(d)
+        if gradients:
+            torch._foreach_add_(gradients, added)  # one launch for many small matrices
 
     @torch.no_grad()
     def set_factors(self, B: Tensor, A: Tensor) -> None:

@@ -93,6 +93,10 @@ class Penalty(TrainerCallback):
         self._groups = group(pairs)
         self.stored.importance.arrange(self._groups)
         self._coefficients = self._layer_coefficients()
+        self._pull = {  # of G Aᵀ and BᵀG: the derivatives by B and A of φ Σ_l c_l Σ_i Ω_i D_i²
+            g.names: 2 * self.rule.phi * self._coefficients[g.names].reshape(-1, 1, 1) * g.s
+            for g in self._groups
+        }
         self._anchor = self._find_anchor(model, fresh=fresh)
         device = self._groups[0].device
         self._R = torch.zeros((), dtype=torch.float64, device=device)
@@ -168,37 +172,35 @@ class Penalty(TrainerCallback):
             )
         return anchor
 
-    def change(self, g: Group) -> LowRank:
-        """θ − θ^ν of a group, as thin matrices."""
-        return LowRank.moved(*self._anchor[g.names], *g.factors(), g.s)
+    def change(self, g: Group, B: Tensor, A: Tensor) -> LowRank:
+        """D = θ − θ^ν of a group as thin matrices, θ made of B (L, m, r) and A (L, r, n)."""
+        return LowRank.moved(*self._anchor[g.names], B, A, g.s)
 
+    @torch.no_grad()
     def value(self) -> Tensor:
         """R at the present weights (Eq. 15), layer weights and normalization included."""
-        return torch.stack(
-            [
-                (self._coefficients[g.names] * self.stored.importance.pull(g, self.change(g))[0])
-                .double()
-                .sum()
-                for g in self._groups
-            ]
-        ).sum()
+        R = torch.zeros_like(self._R)
+        for g in self._groups:
+            R += self._pulled(g)[0].to(R.device)
+        return R
+
+    def _pulled(self, g: Group) -> tuple[Tensor, Tensor, Tensor]:
+        """The group's share of R, and φ ∂R/∂B and φ ∂R/∂A."""
+        B, A = g.factors()
+        R, GA, BG = self.stored.importance.pull(g, self.change(g, B, A), B, A)
+        pull = self._pull[g.names]
+        return self._coefficients[g.names] @ R, pull * GA, pull * BG
 
     @torch.no_grad()
     def _add_gradient(self, optimizer: Optimizer) -> None:
-        """φ ∂R/∂B and φ ∂R/∂A: with D = PQ and P = s[(B−B_ν) | B_ν], Q = [A ; A−A_ν]."""
         if self.rule.phi == 0:
             return  # plain LoRA, bit for bit
         scale = pending_scale(optimizer)
-        self._R_now = torch.zeros_like(self._R)
         if self._measure:
             self._norms.zero_()
         for g in self._groups:
-            R, dP, dQ = self.stored.importance.pull(g, self.change(g))
-            c = self._coefficients[g.names]
-            self._R_now += (c * R).double().sum().to(self._R.device)
-            c = (self.rule.phi * c).reshape(-1, 1, 1)
-            dB = c * g.s * dP[:, :, : g.r]
-            dA = c * (dQ[:, : g.r] + dQ[:, g.r :])
+            R, dB, dA = self._pulled(g)
+            self._R += R.to(self._R.device)
             if scale is not None:
                 dB, dA = dB * scale.to(dB), dA * scale.to(dA)
             if self._measure:
@@ -209,7 +211,6 @@ class Penalty(TrainerCallback):
                     ]
                 ).to(self._norms.device)
             g.add_gradients(dB, dA)
-        self._R += self._R_now
         self._steps += 1
 
     # ------------------------------------------------------------------ under a Trainer

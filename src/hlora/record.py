@@ -194,7 +194,8 @@ class Record(TrainerCallback):
             self._start.setdefault(g.names, (B, A))
             if scale is not None:
                 gB, gA = gB / scale.to(gB), gA / scale.to(gA)
-            squares += (gB.square().sum() + gA.square().sum()).to(squares)
+            if self._max_grad_norm > 0:
+                squares += (gB.square().sum() + gA.square().sum()).to(squares)
             eta = _learning_rate(optimizer, g)
             if self.rule.estimator == "projected":
                 gradient = projected(

@@ -43,8 +43,10 @@ class Importance(Protocol):
     def weigh(self, group: Group, change: LowRank) -> Tensor:
         """R_l of Eq. 14 for each matrix of the group, (L,); differentiable in P and Q."""
 
-    def pull(self, group: Group, change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-        """The same values (L,), with the derivatives by P and by Q."""
+    def pull(
+        self, group: Group, change: LowRank, left: Tensor, right: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same values (L,), and half the gradient from two sides: see `hlora.ops.weigh`."""
 
     def tensors(self) -> dict[str, Tensor]:
         """By layer name, for the store."""

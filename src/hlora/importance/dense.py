@@ -92,8 +92,10 @@ class Dense:
     def weigh(self, group: Group, change: LowRank) -> Tensor:
         return _Weigh.apply(self._stacked[group.names], change.P, change.Q)
 
-    def pull(self, group: Group, change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.weigh(self._stacked[group.names], change)
+    def pull(
+        self, group: Group, change: LowRank, left: Tensor, right: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.weigh(self._stacked[group.names], change, left, right)
 
     def tensors(self) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
@@ -198,12 +200,13 @@ class _Weigh(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, Omega: Tensor, P: Tensor, Q: Tensor) -> Tensor:
-        values, dP, dQ = ops.weigh(Omega, LowRank(P.detach(), Q.detach()))
+        change = LowRank(P.detach(), Q.detach())
+        values, dP, dQ = ops.weigh(Omega, change, change.P, change.Q)
         ctx.save_for_backward(dP, dQ)
         return values
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[None, Tensor, Tensor]:
         dP, dQ = ctx.saved_tensors
-        g = grad[0].reshape(-1, 1, 1)
+        g = 2 * grad[0].reshape(-1, 1, 1)
         return None, g * dP, g * dQ

@@ -80,10 +80,12 @@ class Factored:
         return {n: float(r.double().sum()) for n, (r, _) in self._by_name.items()}
 
     def weigh(self, group: Group, change: LowRank) -> Tensor:
-        return change.weigh_rank_one(*self._stacked[group.names])[0]
+        return change.weigh_rank_one(*self._stacked[group.names], change.P, change.Q)[0]
 
-    def pull(self, group: Group, change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-        return change.weigh_rank_one(*self._stacked[group.names])
+    def pull(
+        self, group: Group, change: LowRank, left: Tensor, right: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return change.weigh_rank_one(*self._stacked[group.names], left, right)
 
     def tensors(self) -> dict[str, Tensor]:
         return {

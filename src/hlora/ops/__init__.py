@@ -24,19 +24,21 @@ __all__ = [
 
 def accumulate(omega: Tensor, gradient: LowRank, step: LowRank) -> None:
     """ω ← ω − g̃ ∘ Δθ, in place (Eq. 12). See `reference.accumulate`."""
-    _for(omega, gradient, step).accumulate(omega, gradient, step)
+    _for(omega).accumulate(omega, gradient, step)
 
 
-def weigh(Omega: Tensor | LogCodes, change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_i Ω_i (PQ)_i² of each matrix with its gradients (Eq. 14). See `reference.weigh`."""
-    return _for(change.P, change).weigh(Omega, change)
+def weigh(
+    Omega: Tensor | LogCodes, change: LowRank, left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ_i Ω_i D_i² of each matrix with half its gradient (Eq. 14). See `reference.weigh`."""
+    return _for(change.P, left.shape[2]).weigh(Omega, change, left, right)
 
 
-def _for(tensor: Tensor, *changes: LowRank) -> ModuleType:
+def _for(tensor: Tensor, rank: int = 1) -> ModuleType:
     if tensor.is_cuda and tensor.dtype == float32 and _has_fused():
         from hlora.ops import fused
 
-        if all(map(fused.fits, changes)):
+        if rank <= fused.HIGHEST_RANK:
             return fused
     return reference
 

@@ -2,7 +2,8 @@
 
 No float is added atomically, so results do not depend on the order in which programs run. What
 each computes is `reference`'s; the tests compare the two, on a machine without a GPU under
-Triton's interpreter.
+Triton's interpreter. `python -m benchmarks.kernels` compiles them for a GPU that need not be there
+and prints the registers and the memory that each takes.
 """
 
 from __future__ import annotations
@@ -15,98 +16,98 @@ from torch import Tensor
 from hlora.logcodes import LogCodes
 from hlora.lowrank import LowRank
 
-WIDEST = 256
-"""Columns of P, padded to a power of two: beyond, tiles no longer fit a GPU's shared memory."""
-WIDE, STAGES = 32, 2
-"""Columns of a tile of the penalty, and how many tiles of Ω are on their way at once."""
+HIGHEST_RANK = 128
+"""Of `left` and `right`: beyond, a tile's sums no longer fit a GPU's registers."""
+CHUNK = 16
+"""Columns of P at a time: a longer product, unrolled, would spill registers."""
+BLOCK = 512
+"""Rows and columns of Ω that one program of `weigh` goes through, tile by tile."""
+COMPILED = {"num_stages": 2, "enable_fp_fusion": True}
+"""Two tiles of Ω on their way at once; products and sums in one instruction."""
 PARTIAL = 32 << 20
 """Bytes of partial gradients at once: matrices beyond them take another launch."""
+SIDE = 64
+"""Of a tile of `accumulate`."""
 
 
 def accumulate(omega: Tensor, gradient: LowRank, step: LowRank) -> None:
     """ω ← ω − g̃ ∘ Δθ, in place (Eq. 12): ω is read and written once. See `reference`."""
     L, m, n = gradient.shape
     k1, k2 = gradient.P.shape[2], step.P.shape[2]
-    K1, K2 = _padded(k1), _padded(k2)
-    tile = side(max(K1, K2))
-    _accumulate[(triton.cdiv(m, tile), triton.cdiv(n, tile), L)](
-        omega, *_both(gradient), *_both(step), m, n, k1, k2, K1=K1, K2=K2, BM=tile, BN=tile,
+    _accumulate[(triton.cdiv(m, SIDE), triton.cdiv(n, SIDE), L)](
+        omega, *_both(gradient), *_both(step), m, n, k1, k2, **square(),
     )  # fmt: skip
 
 
-def weigh(Omega: Tensor | LogCodes, change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_i Ω_i (PQ)_i² of each matrix (Eq. 14), with its gradients. See `reference`.
+def weigh(
+    Omega: Tensor | LogCodes, change: LowRank, left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ_i Ω_i D_i² of each matrix (Eq. 14), half its gradient from two sides. See `reference`.
 
-    One pass: Ω is read once. A program owns a strip of rows, whose gradient by P it finishes; its
-    part of the gradient by Q goes to memory of its own, and the parts are added up in a fixed
-    order.
+    One pass: Ω is read once. A program owns a block of Ω; its parts of the two results go to
+    memory of its own, and the parts are added up in a fixed order.
     """
     L, m, n = change.shape
     P, Q = _both(change)
-    k = P.shape[2]
-    dP, dQ = torch.empty_like(P), torch.empty_like(Q)
-    K = _padded(k)
-    tall = _rows_of_a_strip(K)
-    strips = triton.cdiv(m, tall)
-    values = torch.empty((L, strips), dtype=torch.float32, device=P.device)
-    at_once = min(L, max(1, PARTIAL // (4 * strips * k * n)))
-    parts = torch.empty((at_once, strips, k, n), dtype=torch.float32, device=P.device)
+    left, right = left.contiguous(), right.contiguous()
+    k, r = P.shape[2], left.shape[2]
+    tall, wide = triton.cdiv(m, BLOCK), triton.cdiv(n, BLOCK)
+    at_once = min(L, max(1, PARTIAL // (4 * r * (tall * n + wide * m))))
+    by_left = P.new_empty((at_once, tall, r, n))
+    by_right = P.new_empty((at_once, wide, m, r))
+    values = P.new_empty((L, tall * wide))
+    dB, dA = torch.empty_like(left), torch.empty_like(right)
     for start in range(0, L, at_once):
         some = slice(start, min(start + at_once, L))
+        count = some.stop - some.start
         if isinstance(Omega, LogCodes):
             kept, scale, coded = Omega.codes[some], Omega.scale[some], True
         else:
             kept, scale, coded = Omega[some], values, False  # `scale` is not read
-        count = some.stop - some.start
-        _weigh[(strips, count)](
-            kept, scale, P[some], Q[some], dP[some], parts, values[some], m, n, k, K=K,
-            BM=tall, BN=WIDE, CODED=coded, num_warps=warps(tall), num_stages=STAGES,
+        _weigh[(tall, wide, count)](
+            kept, scale, P[some], Q[some], left[some], right[some], by_left, by_right,
+            values[some], m, n, k, r, **tiles(k, r, coded),
         )  # fmt: skip
-        torch.sum(parts[:count], dim=1, out=dQ[some])
-    return values.sum(dim=1), dP, dQ
+        torch.sum(by_right[:count], dim=1, out=dB[some])
+        torch.sum(by_left[:count], dim=1, out=dA[some])
+    return values.sum(dim=1), dB, dA
+
+
+def square() -> dict[str, int]:
+    """The sizes of `_accumulate`."""
+    return {"KC": CHUNK, "BM": SIDE, "BN": SIDE, "num_warps": 4, **COMPILED}
+
+
+def tiles(k: int, r: int, coded: bool) -> dict[str, int]:
+    """The sizes of `_weigh`, the largest tile whose sums stay in registers (benchmarks.kernels)."""
+    R = max(8, triton.next_power_of_2(r))
+    BM, warps = {8: (64, 4), 16: (64, 4), 32: (64, 8)}.get(R, (16 if coded else 32, 8))
+    return {
+        "KC": CHUNK, "R": R, "BM": BM, "BN": 64, "H": BLOCK, "ONE": k <= CHUNK, "CODED": coded,
+        "num_warps": warps, **COMPILED,
+    }  # fmt: skip
 
 
 def _both(change: LowRank) -> tuple[Tensor, Tensor]:
     return change.P.contiguous(), change.Q.contiguous()
 
 
-def fits(change: LowRank) -> bool:
-    """Whether the kernels take so many columns of P."""
-    return _padded(change.P.shape[2]) <= WIDEST
-
-
-def side(K: int) -> int:
-    """Of a square tile of ω."""
-    return 64 if K <= 128 else 32
-
-
-def warps(tall: int) -> int:
-    return 8 if tall >= 128 else 4
-
-
-def _rows_of_a_strip(K: int) -> int:
-    """As many as shared memory holds, 99 KiB on a small GPU: the fewer strips, the fewer parts."""
-    return {16: 256, 32: 128, 64: 128, 128: 64}.get(K, 32)
-
-
-def _padded(k: int) -> int:
-    return max(16, triton.next_power_of_2(k))
+@triton.jit
+def _tile(T, first, rows, columns, height, width):
+    """T[first + rows, columns] of a contiguous (…, height, width), zero beyond."""
+    at = T + (first + rows)[:, None].to(tl.int64) * width + columns[None, :]
+    return tl.load(at, mask=(rows < height)[:, None] & (columns < width)[None, :], other=0.0)
 
 
 @triton.jit
-def _left(P, l, rows, m, k, K: tl.constexpr):
-    """A strip of P (L, m, k): (BM, K), zero beyond."""
-    ks = tl.arange(0, K)
-    at = P + (l * m + rows)[:, None].to(tl.int64) * k + ks[None, :]
-    return tl.load(at, mask=(rows < m)[:, None] & (ks < k)[None, :], other=0.0)
-
-
-@triton.jit
-def _right(Q, l, columns, n, k, K: tl.constexpr):
-    """A strip of Q (L, k, n): (K, BN), zero beyond."""
-    ks = tl.arange(0, K)
-    at = Q + (l * k + ks)[:, None].to(tl.int64) * n + columns[None, :]
-    return tl.load(at, mask=(ks < k)[:, None] & (columns < n)[None, :], other=0.0)
+def _product(P, Q, l, rows, columns, m, n, k, KC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of PQ (BM, BN), zero beyond."""
+    d = tl.zeros((BM, BN), dtype=tl.float32)
+    for first in range(0, k, KC):
+        ks = first + tl.arange(0, KC)
+        p, q = _tile(P, l * m, rows, ks, m, k), _tile(Q, l * k, ks, columns, k, n)
+        d = tl.dot(p, q, d, input_precision="ieee")
+    return d
 
 
 @triton.jit
@@ -124,40 +125,50 @@ def _kept(Omega, scale, l, rows, columns, m, n, CODED: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(omega, gP, gQ, dP, dQ, m, n, k1, k2, K1: tl.constexpr, K2: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def _accumulate(omega, gP, gQ, dP, dQ, m, n, k1, k2, KC: tl.constexpr, BM: tl.constexpr,
+                BN: tl.constexpr):  # fmt: skip
     l = tl.program_id(2)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    g = tl.dot(_left(gP, l, rows, m, k1, K1), _right(gQ, l, columns, n, k1, K1),
-               input_precision="ieee")  # fmt: skip
-    d = tl.dot(_left(dP, l, rows, m, k2, K2), _right(dQ, l, columns, n, k2, K2),
-               input_precision="ieee")  # fmt: skip
+    g = _product(gP, gQ, l, rows, columns, m, n, k1, KC, BM, BN)
+    d = _product(dP, dQ, l, rows, columns, m, n, k2, KC, BM, BN)
     at = omega + (l * m + rows)[:, None].to(tl.int64) * n + columns[None, :]
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     tl.store(at, tl.load(at, mask=inside, other=0.0) - g * d, mask=inside)
 
 
 @triton.jit
-def _weigh(Omega, scale, P, Q, dP, parts, values, m, n, k, K: tl.constexpr, BM: tl.constexpr,
-           BN: tl.constexpr, CODED: tl.constexpr):  # fmt: skip
-    strip, l = tl.program_id(0), tl.program_id(1)
-    strips = tl.num_programs(0)
-    rows = strip * BM + tl.arange(0, BM)
-    ks = tl.arange(0, K)
-    p = _left(P, l, rows, m, k, K)
-    pull = tl.zeros((BM, K), dtype=tl.float32)
+def _weigh(Omega, scale, P, Q, X, Y, by_x, by_y, values, m, n, k, r, KC: tl.constexpr,
+           R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, H: tl.constexpr,
+           ONE: tl.constexpr, CODED: tl.constexpr):  # fmt: skip
+    down, right, l = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tall, wide = tl.num_programs(0), tl.num_programs(1)
+    ks, rs = tl.arange(0, KC), tl.arange(0, R)
     value = tl.zeros((BM,), dtype=tl.float32)
-    for start in range(0, n, BN):
-        columns = start + tl.arange(0, BN)
-        q = _right(Q, l, columns, n, k, K)
-        d = tl.dot(p, q, input_precision="ieee")
-        weighed = d * _kept(Omega, scale, l, rows, columns, m, n, CODED)
-        value += tl.sum(weighed * d, axis=1)
-        pull += tl.dot(weighed, tl.trans(q), input_precision="ieee")
-        part = tl.dot(tl.trans(p), weighed, input_precision="ieee")
-        at = parts + ((l * strips + strip) * k + ks)[:, None].to(tl.int64) * n + columns[None, :]
-        tl.store(at, 2.0 * part, mask=(ks < k)[:, None] & (columns < n)[None, :])
-    at = dP + (l * m + rows)[:, None].to(tl.int64) * k + ks[None, :]
-    tl.store(at, 2.0 * pull, mask=(rows < m)[:, None] & (ks < k)[None, :])
-    tl.store(values + l * strips + strip, tl.sum(value))
+    for top in range(down * H, min(m, (down + 1) * H), BM):
+        rows = top + tl.arange(0, BM)
+        x = _tile(X, l * m, rows, rs, m, r)
+        if ONE:
+            p = _tile(P, l * m, rows, ks, m, k)
+        pull = tl.zeros((BM, R), dtype=tl.float32)
+        for left in range(right * H, min(n, (right + 1) * H), BN):
+            columns = left + tl.arange(0, BN)
+            if ONE:
+                q = _tile(Q, l * k, ks, columns, k, n)
+                d = tl.dot(p, q, input_precision="ieee")
+            else:
+                d = _product(P, Q, l, rows, columns, m, n, k, KC, BM, BN)
+            weighed = d * _kept(Omega, scale, l, rows, columns, m, n, CODED)
+            value += tl.sum(weighed * d, axis=1)
+            y = _tile(Y, l * r, rs, columns, r, n)
+            pull = tl.dot(weighed, tl.trans(y), pull, input_precision="ieee")
+            part = tl.dot(tl.trans(x), weighed, input_precision="ieee")
+            at = by_x + ((l * tall + down) * r + rs)[:, None].to(tl.int64) * n + columns[None, :]
+            inside = (rs < r)[:, None] & (columns < n)[None, :]
+            if top > down * H:
+                part += tl.load(at, mask=inside, other=0.0)
+            tl.store(at, part, mask=inside)
+        at = by_y + ((l * wide + right) * m + rows)[:, None].to(tl.int64) * r + rs[None, :]
+        tl.store(at, pull, mask=(rows < m)[:, None] & (rs < r)[None, :])
+        tl.debug_barrier()  # the next rows read what other threads stored to `by_x`
+    tl.store(values + (l * tall + down) * wide + right, tl.sum(value))

@@ -101,25 +101,30 @@ def add_squared_gradients(total: Tensor, delta: Tensor, x: Tensor) -> None:
         total[rows] += (delta[:, :, rows].mT @ x).square_().sum(dim=0)
 
 
-def weigh(Omega: Tensor | LogCodes, change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_i Ω_i (PQ)_i² of each matrix (Eq. 14), with its gradients.
+def weigh(
+    Omega: Tensor | LogCodes, change: LowRank, left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ_i Ω_i D_i² of each matrix (Eq. 14), and half its gradient, G = Ω∘D, seen from two sides.
+
+    With θ = s·B A and D = θ − θ^ν, 2s·G Aᵀ and 2s·BᵀG are the derivatives by B and by A.
 
     Args:
         Omega: (L, m, n), in any float type or as 8-bit codes; it is read tile by tile.
-        change: D = θ − θ^ν as P Q.
+        change: D = P Q.
+        left: (L, m, r).
+        right: (L, r, n).
 
     Returns:
-        The values (L,), and the derivatives by P (L, m, k) and by Q (L, k, n):
-        2 (Ω∘D) Qᵀ and 2 Pᵀ (Ω∘D).
+        The values (L,), G rightᵀ (L, m, r) and leftᵀ G (L, r, n).
     """
     P, Q = change.P, change.Q
     values = P.new_zeros(P.shape[0])
-    dP = torch.empty_like(P)
-    dQ = torch.zeros_like(Q)
+    by_right = torch.empty_like(left, memory_format=torch.contiguous_format)
+    by_left = torch.zeros_like(right, memory_format=torch.contiguous_format)
     for l, rows in tiles(change.shape):
         d = P[l, rows] @ Q[l]
         pull = d * Omega[l, rows].to(d.dtype)  # codes are decoded by the same two calls
         values[l] += (pull * d).sum()
-        torch.mm(pull, Q[l].mT, out=dP[l, rows])
-        dQ[l].addmm_(P[l, rows].mT, pull)
-    return values, dP.mul_(2), dQ.mul_(2)
+        torch.mm(pull, right[l].mT, out=by_right[l, rows])
+        by_left[l].addmm_(left[l, rows].mT, pull)
+    return values, by_right, by_left
