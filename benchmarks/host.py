@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import cost
 from benchmarks.shapes import NARROW
-from benchmarks.step import Bench, additions, importance, machine
+from benchmarks.step import Bench, additions, importance
 from hlora import ops
-from hlora.files import write_json
 from hlora.logcodes import LogCodes
 from hlora.lowrank import LowRank
 
@@ -103,7 +103,7 @@ def rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", default="results/cost-host.json")
+    parser.add_argument("--json", default=cost.COST)
     given = parser.parse_args()
     found = rows()
     for r in found:
@@ -111,7 +111,7 @@ def main() -> None:
             f"{r['addition']:<24}{r['operations']:>7} operations ({r['percent']:6.2f} %)"
             f"{r['waits']:>5} waits"
         )
-    write_json(Path(given.json), {"machine": machine(), "shape": NARROW, "rows": found})
+    cost.keep(given.json, "host", {"shape": NARROW, "rows": found})
 
 
 if __name__ == "__main__":

@@ -4,24 +4,32 @@
 
 Few steps and few sequences are timed, in one run, and scaled to the whole: the paper's numbers are
 20,000 sequences for EWC-LoRA; a lean Fisher takes 200; phase ν takes as many steps as you train.
-The phase ν is given whole and as what recording adds to a LoRA training that is done anyway.
+The phase ν is given whole and as what recording adds to a LoRA training that is done anyway. Peak
+memory is the GPU's, or this process's where there is none, the model and all else included.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import hlora
+from benchmarks import cost
 from benchmarks.shapes import WHOLE, lora_model
 from benchmarks.step import Bench, machine
-from hlora.files import size, write_json
+from hlora.files import size
 from hlora.importance import fisher, fisher_original
 from hlora.importance.fisher_original import SEQUENCES
+from hlora.machine import peak_bytes, reset_peak
 from hlora.plan import importance_bytes
 
 LEAN_SEQUENCES = 200
@@ -39,7 +47,9 @@ def measure(shape: str, steps: int, batch: int, tokens: int, timed: int) -> list
             }
         )  # fmt: skip
         print(
-            f"{shape:<13}{method:<34}{seconds:12.1f} s {size(disk):>10} on disk  ({of})", flush=True
+            f"{shape:<13}{method:<34}{seconds:12.1f} s {'' if peak is None else size(peak):>10} "
+            f"at the peak {size(disk):>10} on disk  ({of})",
+            flush=True,
         )
 
     blocks = _ours(shape, steps, batch, tokens, timed, row)
@@ -58,11 +68,12 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
         recorder.start(bench.model, optimizer)
         added = bench.seconds(bench.addition(optimizer), timed)
         bench.model.zero_grad()
-        peak = bench.peak(lambda o=optimizer: bench.step(o))  # type: ignore[misc]
+        peak = memory(lambda o=optimizer: bench.step(o))  # type: ignore[misc]
         disk = importance_bytes(bench.pairs, kind)
         of = f"{timed} of {steps} steps"
         row(f"HLoRA {kind}, phase ν whole", steps * (alone + added), peak, disk, of)
-        row(f"HLoRA {kind}, added by recording", steps * added, peak, disk, of)
+        row(f"HLoRA {kind}, added by recording", steps * added, None, disk, of)
+        del recorder, optimizer
     blocks = torch.randint(0, bench.model.config.vocab_size, (timed * 4, tokens))
 
     def lean() -> None:
@@ -71,7 +82,7 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
     lean()
     each = bench.seconds(lean, 1) / len(blocks)
     disk = importance_bytes(bench.pairs, "fisher")
-    row("EWC, lean", LEAN_SEQUENCES * each, bench.peak(lean), disk,
+    row("EWC, lean", LEAN_SEQUENCES * each, memory(lean), disk,
         f"{len(blocks)} of {LEAN_SEQUENCES} sequences")  # fmt: skip
     return blocks
 
@@ -81,15 +92,27 @@ def _original(shape: str, blocks: torch.Tensor, row: Any) -> None:
     model = lora_model(shape, "q,v", 8, device)
     blocks = blocks.to(device)
     fisher_original.gather(model, blocks[:1])
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    _, disk = fisher_original.gather(model, blocks)
-    each = (time.perf_counter() - began) / len(blocks)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    row("EWC-LoRA, as published", SEQUENCES * each, peak, disk,
+    found: dict[str, Any] = {}
+
+    def gather() -> None:
+        began = time.perf_counter()
+        _, found["disk"] = fisher_original.gather(model, blocks)
+        found["each"] = (time.perf_counter() - began) / len(blocks)
+
+    peak = memory(gather)
+    row("EWC-LoRA, as published", SEQUENCES * found["each"], peak, found["disk"],
         f"{len(blocks)} of {SEQUENCES} sequences")  # fmt: skip
+
+
+def memory(run: Callable[[], None]) -> int | None:
+    """Peak bytes while something runs, the model included."""
+    gc.collect()
+    if not torch.cuda.is_available() and sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # glibc's: free memory is not to count
+            ctypes.CDLL(None).malloc_trim(0)
+    reset_peak()
+    run()
+    return peak_bytes()
 
 
 def main() -> None:
@@ -101,12 +124,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=usual)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--timed", type=int, default=3)
-    parser.add_argument("--json", default="results/cost-importance.json")
+    parser.add_argument("--json", default=cost.COST)
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for shape in given.shapes:
         rows += measure(shape, given.steps, given.batch, given.tokens, given.timed)
-        write_json(Path(given.json), {"machine": machine(), "rows": rows})
+        cost.keep(given.json, "importance", {"machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

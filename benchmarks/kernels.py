@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hlora.files import write_json
+from benchmarks import cost
 
 RANKS = (8, 16, 32, 64, 128)
 SIZES = ("m", "n", "k", "r", "k1", "k2")
@@ -103,7 +103,7 @@ def rows(capability: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, default=90, help="90 is an H100, 89 an RTX 4090")
-    parser.add_argument("--json", default="results/cost-kernels.json", help="- prints it")
+    parser.add_argument("--json", default=cost.COST, help="- prints it")
     given = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
         print("Triton is not installed, so no kernel was compiled.")
@@ -128,7 +128,7 @@ def main() -> None:
             f"   {r['instructions_per_element']:.2f} {r['multiply_adds_per_element']:.2f} "
             f"{r['shared_words_per_element']:.2f}"
         )
-    write_json(Path(given.json), result)
+    cost.keep(given.json, "kernels", result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""docs/cost.md and its plot, from what the benchmarks wrote.
+"""docs/cost.md and its plot, from results/cost.json.
 
 python -m benchmarks.page
 """
@@ -6,14 +6,11 @@ python -m benchmarks.page
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import targets
+from benchmarks import cost, targets
 from hlora.files import size, write_whole
-
-PARTS = ("step", "importance", "storage", "host", "kernels")
 
 INTRO = """# What it costs
 
@@ -62,7 +59,8 @@ IMPORTANCE = """
 
 Batch {batch} × {tokens} tokens. A few steps and sequences were timed and scaled. "EWC-LoRA, as
 published" takes all parameters, one sequence at a time, and copies each gradient to the CPU; "lean"
-is ours (`--kind fisher`): target matrices only, whole batches, labels sampled from the model.
+is ours (`--kind fisher`): target matrices only, whole batches, labels sampled from the model. Peak
+memory is the GPU's, or the process's where there is none, with the model and all else.
 """
 
 GOALS = """
@@ -74,9 +72,9 @@ On an H100, at the shapes of Llama-3.2-3B, LoRA of r 8 on q and v, 20 × 128 tok
 LIMITS = """
 ## What is not measured here
 
-No GPU was there: peak memory, the Triton kernels' speed (their results are tested under Triton's
-interpreter) and the times of the paper's models. On a machine with one, `make bench` measures them
-and writes this page anew.
+No GPU was there: what is added to the peak memory of a step, the Triton kernels' speed (their
+results are tested under Triton's interpreter) and the times of the paper's models. On a machine
+with one, `make bench` measures them and writes this page anew.
 """
 
 
@@ -92,7 +90,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     parts = [INTRO.format(**step["machine"]), _steps(step["rows"], on_gpu)]
     parts += [BOUNDS] if on_gpu else []
     parts += [HOST, _host(found["host"]["rows"])]
-    if "kernels" in found:
+    if "kernels" in found:  # Triton is for Linux
         parts += [KERNELS.format(**found["kernels"]), _kernels(found["kernels"]["rows"])]
     parts += [STORAGE, _storage(found["storage"]["rows"])]
     parts += [IMPORTANCE.format(**importance["rows"][0]), _importance(importance["rows"])]
@@ -159,10 +157,14 @@ def _storage(rows: list[dict[str, Any]]) -> str:
 
 def _importance(rows: list[dict[str, Any]]) -> str:
     cells = [
-        [r["shape"], r["method"], f"{r['seconds']:,.1f}", size(r["disk_bytes"]), r["timed"]]
+        [
+            r["shape"], r["method"], f"{r['seconds']:,.1f}",
+            "" if r["peak_bytes"] is None else size(r["peak_bytes"]),
+            size(r["disk_bytes"]), r["timed"],
+        ]
         for r in rows
-    ]
-    return table(["model", "importance", "seconds", "on disk", "timed"], cells)
+    ]  # fmt: skip
+    return table(["model", "importance", "seconds", "peak memory", "on disk", "timed"], cells)
 
 
 def plot(step: dict[str, Any], path: Path) -> None:
@@ -194,14 +196,10 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for part in PARTS:
-        parser.add_argument(f"--{part}", default=f"results/cost-{part}.json")
+    parser.add_argument("--json", default=cost.COST)
     parser.add_argument("--output", default="docs/cost.md")
     given = parser.parse_args()
-    files = {part: Path(getattr(given, part)) for part in PARTS}
-    if not files["kernels"].exists():
-        del files["kernels"]  # Triton is for Linux
-    found = {part: json.loads(file.read_text("utf-8")) for part, file in files.items()}
+    found = cost.read(given.json)
     plot(found["step"], Path(given.output).with_suffix(".svg"))
     text = page(found)
     text += "\n![Time added to a step against the size of the target matrices](cost.svg)\n"

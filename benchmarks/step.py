@@ -1,6 +1,6 @@
 """What a LoRA step costs alone, and what recording and the penalty add to it.
 
-    python -m benchmarks.step --shapes tiny smollm2 --json cost.json
+    python -m benchmarks.step --shapes tiny smollm2 --json results/cost.json
 
 In one run on one machine: the plain step, each addition, and the same in plain torch. An addition
 is timed on its own, after a real backward pass, as the median of many; on a GPU also as the
@@ -26,12 +26,12 @@ from typing import Any
 import torch
 
 import hlora
+from benchmarks import cost
 from benchmarks.peers import PlainPenalty, PlainRecord
 from benchmarks.shapes import TARGETS, WHOLE, lora_model
 from hlora import store
 from hlora.commands import convert
 from hlora.config import ConvertSettings
-from hlora.files import write_json
 from hlora.machine import processor
 from hlora.pairs import find_pairs
 from hlora.steps import watchers
@@ -250,7 +250,7 @@ def main() -> None:
         "--growth", choices=WHOLE, help="also more targets, ranks and batches of this shape"
     )
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--json", default="results/cost-step.json")
+    parser.add_argument("--json", default=cost.COST)
     given = parser.parse_args()
     cases = list(itertools.product(given.shapes, given.targets, given.ranks, given.batches))
     if given.growth:
@@ -261,7 +261,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for case in dict.fromkeys(cases):
         rows += measure(*case, given.tokens, given.repeats)
-        write_json(Path(given.json), {"machine": machine(), "rows": rows})
+        cost.keep(given.json, "step", {"machine": machine(), "rows": rows})
     print(json.dumps(machine(), ensure_ascii=False))
 
 

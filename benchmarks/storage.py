@@ -10,13 +10,13 @@ parameter of the base model.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import cost
 from benchmarks.shapes import TARGETS, WHOLE, lora_model
-from hlora.files import size, write_json
+from hlora.files import size
 from hlora.pairs import base_parameters, find_pairs
 from hlora.plan import importance_bytes
 
@@ -41,7 +41,7 @@ def rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", default="results/cost-storage.json")
+    parser.add_argument("--json", default=cost.COST)
     given = parser.parse_args()
     found = rows()
     for r in found:
@@ -49,7 +49,7 @@ def main() -> None:
             f"{name} {size(n)} ({100 * n / r['ewc_bytes']:.3f} %)" for name, n in r["bytes"].items()
         )
         print(f"{r['shape']:<13}{r['targets']:<11}{ours}  EWC-LoRA {size(r['ewc_bytes'])}")
-    write_json(Path(given.json), {"rows": found})
+    cost.keep(given.json, "storage", {"rows": found})
 
 
 if __name__ == "__main__":

@@ -103,11 +103,47 @@ def test_several_launches_find_what_one_does(fused, storage, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_high_ranks_are_left_to_plain_torch(monkeypatch):
-    monkeypatch.setattr(ops, "_has_fused", lambda: True)
+def test_what_the_kernels_take():
     omega = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    assert ops._for(omega, 128).__name__ == "hlora.ops.fused"
-    assert ops._for(omega, 129).__name__ == "hlora.ops.reference"
+    assert ops._fits(omega, rank=128)
+    assert not ops._fits(omega, rank=129)
+    assert not ops._fits(SimpleNamespace(is_cuda=True, dtype=torch.float64))
+    assert not ops._fits(torch.ones(1).cpu())
+
+
+def test_plain_torch_takes_over_where_triton_does_not_work(fused, monkeypatch, caplog):
+    tried = []
+
+    def broken(*args):
+        tried.append(args)
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(ops, "_fits", lambda *_, **__: True)
+    monkeypatch.setattr(ops, "_given_up", False)
+    monkeypatch.setattr(fused, "weigh", broken)
+    monkeypatch.setattr(fused, "accumulate", broken)
+    Omega, change = rand(2, 9, 7), LowRank(rand(2, 9, 4), rand(2, 4, 7))
+    for ours, plain in zip(
+        ops.weigh(Omega, *sides(change)), reference.weigh(Omega, *sides(change)), strict=True
+    ):
+        assert torch.equal(ours, plain)
+    before = Omega.clone()
+    ops.accumulate(Omega, change, change)
+    assert not torch.equal(Omega, before)
+    assert len(tried) == 1  # not again at each step
+    assert [r.getMessage() for r in caplog.records if "Failed to find C compiler" in r.message]
+
+
+def test_a_full_gpu_is_no_reason_to_give_the_kernels_up(fused, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(ops, "_fits", lambda *_, **__: True)
+    monkeypatch.setattr(fused, "weigh", full)
+    change = LowRank(rand(1, 9, 4), rand(1, 4, 7))
+    with pytest.raises(torch.OutOfMemoryError):
+        ops.weigh(rand(1, 9, 7), *sides(change))
+    assert not ops._given_up
 
 
 def test_the_same_input_gives_the_same_bits(fused):

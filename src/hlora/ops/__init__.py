@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from functools import lru_cache
-from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor, float32
 
 from hlora.logcodes import LogCodes
@@ -21,29 +23,62 @@ __all__ = [
     "accumulate", "add_squared_gradients", "consolidate", "consolidate_rank_one", "weigh",
 ]  # fmt: skip
 
+logger = logging.getLogger(__name__)
+
 
 def accumulate(omega: Tensor, gradient: LowRank, step: LowRank) -> None:
     """ω ← ω − g̃ ∘ Δθ, in place (Eq. 12). See `reference.accumulate`."""
-    _for(omega).accumulate(omega, gradient, step)
+    _run("accumulate", _fits(omega), omega, gradient, step)
 
 
 def weigh(
     Omega: Tensor | LogCodes, change: LowRank, left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_i Ω_i D_i² of each matrix with half its gradient (Eq. 14). See `reference.weigh`."""
-    return _for(change.P, left.shape[2]).weigh(Omega, change, left, right)
+    fits = _fits(change.P, rank=left.shape[2])
+    return _run("weigh", fits, Omega, change, left, right)
 
 
-def _for(tensor: Tensor, rank: int = 1) -> ModuleType:
-    if tensor.is_cuda and tensor.dtype == float32 and _has_fused():
+def _run(name: str, fits: bool, *args: Any) -> Any:
+    """The kernel where it can be, and plain torch where Triton turns out not to work."""
+    if fits and _has_fused():
         from hlora.ops import fused
 
-        if rank <= fused.HIGHEST_RANK:
-            return fused
-    return reference
+        try:
+            with torch.cuda.device_of(args[1].P):  # Triton launches on the current device
+                return getattr(fused, name)(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no C compiler, a GPU that Triton does not know, ...
+            _give_up(error)
+    return getattr(reference, name)(*args)
+
+
+def _fits(tensor: Tensor, rank: int = 1) -> bool:
+    return tensor.is_cuda and tensor.dtype == float32 and rank <= HIGHEST_RANK
+
+
+HIGHEST_RANK = 128
+"""Of the kernels: beyond, the sums of a tile no longer fit a GPU's registers."""
+
+_given_up = False
+
+
+def _give_up(error: Exception) -> None:
+    global _given_up
+    _given_up = True
+    logger.warning(
+        "Triton's kernels do not work here, so slower plain torch does their work. Set "
+        "HLORA_FUSED=0 to choose it yourself. The reason: %s: %s",
+        type(error).__name__, str(error).strip().split("\n")[-1],
+    )  # fmt: skip
+
+
+def _has_fused() -> bool:
+    """HLORA_FUSED=0 turns the kernels off."""
+    return not _given_up and os.environ.get("HLORA_FUSED") != "0" and _has_triton()
 
 
 @lru_cache(maxsize=1)
-def _has_fused() -> bool:
-    """HLORA_FUSED=0 turns the kernels off."""
-    return os.environ.get("HLORA_FUSED") != "0" and importlib.util.find_spec("triton") is not None
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -16,8 +16,6 @@ from torch import Tensor
 from hlora.logcodes import LogCodes
 from hlora.lowrank import LowRank
 
-HIGHEST_RANK = 128
-"""Of `left` and `right`: beyond, a tile's sums no longer fit a GPU's registers."""
 CHUNK = 16
 """Columns of P at a time: a longer product, unrolled, would spill registers."""
 BLOCK = 512
