@@ -3,7 +3,7 @@
     python -m benchmarks.step --shapes tiny smollm2 --json results/cost.json
 
 In one run on one machine: the plain step, each addition, and the same in plain torch. An addition
-is timed on its own, after a real backward pass, as the median of many; on a GPU also as the
+is timed on its own, after a real backward pass, in turn with the others; on a GPU also as the
 difference between whole steps with and without it, and as the time that the GPU is at work. The
 floor is the time that the importance takes to be read (and to be written, in recording) at the
 speed of a copy in the same run.
@@ -12,7 +12,6 @@ speed of a copy in the same run.
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import platform
@@ -77,6 +76,11 @@ class Bench:
             times.append(time.perf_counter() - began)
         return statistics.median(times)
 
+    def in_turn(self, runs: list[Callable[[], None]], repeats: int) -> list[float]:
+        """Medians of several, taken in turn: what else the machine does falls on all of them."""
+        times = [[self.seconds(run, 1) for run in runs] for _ in range(repeats)]
+        return [statistics.median(of_one) for of_one in zip(*times, strict=True)]
+
     def bandwidth(self) -> float:
         """Bytes a second, read and written, of a large copy."""
         count = 1 << (30 if self.device.type == "cuda" else 28)
@@ -126,43 +130,43 @@ def measure(
     plain = bench.optimizer()
     for _ in range(2):
         bench.step(plain)
-    step = bench.seconds(lambda: bench.step(plain), max(3, repeats // 4))
+    step = bench.seconds(lambda: bench.step(plain), max(3, repeats // 5))
     step_peak = bench.peak(lambda: bench.step(plain))
     bandwidth = bench.bandwidth()
     rows = []
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        importance(bench, folder)
-        for name, start in additions(bench, folder):
+        importance(bench, Path(place))
+        attached = []
+        for name, start in additions(bench, Path(place)):
             optimizer = bench.optimizer()
             kept = start(optimizer)
-            added = bench.addition(optimizer)
-            alone, busy = bench.seconds(added, repeats), bench.busy(added)
-            floor = kept * (2 if name.startswith("record") else 1) / bandwidth
-            bench.model.zero_grad()
-            whole = peak = None
-            if bench.device.type == "cuda":
-                whole = _difference(bench, plain, optimizer, repeats)
-                more = bench.peak(lambda o=optimizer: bench.step(o))  # type: ignore[misc]
-                peak = (more or 0) - (step_peak or 0)
-            rows.append(
-                {
-                    "shape": shape, "targets": targets, "rank": rank, "batch": batch,
-                    "tokens": tokens, "matrices": len(bench.pairs), "addition": name,
-                    "step_ms": 1e3 * step, "added_ms": 1e3 * alone,
-                    "added_percent": 100 * alone / step, "floor_ms": 1e3 * floor,
-                    "busy_ms": None if busy is None else 1e3 * busy,
-                    "whole_step_difference_ms": None if whole is None else 1e3 * whole,
-                    "added_peak_bytes": peak, "kept_bytes": kept,
-                }
-            )  # fmt: skip
-            print(
-                f"{shape:<13}{targets:<11} r {rank:<3}{batch}×{tokens}  {name:<24}"
-                f"{1e3 * step:9.1f} ms + {1e3 * alone:7.2f} ms ({100 * alone / step:5.2f} %)",
-                flush=True,
-            )
-            del optimizer, added
-            gc.collect()
+            attached.append((name, kept, optimizer, bench.addition(optimizer)))
+    alone = bench.in_turn([added for *_, added in attached], repeats)
+    for (name, kept, optimizer, added), seconds in zip(attached, alone, strict=True):
+        floor = kept * (2 if name.startswith("record") else 1) / bandwidth
+        busy = bench.busy(added)
+        bench.model.zero_grad()
+        whole = peak = None
+        if bench.device.type == "cuda":
+            whole = _difference(bench, plain, optimizer, repeats)
+            more = bench.peak(lambda o=optimizer: bench.step(o))  # type: ignore[misc]
+            peak = (more or 0) - (step_peak or 0)
+        rows.append(
+            {
+                "shape": shape, "targets": targets, "rank": rank, "batch": batch,
+                "tokens": tokens, "matrices": len(bench.pairs), "addition": name,
+                "step_ms": 1e3 * step, "added_ms": 1e3 * seconds,
+                "added_percent": 100 * seconds / step, "floor_ms": 1e3 * floor,
+                "busy_ms": None if busy is None else 1e3 * busy,
+                "whole_step_difference_ms": None if whole is None else 1e3 * whole,
+                "added_peak_bytes": peak, "kept_bytes": kept,
+            }
+        )  # fmt: skip
+        print(
+            f"{shape:<13}{targets:<11} r {rank:<3}{batch}×{tokens}  {name:<24}"
+            f"{1e3 * step:9.1f} ms + {1e3 * seconds:7.2f} ms ({100 * seconds / step:5.2f} %)",
+            flush=True,
+        )
     return rows
 
 
@@ -249,7 +253,7 @@ def main() -> None:
     parser.add_argument(
         "--growth", choices=WHOLE, help="also more targets, ranks and batches of this shape"
     )
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", default=cost.COST)
     given = parser.parse_args()
     cases = list(itertools.product(given.shapes, given.targets, given.ranks, given.batches))

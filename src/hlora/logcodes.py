@@ -44,8 +44,9 @@ class LogCodes:
     def decode(self) -> Tensor:
         """float32 values (..., m, n)."""
         low, step = self.scale[..., :1], self.scale[..., 1:]
-        values = torch.exp2(low + (self.codes.float() - 1) * step)
-        return torch.where(self.codes > 0, values, 0.0)
+        codes = self.codes.float()
+        values = torch.addcmul(low - step, codes, step).exp2_()
+        return values.mul_(codes.clamp_(max=1))  # in place: on a CPU each pass over a tile counts
 
     def __getitem__(self, index: Any) -> LogCodes:
         """A part of the matrices or rows."""
