@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,13 @@ from typing import Any
 from hlora.files import write_json
 
 COST = "results/cost.json"
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Of a benchmark with that docstring: it says where the file is."""
+    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made.add_argument("--json", default=COST, help=f"the file of all parts ({COST})")
+    return made
 
 
 def read(path: str) -> dict[str, Any]:

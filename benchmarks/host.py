@@ -11,12 +11,8 @@ same on every machine. Each of the groups of matrices of one shape adds the laun
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import io
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -26,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import cost
 from benchmarks.shapes import NARROW
-from benchmarks.step import Bench, additions, importance
+from benchmarks.step import Bench, additions
 from hlora import ops
 from hlora.logcodes import LogCodes
 from hlora.lowrank import LowRank
@@ -82,29 +78,21 @@ def rows() -> list[dict[str, Any]]:
     bench.step(plain)
     step = counted(lambda: bench.step(plain)).queued
     found = [{"addition": "the LoRA step", "operations": step, "waits": 0, "percent": 100.0}]
-    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
-        importance(bench, Path(place))
-        for name, start in additions(bench, Path(place)):
-            optimizer = bench.optimizer()
-            start(optimizer)
-            added = bench.addition(optimizer)
-            ours = "plain torch" not in name
-            with _no_kernels() if ours else contextlib.nullcontext():
-                operations = counted(added)
-            bench.model.zero_grad()
-            found.append(
-                {
-                    "addition": name, "operations": operations.queued,
-                    "waits": len(operations.waits), "percent": 100 * operations.queued / step,
-                }
-            )  # fmt: skip
+    for name, _, _, added in additions(bench):
+        ours = "plain torch" not in name
+        with _no_kernels() if ours else contextlib.nullcontext():
+            operations = counted(added)
+        found.append(
+            {
+                "addition": name, "operations": operations.queued,
+                "waits": len(operations.waits), "percent": 100 * operations.queued / step,
+            }
+        )  # fmt: skip
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", default=cost.COST)
-    given = parser.parse_args()
+    given = cost.parser(__doc__).parse_args()
     found = rows()
     for r in found:
         print(

@@ -10,7 +10,6 @@ memory is the GPU's, or this process's where there is none, the model and all el
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -116,7 +115,7 @@ def memory(run: Callable[[], None]) -> int | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cost.parser(__doc__)
     everywhere = WHOLE if torch.cuda.is_available() else ["tiny", "smollm2"]
     parser.add_argument("--shapes", nargs="+", choices=WHOLE, default=everywhere)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of phase ν")
@@ -124,7 +123,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=usual)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--timed", type=int, default=3)
-    parser.add_argument("--json", default=cost.COST)
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for shape in given.shapes:

@@ -10,7 +10,6 @@ high rank counts once. At best a multiprocessor issues 128 of them in a cycle an
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import re
@@ -27,7 +26,7 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 COUNTED = ("instructions", "multiply_adds", "shared_words")
 
 
-def compiled(kernel: Any, settings: dict[str, Any], capability: int, coded: bool) -> dict[str, Any]:
+def compiled(kernel: Any, settings: dict[str, Any], capability: int) -> dict[str, Any]:
     """Registers, stack and shared memory of a kernel, and its instructions by kind."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -36,7 +35,7 @@ def compiled(kernel: Any, settings: dict[str, Any], capability: int, coded: bool
     names = kernel.arg_names
     constants = {k: v for k, v in settings.items() if k in names}
     kinds = {n: "constexpr" if n in constants else "i32" if n in SIZES else "*fp32" for n in names}
-    if coded:
+    if settings.get("CODED"):
         kinds["Omega"] = "*u8"
     # As Triton does at a call: sizes and addresses that 16 divides let it load four floats at once.
     whole = [i for i, n in enumerate(names) if kinds[n] != "constexpr" and n not in ("k", "r")]
@@ -78,32 +77,29 @@ def rows(capability: int) -> list[dict[str, Any]]:
     """One row for each kernel, rank and format of Ω."""
     from hlora.ops import fused
 
-    found = []
+    cases = [("record", "fp32", "any", fused._accumulate, fused.square())]
     for r in RANKS:
-        cases = [("record", "fp32"), ("penalty", "fp32"), ("penalty", "int8")]
-        for kernel, form in cases:
-            if kernel == "record":
-                settings = fused.square()
-                numbers = compiled(fused._accumulate, settings, capability, False)
-            else:
-                settings = fused.tiles(2 * r, r, form == "int8")
-                numbers = compiled(fused._weigh, settings, capability, form == "int8")
-            each = 32 * settings["num_warps"] / (settings["BM"] * settings["BN"])
-            per = {k: numbers.pop(k) * each for k in COUNTED}
-            found.append(
-                {
-                    "kernel": kernel, "omega": form, "rank": r, **numbers,
-                    "tile": [settings["BM"], settings["BN"]], "warps": settings["num_warps"],
-                    **{f"{k}_per_element": v for k, v in per.items()},
-                }
-            )  # fmt: skip
+        for form in ("fp32", "int8"):
+            settings = fused.tiles(2 * r, r, form == "int8")
+            cases.append(("penalty", form, str(r), fused._weigh, settings))
+    found = []
+    for kernel, form, rank, function, settings in cases:
+        numbers = compiled(function, settings, capability)
+        each = 32 * settings["num_warps"] / (settings["BM"] * settings["BN"])
+        per = {f"{k}_per_element": numbers.pop(k) * each for k in COUNTED}
+        found.append(
+            {
+                "kernel": kernel, "omega": form, "rank": rank, **numbers, **per,
+                "tile": [settings["BM"], settings["BN"]], "warps": settings["num_warps"],
+            }
+        )  # fmt: skip
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cost.parser(__doc__)
     parser.add_argument("--capability", type=int, default=90, help="90 is an H100, 89 an RTX 4090")
-    parser.add_argument("--json", default=cost.COST, help="- prints it")
+    parser.add_argument("--print", action="store_true", help="the numbers as JSON, no file")
     given = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
         print("Triton is not installed, so no kernel was compiled.")
@@ -114,11 +110,12 @@ def main() -> None:
         "capability": given.capability, "triton": triton.__version__,
         "rows": rows(given.capability),
     }  # fmt: skip
-    if given.json == "-":
+    if given.print:
         print(json.dumps(result))
         return
     print(
         f"{'kernel':<9}{'Ω':<6}{'r':>4}{'tile':>9}{'warps':>6}{'regs':>6}{'stack':>7}{'shared':>8}"
+        "   an element: instructions, multiply-adds, shared words"
     )
     for r in result["rows"]:
         tile = "×".join(map(str, r["tile"]))

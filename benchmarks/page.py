@@ -5,12 +5,12 @@ python -m benchmarks.page
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost, targets
+from benchmarks import cost, kernels, targets
 from hlora.files import size, write_whole
+from hlora.report import Table
 
 INTRO = """# What it costs
 
@@ -78,9 +78,8 @@ with one, `make bench` measures them and writes this page anew.
 """
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows])
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(Table(headings, rows, prose=True).markdown())
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
@@ -130,11 +129,11 @@ def _kernels(rows: list[dict[str, Any]]) -> str:
     header += ["instructions", "multiply-adds", "shared words"]
     cells = [
         [
-            r["kernel"], r["omega"], str(r["rank"]), " × ".join(map(str, r["tile"])),
+            r["kernel"], r["omega"], r["rank"], " × ".join(map(str, r["tile"])),
             str(r["warps"]), str(r["registers"]), size(r["stack_bytes"]), size(r["shared_bytes"]),
             *(
                 f"{r[k + '_per_element']:.2f}"
-                for k in ("instructions", "multiply_adds", "shared_words")
+                for k in kernels.COUNTED
             ),
         ]
         for r in rows
@@ -195,11 +194,13 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", default=cost.COST)
+    parser = cost.parser(__doc__)
     parser.add_argument("--output", default="docs/cost.md")
     given = parser.parse_args()
     found = cost.read(given.json)
+    missing = [part for part in ("step", "importance", "storage", "host") if part not in found]
+    if missing:
+        parser.error(f"{given.json} lacks {', '.join(missing)}: run `make bench`, which does all.")
     plot(found["step"], Path(given.output).with_suffix(".svg"))
     text = page(found)
     text += "\n![Time added to a step against the size of the target matrices](cost.svg)\n"

@@ -11,14 +11,15 @@ speed of a copy in the same run.
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import io
 import itertools
 import json
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,7 @@ def measure(
     step_peak = bench.peak(lambda: bench.step(plain))
     bandwidth = bench.bandwidth()
     rows = []
-    with tempfile.TemporaryDirectory() as place:
-        importance(bench, Path(place))
-        attached = []
-        for name, start in additions(bench, Path(place)):
-            optimizer = bench.optimizer()
-            kept = start(optimizer)
-            attached.append((name, kept, optimizer, bench.addition(optimizer)))
+    attached = list(additions(bench))
     alone = bench.in_turn([added for *_, added in attached], repeats)
     for (name, kept, optimizer, added), seconds in zip(attached, alone, strict=True):
         floor = kept * (2 if name.startswith("record") else 1) / bandwidth
@@ -180,7 +175,20 @@ def _difference(bench: Bench, plain: Any, other: Any, repeats: int) -> float:
     return statistics.median(differences)
 
 
-def importance(bench: Bench, folder: Path) -> None:
+def additions(
+    bench: Bench,
+) -> Iterator[tuple[str, int, torch.optim.Optimizer, Callable[[], None]]]:
+    """A name, the bytes that it keeps, the optimizer that it is attached to, and what it adds."""
+    with tempfile.TemporaryDirectory() as place:
+        with contextlib.redirect_stdout(io.StringIO()):
+            _importance(bench, Path(place))
+        for name, start in _starts(bench, Path(place)):
+            optimizer = bench.optimizer()
+            kept = start(optimizer)
+            yield name, kept, optimizer, bench.addition(optimizer)
+
+
+def _importance(bench: Bench, folder: Path) -> None:
     """A dense importance of one step, and the same in every other form."""
     optimizer = bench.optimizer()
     recorder = hlora.Record(folder / "fp32", kind="dense")
@@ -191,9 +199,7 @@ def importance(bench: Bench, folder: Path) -> None:
         convert.run(ConvertSettings(folder=str(folder / "fp32"), to=to, output=str(folder / to)))
 
 
-def additions(
-    bench: Bench, folder: Path
-) -> list[tuple[str, Callable[[torch.optim.Optimizer], int]]]:
+def _starts(bench: Bench, folder: Path) -> list[tuple[str, Callable[[torch.optim.Optimizer], int]]]:
     """A name, and what attaches it to an optimizer and returns the bytes it keeps."""
     elements = sum(p.shape[0] * p.shape[1] for p in bench.pairs)
     sums = sum(p.shape[0] + p.shape[1] for p in bench.pairs)
@@ -241,7 +247,7 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cost.parser(__doc__)
     small = ["tiny", "smollm2"]
     everywhere = WHOLE if torch.cuda.is_available() else small
     parser.add_argument("--shapes", nargs="+", choices=WHOLE, default=everywhere)
@@ -254,7 +260,6 @@ def main() -> None:
         "--growth", choices=WHOLE, help="also more targets, ranks and batches of this shape"
     )
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", default=cost.COST)
     given = parser.parse_args()
     cases = list(itertools.product(given.shapes, given.targets, given.ranks, given.batches))
     if given.growth:

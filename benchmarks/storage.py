@@ -9,7 +9,6 @@ parameter of the base model.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -40,9 +39,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", default=cost.COST)
-    given = parser.parse_args()
+    given = cost.parser(__doc__).parse_args()
     found = rows()
     for r in found:
         ours = "  ".join(

@@ -168,7 +168,7 @@ def test_the_kernels_fit_a_small_gpu():
     In a process of its own: where the interpreter is on, nothing can be compiled.
     """
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kernels", "--capability", "89", "--json", "-"],
+        [sys.executable, "-m", "benchmarks.kernels", "--capability", "89", "--print"],
         cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300,
         env={**os.environ, "TRITON_INTERPRET": "0"},
     )  # fmt: skip

@@ -22,6 +22,12 @@ class Table:
     prose: bool = False
     """The first column holds sentences."""
 
+    def markdown(self) -> list[str]:
+        """Its lines: figures to the right, and all to the left where there is prose."""
+        align = ["---", *(["---" if self.prose else "---:"] * (len(self.headings) - 1))]
+        rows = [self.headings, align, *self.rows]
+        return ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
+
 
 @dataclass(frozen=True)
 class Section:

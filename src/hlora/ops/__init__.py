@@ -28,24 +28,24 @@ logger = logging.getLogger(__name__)
 
 def accumulate(omega: Tensor, gradient: LowRank, step: LowRank) -> None:
     """ω ← ω − g̃ ∘ Δθ, in place (Eq. 12). See `reference.accumulate`."""
-    _run("accumulate", _fits(omega), omega, gradient, step)
+    _run("accumulate", 1, omega, gradient, step)
 
 
 def weigh(
     Omega: Tensor | LogCodes, change: LowRank, left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_i Ω_i D_i² of each matrix with half its gradient (Eq. 14). See `reference.weigh`."""
-    fits = _fits(change.P, rank=left.shape[2])
-    return _run("weigh", fits, Omega, change, left, right)
+    return _run("weigh", left.shape[2], Omega, change, left, right)
 
 
-def _run(name: str, fits: bool, *args: Any) -> Any:
+def _run(name: str, rank: int, Omega: Any, change: LowRank, *others: Any) -> Any:
     """The kernel where it can be, and plain torch where Triton turns out not to work."""
-    if fits and _has_fused():
+    args = (Omega, change, *others)
+    if _fits(change.P, rank) and _has_fused():
         from hlora.ops import fused
 
         try:
-            with torch.cuda.device_of(args[1].P):  # Triton launches on the current device
+            with torch.cuda.device_of(change.P):  # Triton launches on the current device
                 return getattr(fused, name)(*args)
         except torch.OutOfMemoryError:
             raise

@@ -146,7 +146,7 @@ def _weigh(Omega, scale, P, Q, X, Y, by_x, by_y, values, m, n, k, r, KC: tl.cons
     for top in range(down * H, min(m, (down + 1) * H), BM):
         rows = top + tl.arange(0, BM)
         x = _tile(X, l * m, rows, rs, m, r)
-        if ONE:
+        if ONE:  # then no loop stands within that over columns, and Triton loads ahead in it
             p = _tile(P, l * m, rows, ks, m, k)
         pull = tl.zeros((BM, R), dtype=tl.float32)
         for left in range(right * H, min(n, (right + 1) * H), BN):

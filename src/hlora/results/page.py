@@ -242,13 +242,7 @@ def _markdown(found: list[Part], folder: str, command: str) -> str:
         if part.text:
             lines += [part.text, ""]
         if part.table:
-            lines += [*_rows(part.table), ""]
+            lines += [*part.table.markdown(), ""]
         for stem, _, caption in part.figures:
             lines += [f"![{caption}]({folder}/{stem}.svg)", "", caption, ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _rows(table: Table) -> list[str]:
-    align = ["---", *(["---" if table.prose else "---:"] * (len(table.headings) - 1))]
-    rows = [table.headings, align, *table.rows]
-    return ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
