@@ -69,6 +69,10 @@ def _run(argv: list[str]) -> int:
 
     settings: object = parse(COMMANDS[name][0], rest, f"hlora {name}")
     import_module(f"hlora.commands.{name}").run(settings)
+    if "RANK" in os.environ:
+        from hlora.distributed import leave_together
+
+        leave_together()
     return 0
 
 

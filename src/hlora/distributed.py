@@ -40,3 +40,12 @@ def wait_for_all() -> None:
     """Until every process is here: what rank 0 has written is there for all."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def leave_together() -> None:
+    """End the process group, at the end of a program: the threads of a process whose peer has
+    already gone can abort it.
+    """
+    wait_for_all()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import hlora
+from hlora.distributed import leave_together
 from tests.conftest import lora_model, make_trainer, token_rows
 
 
@@ -26,6 +27,7 @@ def main(folder: Path, batch: int) -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         model.save_pretrained(folder / "mu")
+    leave_together()
 
 
 if __name__ == "__main__":
