@@ -6,7 +6,7 @@ On a GPU the small tensor work around the kernels costs its launches, whatever t
 matrices. So this counts the operations of torch (views apart) in a model with the depth of
 Llama-3.2-3B and next to nothing in its matrices, beside those of the LoRA step itself. They are the
 same on every machine. Each of the groups of matrices of one shape adds the launches of
-`hlora.ops.fused` to those of dense importance; here its work is left out.
+`hlora.core.ops.fused` to those of dense importance; here its work is left out.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import cost
 from benchmarks.shapes import NARROW
 from benchmarks.step import Bench, additions
-from hlora import ops
-from hlora.logcodes import LogCodes
-from hlora.lowrank import LowRank
+from hlora.core import ops
+from hlora.core.logcodes import LogCodes
+from hlora.core.lowrank import LowRank
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
 """Operations whose result the host reads, for which it waits until the device has caught up."""
@@ -61,7 +61,7 @@ def counted(run: Callable[[], None]) -> Operations:
 
 
 def _no_kernels() -> contextlib.AbstractContextManager[Any]:
-    """What `hlora.ops` does with (m, n) matrices, left out."""
+    """What `hlora.core.ops` does with (m, n) matrices, left out."""
 
     def weigh(
         Omega: Tensor | LogCodes, change: LowRank, left: Tensor, right: Tensor

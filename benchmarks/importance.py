@@ -25,11 +25,11 @@ import hlora
 from benchmarks import cost
 from benchmarks.shapes import WHOLE, lora_model
 from benchmarks.step import Bench, machine
+from hlora.core.importance import fisher, fisher_original
+from hlora.core.importance.fisher_original import SEQUENCES
 from hlora.files import size
-from hlora.importance import fisher, fisher_original
-from hlora.importance.fisher_original import SEQUENCES
-from hlora.machine import peak_bytes, reset_peak
-from hlora.plan import importance_bytes
+from hlora.run.dry_run import importance_bytes
+from hlora.run.machine import peak_bytes, reset_peak
 
 LEAN_SEQUENCES = 200
 

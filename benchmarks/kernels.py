@@ -75,7 +75,7 @@ def _disassembled(cubin: bytes, what: str) -> str:
 
 def rows(capability: int) -> list[dict[str, Any]]:
     """One row for each kernel, rank and format of Ω."""
-    from hlora.ops import fused
+    from hlora.core.ops import fused
 
     cases = [("record", "fp32", "any", fused._accumulate, fused.square())]
     for r in RANKS:

@@ -19,20 +19,20 @@ from typing import Any
 
 import hlora
 from benchmarks.step import machine
-from hlora import store
-from hlora.adapters import new_adapter
-from hlora.commands import convert, tune
-from hlora.commands.eval import Scores, score
-from hlora.config import ConvertSettings, DemoSettings, RecordSettings
-from hlora.demo.chemistry import write_chemistry
-from hlora.demo.general import SEEN, UNSEEN, write_general
-from hlora.demo.story import FULL, QUICK, Size, held_out, record_settings, tune_settings
-from hlora.evaluate import pooled_forgetting
+from hlora.cli import convert, tune
+from hlora.cli.eval import Scores, score
+from hlora.core import store
+from hlora.data.chemistry import write_chemistry
+from hlora.data.text import Blocks, Source, blocks, mix, stack
 from hlora.files import write_whole
-from hlora.models import load, load_adapter, pick_device
-from hlora.progress import quiet_libraries
-from hlora.text import Blocks, Source, blocks, mix, stack
-from hlora.training import seed_everything, train
+from hlora.run.adapters import new_adapter
+from hlora.run.evaluate import pooled_forgetting
+from hlora.run.models import load, load_adapter, pick_device
+from hlora.run.progress import quiet_libraries
+from hlora.run.settings import ConvertSettings, DemoSettings, RecordSettings
+from hlora.run.training import seed_everything, train
+from hlora.study.demo_general import SEEN, UNSEEN, write_general
+from hlora.study.demo_story import FULL, QUICK, Size, held_out, record_settings, tune_settings
 
 PAGE = """# Dense importance, factored importance, and none
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import cost, kernels, targets
 from hlora.files import size, write_whole
-from hlora.report import Table
+from hlora.study.html import Table
 
 INTRO = """# What it costs
 
@@ -34,7 +34,7 @@ HOST = """
 
 Operations of torch in a step (views apart), in a model with the depth of Llama-3.2-3B and next to
 nothing in its matrices: the same on every machine. On a GPU each is about a launch. Ours leave out
-the work of `hlora.ops` itself: for each group of matrices of one shape, one kernel in recording,
+the work of `core.ops` itself: for each group of matrices of one shape, one kernel in recording,
 one kernel and three sums in the penalty. "Waits" are values that the host reads, and so waits for.
 """
 
@@ -168,7 +168,7 @@ def _importance(rows: list[dict[str, Any]]) -> str:
 
 def plot(step: dict[str, Any], path: Path) -> None:
     """Time added against the elements of the target matrices."""
-    from hlora.figures import STYLES, load_pyplot, save_figure
+    from hlora.study.plots import STYLES, load_pyplot, save_figure
 
     figure, axes = load_pyplot().subplots(figsize=(5.6, 3.2), layout="constrained")
     first = step["rows"][0]

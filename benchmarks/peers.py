@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from hlora.pairs import Pair
-from hlora.steps import watchers
+from hlora.core.pairs import Pair
+from hlora.core.steps import watchers
 
 
 class PlainRecord:

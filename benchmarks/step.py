@@ -29,12 +29,12 @@ import hlora
 from benchmarks import cost
 from benchmarks.peers import PlainPenalty, PlainRecord
 from benchmarks.shapes import TARGETS, WHOLE, lora_model
-from hlora import store
-from hlora.commands import convert
-from hlora.config import ConvertSettings
-from hlora.machine import processor
-from hlora.pairs import find_pairs
-from hlora.steps import watchers
+from hlora.cli import convert
+from hlora.core import store
+from hlora.core.steps import watchers
+from hlora.hf.peft import find_pairs
+from hlora.run.machine import processor
+from hlora.run.settings import ConvertSettings
 
 RECORDS = ("dense", "factored")
 PENALTIES = ("fp32", "bf16", "int8", "factored")

@@ -16,8 +16,8 @@ import torch
 from benchmarks import cost
 from benchmarks.shapes import TARGETS, WHOLE, lora_model
 from hlora.files import size
-from hlora.pairs import base_parameters, find_pairs
-from hlora.plan import importance_bytes
+from hlora.hf.peft import base_parameters, find_pairs
+from hlora.run.dry_run import importance_bytes
 
 FORMS = {
     "factored": ("factored", "fp32"), "dense int8": ("dense", "int8"),

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from benchmarks import host, importance, kinds, page, shapes, step, storage, targets
-from hlora import store
-from hlora.importance import Dense, Factored
-from hlora.pairs import find_pairs
-from hlora.plan import importance_bytes
+from hlora.core import store
+from hlora.core.importance import Dense, Factored
+from hlora.hf.peft import find_pairs
+from hlora.run.dry_run import importance_bytes
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::SyntaxWarning"
@@ -102,9 +102,9 @@ def test_the_peers_compute_the_same(monkeypatch):
 
     from benchmarks.peers import PlainPenalty, PlainRecord
     from benchmarks.step import Bench
-    from hlora.importance import Dense, DenseTrace
-    from hlora.lowrank import LowRank
-    from hlora.pairs import group
+    from hlora.core.importance import Dense, DenseTrace
+    from hlora.core.lowrank import LowRank
+    from hlora.core.pairs import group
 
     bench = Bench("tiny", "q,v", 4, 2, 16)
     optimizer = torch.optim.AdamW(bench.trained, lr=1e-3)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hlora.evaluate import (
+from hlora.data.tasks import Example, Task, load_task
+from hlora.run.evaluate import (
     Forgetting,
     TextScore,
     forgetting,
@@ -15,8 +16,7 @@ from hlora.evaluate import (
     score_text,
     summarize,
 )
-from hlora.models import load
-from hlora.tasks import Example, Task, load_task
+from hlora.run.models import load
 from tests.conftest import base_model, lora_model, perturb
 from tests.tiny import questions, write_model, write_rows
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import hlora
-from hlora import ops, store
-from hlora.importance import Factored
-from hlora.lowrank import LowRank
-from hlora.ops import reference as tiled
-from hlora.pairs import find_pairs, group
+from hlora.core import ops, store
+from hlora.core.importance import Factored
+from hlora.core.lowrank import LowRank
+from hlora.core.ops import reference as tiled
+from hlora.core.pairs import group
+from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model, make_trainer, token_rows
 from tests.test_ops import SHAPES, error, eye, rand
 from tests.test_penalty import distance

@@ -3,9 +3,9 @@
 import pytest
 
 import hlora
-from hlora import figures
-from hlora.grid import layer_grid
-from hlora.report import Section, Table, write_report
+from hlora.core.grid import layer_grid
+from hlora.study import plots as figures
+from hlora.study.html import Section, Table, write_report
 
 pytest.importorskip("matplotlib")
 

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 
 import hlora
-from hlora import cli, ops, store
-from hlora.importance import fisher, fisher_original
-from hlora.ops import reference as tiled
-from hlora.pairs import find_pairs
+from hlora.cli import main as cli
+from hlora.core import ops, store
+from hlora.core.importance import fisher, fisher_original
+from hlora.core.ops import reference as tiled
+from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model, make_trainer, perturb
 from tests.test_ops import error, rand
 from tests.tiny import write_text

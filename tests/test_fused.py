@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hlora import ops
-from hlora.logcodes import LogCodes
-from hlora.lowrank import LowRank
-from hlora.ops import reference
+from hlora.core import ops
+from hlora.core.logcodes import LogCodes
+from hlora.core.lowrank import LowRank
+from hlora.core.ops import reference
 from tests.test_ops import error
 from tests.test_storage import heavy_tailed
 
@@ -38,7 +38,7 @@ SHAPES = some_shapes(8)
 
 @pytest.fixture(scope="module")
 def fused():
-    from hlora.ops import fused
+    from hlora.core.ops import fused
 
     return fused
 

@@ -6,10 +6,11 @@ import re
 import pytest
 
 import hlora
-from hlora import cli, harness
-from hlora.evaluate import score_task
-from hlora.models import load
-from hlora.tasks import load_task
+from hlora.cli import main as cli
+from hlora.data.tasks import load_task
+from hlora.run import harness
+from hlora.run.evaluate import score_task
+from hlora.run.models import load
 from tests.test_evaluate import lora
 from tests.tiny import questions, write_rows
 

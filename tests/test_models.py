@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import hlora
-from hlora import models
-from hlora.models import load, load_adapter, pick_device, pick_dtype
+from hlora.run import models
+from hlora.run.models import load, load_adapter, pick_device, pick_dtype
 from tests.conftest import lora_model
 
 

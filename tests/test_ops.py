@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hlora import ops
-from hlora.estimators import equivalent, projected
-from hlora.lowrank import LowRank
-from hlora.ops import reference as tiled
+from hlora.core import ops
+from hlora.core.estimators import equivalent, projected
+from hlora.core.lowrank import LowRank
+from hlora.core.ops import reference as tiled
 from tests import reference
 
 SHAPES = [(1, 5, 7, 2), (3, 8, 8, 4), (2, 33, 17, 3), (4, 1, 9, 1), (2, 12, 1, 8)]

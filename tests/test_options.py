@@ -5,8 +5,8 @@ from dataclasses import fields
 import pytest
 
 import hlora
-from hlora import config
-from hlora.options import build, command_line, parse
+from hlora.cli.options import build, command_line, parse
+from hlora.run import settings as config
 
 NEEDED = ["--model", "m", "--text", "a.txt", "b.txt", "--output", "o"]
 

@@ -5,7 +5,9 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 import hlora
-from hlora.pairs import find_pairs, group, read_adapter, save_adapter, starts_at_base, unwrap
+from hlora.core.adapter_file import read_adapter
+from hlora.core.pairs import group
+from hlora.hf.peft import find_pairs, save_adapter, starts_at_base, unwrap
 from tests.conftest import base_model, lora_model, perturb
 
 

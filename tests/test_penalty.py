@@ -8,9 +8,9 @@ import torch
 import transformers
 
 import hlora
-from hlora import store
-from hlora.layers import effective_number, layer_weights
-from hlora.pairs import find_pairs
+from hlora.core import store
+from hlora.core.layers import effective_number, layer_weights
+from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model, make_trainer, perturb, token_rows
 from tests.reference import penalty as dense_penalty
 

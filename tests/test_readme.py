@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hlora import cli
+from hlora.cli import main as cli
 from tests.conftest import lora_model, make_trainer, token_rows
 from tests.tiny import questions, write_rows, write_text
 

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 import hlora
-from hlora import store
-from hlora.pairs import find_pairs, group
+from hlora.core import store
+from hlora.core.pairs import group
+from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model, make_trainer, token_rows
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import hlora
-from hlora import cli
-from hlora.config import USUAL_METRICS
-from hlora.paper_numbers import TABLE_1, TABLE_2, e_perplexity
-from hlora.results import claims, tables
-from hlora.results.cost import costs
-from hlora.results.metrics import METRICS, perplexity
-from hlora.results.table import Results, Row, mean_se, read, shown
+from hlora.cli import main as cli
+from hlora.run.settings import USUAL_METRICS
+from hlora.study import claims, tables
+from hlora.study.cost import costs
+from hlora.study.metrics import METRICS, perplexity
+from hlora.study.paper import TABLE_1, TABLE_2, e_perplexity
+from hlora.study.rows import Results, Row, mean_se, read, shown
 from tests.results_lines import line, study
 
 

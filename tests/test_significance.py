@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from hlora.results.significance import independent, p_text, paired
+from hlora.study.stats import independent, p_text, paired
 
 A, B = [3.1, 2.9, 3.4, 3.0], [3.9, 4.2, 3.7]
 

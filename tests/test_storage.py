@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import hlora
-from hlora import cli, ops, store
-from hlora.importance import Dense
-from hlora.logcodes import OCTAVES, LogCodes
-from hlora.lowrank import LowRank
-from hlora.pairs import find_pairs
+from hlora.cli import main as cli
+from hlora.core import ops, store
+from hlora.core.importance import Dense
+from hlora.core.logcodes import OCTAVES, LogCodes
+from hlora.core.lowrank import LowRank
+from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model, make_trainer, perturb
 from tests.test_ops import SHAPES, error, rand
 from tests.test_penalty import distance

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hlora
-from hlora import store
+from hlora.core import store
 from hlora.files import sha256
-from hlora.pairs import find_pairs
+from hlora.hf.peft import find_pairs
 from tests.conftest import base_model, lora_model, make_trainer
 
 WITHOUT_HLORA = """

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import hlora
-from hlora.formats import FORMATS
-from hlora.tasks import Answers, Pad, encode_pair, load_task
+from hlora.data.formats import FORMATS
+from hlora.data.tasks import Answers, Pad, encode_pair, load_task
 from tests.tiny import questions, tokenizer, write_rows
 
 TASKS = Path(__file__).parents[2] / "shared" / "data" / "tasks"

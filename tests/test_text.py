@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import hlora
-from hlora import pythontext, text
-from hlora.text import Source, blocks, mix
+from hlora.data import pythontext, text
+from hlora.data.text import Source, blocks, mix
 from tests.tiny import tokenizer, write_rows, write_text
 
 GENERAL = Path(__file__).parents[2] / "shared" / "data" / "general"

@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig
 
 import hlora
-from hlora import store
-from hlora.pairs import find_pairs
+from hlora.core import store
+from hlora.hf.peft import find_pairs
 from tests.tiny import tokenizer
 
 trl = pytest.importorskip("trl")

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hlora.core.store import Stored, load
     from hlora.errors import (
         HloraError,
         InputError,
@@ -17,17 +18,16 @@ if TYPE_CHECKING:
         StoreError,
         UnsupportedModelError,
     )
-    from hlora.penalty import Penalty
-    from hlora.record import Record
-    from hlora.store import Stored, load
+    from hlora.hf.penalty import Penalty
+    from hlora.hf.record import Record
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Penalty": "hlora.penalty",
-    "Record": "hlora.record",
-    "Stored": "hlora.store",
-    "load": "hlora.store",
+    "Penalty": "hlora.hf.penalty",
+    "Record": "hlora.hf.record",
+    "Stored": "hlora.core.store",
+    "load": "hlora.core.store",
     "HloraError": "hlora.errors",
     "InputError": "hlora.errors",
     "MismatchError": "hlora.errors",

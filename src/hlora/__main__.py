@@ -2,6 +2,6 @@
 
 import sys
 
-from hlora.cli import main
+from hlora.cli.main import main
 
 sys.exit(main())

@@ -1,5 +1,11 @@
 """What can go wrong, each as one sentence that says what to do about it."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
 
 class HloraError(Exception):
     """Base of every error that hlora raises on purpose. Its text is meant for the user."""
@@ -19,3 +25,23 @@ class MismatchError(HloraError):
 
 class StoreError(HloraError):
     """A file of an importance folder is missing, damaged or changed."""
+
+
+def suggest(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """How a sentence ends: `; did you mean NAME?`, or `otherwise` where nothing is near.
+
+    Args:
+        cutoff: how alike two names must be, of 1.
+    """
+    near = difflib.get_close_matches(name, list(known), 1, cutoff)
+    return f"; did you mean {near[0]}?" if near else otherwise
+
+
+def refuse_unknown(given: Iterable[Any], known: Iterable[Any], what: str) -> None:
+    """Raise InputError at the first name that is not known; it names the nearest that is."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            names = [str(k) for k in known]
+            listed = f": there are {', '.join(names)}."
+            raise InputError(f"{what} {name!r}" + suggest(str(name), names, listed, 0.4))

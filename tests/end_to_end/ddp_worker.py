@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import hlora
-from hlora.distributed import leave_together
+from hlora.hf.distributed import leave_together
 from tests.conftest import lora_model, make_trainer, token_rows
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hlora import cli, store
+from hlora.cli import main as cli
+from hlora.core import store
 from tests.tiny import questions, write_model, write_rows, write_text
 
 
@@ -107,7 +108,7 @@ def test_a_killed_run_resumes_to_the_same_bits(place, phase, monkeypatch):
     class Killed(BaseException):
         pass
 
-    from hlora import progress
+    from hlora.run import progress
 
     def die(self, args, state, control, **kwargs):
         if state.global_step == 4:
@@ -126,7 +127,7 @@ def test_a_killed_run_resumes_to_the_same_bits(place, phase, monkeypatch):
 
 
 def test_a_half_written_checkpoint_is_passed_over(place):
-    from hlora.training import last_checkpoint
+    from hlora.run.training import last_checkpoint
 
     work = place.folder / "nu" / "checkpoints"
     for step, files in (
@@ -142,7 +143,7 @@ def test_a_half_written_checkpoint_is_passed_over(place):
 
 
 def test_other_settings_cannot_resume(place, capsys, monkeypatch):
-    from hlora import progress
+    from hlora.run import progress
 
     def stop(self, args, state, control, **kwargs):
         raise KeyboardInterrupt("stopped")
@@ -300,12 +301,15 @@ def test_a_full_disk_is_one_sentence(place, capsys, monkeypatch):
 
 def test_help_answers_in_under_a_second_of_processor_time():
     """Without torch: importing it alone takes longer."""
-    code = "import sys; from hlora.cli import main; main(['--help']); main(['record', '--help'])"
+    code = (
+        "import sys; from hlora.cli.main import main; main(['--help']); main(['record', '--help'])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code + "\n"], capture_output=True, text=True, check=False
     )
     assert "usage: hlora COMMAND" in done.stdout
-    code = "import sys; from hlora.cli import main; main(['--help']); print('torch' in sys.modules)"
+    start = "import sys; from hlora.cli.main import main; "
+    code = start + "main(['--help']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 
@@ -336,8 +340,8 @@ def test_ctrl_c_keeps_a_checkpoint_and_resumes(place):
 @pytest.mark.parametrize("phase", ["record", "tune"])
 def test_a_seed_gives_the_same_bits_however_the_model_was_loaded(place, phase, monkeypatch):
     """Reading a GGUF file draws random numbers, reading safetensors does not."""
-    from hlora import models
-    from hlora.commands import record, tune
+    from hlora.cli import record, tune
+    from hlora.run import models
 
     command = {"record": record, "tune": tune}[phase]
     place.record()

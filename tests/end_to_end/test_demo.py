@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from hlora import cli
-from hlora.demo.chemistry import TEST, TRAIN, write_chemistry
-from hlora.demo.general import SEEN, UNSEEN, write_general
-from hlora.tasks import load_task
+from hlora.cli import main as cli
+from hlora.data.chemistry import TEST, TRAIN, write_chemistry
+from hlora.data.tasks import load_task
+from hlora.study.demo_general import SEEN, UNSEEN, write_general
 
 pytest.importorskip("mendeleev")
 pytest.importorskip("matplotlib")
@@ -39,7 +39,7 @@ def test_the_demo_ends_in_a_table_and_a_page(tiny, tmp_path, capsys):
 
 
 def test_a_stopped_demo_goes_on_where_it_was(tiny, tmp_path, capsys, monkeypatch):
-    from hlora.commands import tune
+    from hlora.cli import tune
 
     run, calls = tune.run, []
 

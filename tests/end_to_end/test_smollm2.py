@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from hlora import cli
-from hlora.demo.chemistry import write_chemistry
-from hlora.demo.general import write_general
+from hlora.cli import main as cli
+from hlora.data.chemistry import write_chemistry
+from hlora.study.demo_general import write_general
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import hlora
-from hlora import cli, study
-from hlora.methods import METHODS
+from hlora import study
+from hlora.cli import main as cli
 from hlora.study import measure, spec
+from hlora.study.methods import METHODS
 from tests.tiny import questions, write_rows, write_text
 
 STUDIES = Path(__file__).parents[2] / "studies"

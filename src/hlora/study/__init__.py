@@ -4,7 +4,7 @@ A study that was stopped goes on where it was; a run that fails is noted with it
 others go on. Runs that need the same phase ν share it.
 """
 
-from hlora.study.results import read_results
+from hlora.study.lines import read_results
 from hlora.study.runner import run_study
 from hlora.study.spec import Run, Study, key_of, read_study, runs_of
 

@@ -11,11 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hlora import machine
-from hlora.config import ConvertSettings
 from hlora.errors import HloraError
 from hlora.files import write_json
-from hlora.methods import METHODS
+from hlora.run import machine
+from hlora.run.settings import ConvertSettings
+from hlora.study.methods import METHODS
 from hlora.study.spec import (
     Run,
     Study,
@@ -67,9 +67,9 @@ def _heading(study: Study, run: Run) -> dict[str, Any]:
 
 
 def _measured(study: Study, run: Run) -> dict[str, Any]:
-    from hlora import store
-    from hlora.commands import tune
-    from hlora.pairs import ADAPTER_FILES
+    from hlora.cli import tune
+    from hlora.core import store
+    from hlora.core.adapter_file import ADAPTER_FILES
 
     method = METHODS[run.method]
     base = base_scores(study, run.task)
@@ -99,8 +99,8 @@ def _measured(study: Study, run: Run) -> dict[str, Any]:
 
 def phase_nu(study: Study, method: str, seed: int) -> Path:
     """The importance folder of a method and seed, made if it is not there yet."""
-    from hlora.commands import convert, record
-    from hlora.store import MARKER
+    from hlora.cli import convert, record
+    from hlora.core.store import MARKER
 
     folder = nu_folder(study, method, seed)
     if not (folder / MARKER).exists():
@@ -130,8 +130,8 @@ def base_scores(study: Study, task: str) -> dict[str, Any]:
 
 def _scores(study: Study, task: str, adapter: Path | None) -> dict[str, Any]:
     """Scores as plain values, the loss of each block of text included."""
-    from hlora.commands.eval import prepare, score
-    from hlora.models import load_adapter
+    from hlora.cli.eval import prepare, score
+    from hlora.run.models import load_adapter
 
     settings = eval_settings(study, task)
     model, tokenizer, kinds, tasks = prepare(settings)
@@ -145,7 +145,7 @@ def _scores(study: Study, task: str, adapter: Path | None) -> dict[str, Any]:
 
 
 def _summary(study: Study, base: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    from hlora.evaluate import TextScore, pooled_forgetting
+    from hlora.run.evaluate import TextScore, pooled_forgetting
 
     pairs = {
         k: (TextScore(**base["text"][k]), TextScore(**after["text"][k])) for k in study.held_out

@@ -73,7 +73,7 @@ def _start(jobs: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
-    from hlora.progress import quiet_libraries
+    from hlora.run.progress import quiet_libraries
 
     quiet_libraries()
 

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hlora.methods import METHODS
-from hlora.results.metrics import METRICS
+from hlora.study.lines import append, drop_half_line, read_results
 from hlora.study.measure import base_scores, failed, phase_nu, run_one
+from hlora.study.methods import METHODS
+from hlora.study.metrics import METRICS
 from hlora.study.pool import Call, outcomes
-from hlora.study.results import append, drop_half_line, read_results
 from hlora.study.spec import Run, Study, key_of, nu_folder, runs_of
 
 

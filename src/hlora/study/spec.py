@@ -9,13 +9,12 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from hlora.config import EvalSettings, RecordSettings, TuneSettings
-from hlora.errors import InputError
+from hlora.cli.options import build
+from hlora.errors import InputError, refuse_unknown
 from hlora.files import sha256
-from hlora.methods import METHODS, Method
-from hlora.names import refuse_unknown
-from hlora.options import build
-from hlora.results.metrics import FORGETTING, METRICS
+from hlora.run.settings import EvalSettings, RecordSettings, TuneSettings
+from hlora.study.methods import METHODS, Method
+from hlora.study.metrics import FORGETTING, METRICS
 
 DATA = "HLORA_DATA"
 """In the environment: where `data/...` in a study lies, instead of the study's own `data`."""
@@ -30,14 +29,14 @@ class Study:
         general: kinds of text that phase ν reads, by name.
         held_out: kinds that forgetting is measured on; those that `general` lacks are unseen.
         tasks: name → {train, test}.
-        methods: names from `hlora.methods`.
+        methods: names from `hlora.study.methods`.
         seeds: one run each.
         phi: values for the methods that sweep, one list for all or method → list; empty for the
             default.
         only: method → {tasks, seeds}, for methods too dear to run on all of them.
         record, tune, eval: settings of these commands.
         work: a folder for what is in between.
-        metrics: what the progress line shows of each run, names from `hlora.results.metrics`.
+        metrics: what the progress line shows of each run, names from `hlora.study.metrics`.
         data: a folder; text and tasks under `data/` are looked for there.
         digests: of the files that are read, by the name that the study gives them.
 

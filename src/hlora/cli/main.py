@@ -1,0 +1,91 @@
+"""The commands. Each is one call into the library; heavy imports wait until it is made."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import hlora
+from hlora.errors import HloraError, InputError, suggest
+from hlora.run import settings as config
+
+COMMANDS = {
+    "record": (
+        config.RecordSettings,
+        "learn general text and record what matters for it (phase ν)",
+    ),
+    "tune": (config.TuneSettings, "learn a domain without forgetting it (phase μ)"),
+    "eval": (config.EvalSettings, "perplexity, accuracy, and how much was forgotten"),
+    "inspect": (config.InspectSettings, "what is in an importance folder"),
+    "convert": (config.ConvertSettings, "write an importance folder in another form"),
+    "study": (config.StudySettings, "run a grid of methods, tasks, seeds and φ"),
+    "report": (config.ReportSettings, "tables and figures of a study, the paper's claims judged"),
+    "demo": (config.DemoSettings, "the whole story on a small model"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Returns 0, 1 (failed), 2 (the user's mistake) or 130 (Ctrl-C)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(argv)
+    except HloraError as error:
+        return _complain(str(error), 2)
+    except KeyboardInterrupt as stop:
+        return _complain(str(stop) or "Stopped. Nothing that was finished is lost.", 130)
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        from hlora.files import is_full_disk
+
+        if is_full_disk(error):
+            return _complain(f"The disk is full ({error}). Free some space and --resume.", 1)
+        if "out of memory" in str(error).lower():
+            return _complain(
+                "Out of memory on the device: lower --batch-size and raise "
+                "--gradient-accumulation by as much.",
+                1,
+            )
+        raise
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"hlora {hlora.__version__}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        listed = f": there are {', '.join(COMMANDS)}."
+        raise InputError(f"There is no command {name!r}" + suggest(name, COMMANDS, listed))
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    from hlora.cli.options import parse
+
+    settings: object = parse(COMMANDS[name][0], rest, f"hlora {name}")
+    import_module(f"hlora.cli.{name}").run(settings)
+    if "RANK" in os.environ:
+        from hlora.hf.distributed import leave_together
+
+        leave_together()
+    return 0
+
+
+def _overview() -> str:
+    lines = ["LoRA fine-tuning that does not forget.", "", "usage: hlora COMMAND [options]", ""]
+    lines += [f"  {name:<9}{what}" for name, (_, what) in COMMANDS.items()]
+    lines += ["", "hlora COMMAND --help explains each setting."]
+    return "\n".join(lines)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"hlora: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""`hlora report`: tables and figures of a study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from hlora.errors import InputError, refuse_unknown
+from hlora.run.settings import ReportSettings
+from hlora.study import page, tables
+from hlora.study.html import Table
+from hlora.study.metrics import METRICS
+from hlora.study.rows import Results, Row, read
+
+DEFAULT_PHI = 0.01
+"""Of several values, the one nearest to the default of `hlora tune` is compared."""
+
+
+def run(settings: ReportSettings) -> None:
+    """Write the page and print where, with the first table."""
+    refuse_unknown(settings.metrics, METRICS, "--metrics: unknown metric")
+    source = Path(settings.results)
+    results = read(source, settings.where, mixed=settings.mixed)
+    if len(settings.compare) != 2:
+        raise InputError("--compare takes two rows, such as: --compare hlora@0.003 ewc@0.003")
+    usual = settings.compare == ReportSettings(results="").compare
+    ours, rival = (_row(results, r, optional=usual) for r in settings.compare)
+    folder = Path(settings.output or source.with_name(f"{source.stem}-report"))
+    found = page.parts(results, ours, rival, settings.metrics)
+    written = page.write(
+        found,
+        folder,
+        command=_command(settings),
+        page=Path(settings.page) if settings.page else None,
+    )
+    print(page.about(results))
+    for task in results.tasks:
+        _show(tables.by_task(results, task, settings.metrics), task)
+    if len(results.tasks) > 1:
+        _show(tables.over_tasks(results, settings.metrics), "all tasks")
+    print(f"Written: {', '.join(map(str, written))}")
+
+
+def _row(results: Results, text: str, *, optional: bool) -> Row | None:
+    """METHOD or METHOD@PHI among the rows that there are."""
+    method, _, phi = text.partition("@")
+    rows = [r for r in results.rows if r.method == method]
+    if not rows:
+        if optional:
+            return None
+        refuse_unknown([method], [r.method for r in results.rows], "--compare: no run of")
+    if not phi:
+        return min(rows, key=lambda r: abs((r.phi or 0.0) - DEFAULT_PHI))
+    for row in rows:
+        if row.phi is not None and f"{row.phi:g}" == phi:
+            return row
+    there = ", ".join(f"{r.phi:g}" for r in rows if r.phi is not None) or "none"
+    raise InputError(f"--compare: {method} was not run with φ {phi}; there are {there}.")
+
+
+def _command(settings: ReportSettings) -> list[str]:
+    words = ["hlora", "report", settings.results]
+    usual = ReportSettings(results="")
+    for name in ("output", "page", "metrics", "compare", "where"):
+        value = getattr(settings, name)
+        if value != getattr(usual, name):
+            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return [*words, "--mixed"] if settings.mixed else words
+
+
+def _show(table: Table, title: str) -> None:
+    shown = RichTable(title=title)
+    for i, heading in enumerate(table.headings):
+        shown.add_column(heading, justify="right" if i else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    console = Console()
+    console.width = console.width if console.is_terminal else max(console.width, 130)
+    console.print(shown)

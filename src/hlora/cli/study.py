@@ -1,0 +1,31 @@
+"""`hlora study`: the compared methods over tasks, seeds and φ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hlora.errors import InputError
+from hlora.run.progress import quiet_libraries
+from hlora.run.settings import StudySettings
+from hlora.study import read_study, run_study, runs_of
+
+
+def run(settings: StudySettings) -> None:
+    """Run what the results lack, and say how many failed."""
+    study = read_study(Path(settings.file))
+    if settings.dry_run:
+        for one in runs_of(study):
+            print(one.title)
+        print(f"{len(runs_of(study))} runs.")
+        return
+    quiet_libraries()
+    results = Path(settings.results or Path("results") / f"{Path(settings.file).stem}.jsonl")
+    found = run_study(study, results, jobs=settings.jobs)
+    latest = {r["key"]: r for r in found}  # a run that failed once may have been made since
+    failed = [r for r in latest.values() if r["error"]]
+    print(f"{len(latest) - len(failed)} runs in {results}.")
+    if failed:
+        raise InputError(
+            f"{len(failed)} runs failed, the first with: {failed[0]['error']} Started again, the "
+            "study tries them anew."
+        )

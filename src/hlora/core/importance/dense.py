@@ -1,0 +1,212 @@
+"""The paper's importance: one Ω_i for each element of each target matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hlora.core import ops
+from hlora.core.logcodes import LogCodes
+from hlora.core.lowrank import LowRank
+from hlora.core.pairs import Group
+
+SCALE = ".scale"
+STORAGES = ("fp32", "bf16", "int8")
+
+
+class Dense:
+    """Ω by layer name, (m, n) each, as float32, bfloat16 or 8-bit codes.
+
+    After `arrange`, the layers of a group lie in one (L, m, n) tensor of the same type.
+    """
+
+    kind = "dense"
+
+    def __init__(self, by_name: Mapping[str, Tensor | LogCodes]) -> None:
+        self._by_name = dict(by_name)
+        self._stacked: dict[tuple[str, ...], Tensor | LogCodes] = {}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Dense:
+        """Raises ValueError for codes without their scale, or the reverse."""
+        by_name: dict[str, Tensor | LogCodes] = {}
+        for name, tensor in tensors.items():
+            if name.endswith(SCALE):
+                if name.removesuffix(SCALE) not in tensors:
+                    raise ValueError(f"{name} has no codes")
+            elif tensor.dtype == torch.uint8:
+                if name + SCALE not in tensors:
+                    raise ValueError(f"{name} has no scale")
+                by_name[name] = LogCodes(tensor, tensors[name + SCALE])
+            else:
+                by_name[name] = tensor
+        return cls(by_name)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._by_name)
+
+    def stored_as(self, storage: str) -> Dense:
+        """The same in another format: fp32, bf16 or int8 (logarithmic codes)."""
+        return type(self)({n: _converted(t, storage) for n, t in self._by_name.items()})
+
+    def decoded(self) -> dict[str, Tensor]:
+        """Ω by layer name as float32."""
+        return {n: t.to(torch.float32) for n, t in self._by_name.items()}
+
+    def arrange(self, groups: Iterable[Group]) -> None:
+        for group in groups:
+            first = self._by_name[group.names[0]]
+            if isinstance(first, LogCodes):
+                self._stacked[group.names] = self._stack_codes(group)
+                continue
+            stacked = torch.empty(group.shape, dtype=first.dtype, device=group.device)
+            for row, name in zip(stacked, group.names, strict=True):
+                row.copy_(self._by_name[name])
+                self._by_name[name] = row  # the original is freed, one layer at a time
+            self._stacked[group.names] = stacked
+
+    def _stack_codes(self, group: Group) -> LogCodes:
+        L, m, n = group.shape
+        stacked = LogCodes(
+            torch.empty((L, m, n), dtype=torch.uint8, device=group.device),
+            torch.empty((L, m, 2), dtype=torch.float32, device=group.device),
+        )
+        for l, name in enumerate(group.names):
+            one = self._by_name[name]
+            assert isinstance(one, LogCodes)
+            stacked.codes[l].copy_(one.codes)
+            stacked.scale[l].copy_(one.scale)
+            self._by_name[name] = stacked[l]
+        return stacked
+
+    def norms(self) -> dict[str, float]:
+        return _per_layer(self._by_name, torch.linalg.vector_norm)
+
+    def totals(self) -> dict[str, float]:
+        return _per_layer(self._by_name, torch.sum)
+
+    def weigh(self, group: Group, change: LowRank) -> Tensor:
+        return _Weigh.apply(self._stacked[group.names], change.P, change.Q)
+
+    def pull(
+        self, group: Group, change: LowRank, left: Tensor, right: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.weigh(self._stacked[group.names], change, left, right)
+
+    def tensors(self) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = {}
+        for name, t in self._by_name.items():
+            if isinstance(t, LogCodes):
+                result |= {name: t.codes, name + SCALE: t.scale}
+            else:
+                result[name] = t
+        return result
+
+
+class DenseTrace:
+    """Gathers ω along the training path and consolidates it into Ω (Eq. 12, 13)."""
+
+    def __init__(self, groups: Iterable[Group], previous: dict[str, Tensor] | None = None) -> None:
+        """Start with ω = 0, and with the Ω of an earlier task if there is one."""
+        self.omega: dict[tuple[str, ...], Tensor] = {}
+        self.Omega: dict[tuple[str, ...], Tensor] = {}
+        for group in groups:
+            self.omega[group.names] = torch.zeros(
+                group.shape, dtype=group.dtype, device=group.device
+            )
+            if previous is not None:
+                earlier = Dense.from_tensors(previous).decoded()
+                self.Omega[group.names] = group.stack(earlier)
+
+    def add(self, group: Group, gradient: LowRank, step: LowRank, *, clamp: bool) -> None:
+        """One optimizer step; `clamp` sets negative ω to zero after it."""
+        ops.accumulate(self.omega[group.names], gradient, step)
+        if clamp:
+            self.omega[group.names].clamp_(min=0)
+
+    def total(self, group: Group) -> Tensor:
+        """Σ_i ω_i over the group, in float64: an estimate of the loss drop (Eq. 3)."""
+        return self.omega[group.names].sum(dtype=torch.float64)
+
+    def consolidate(self, group: Group, delta: LowRank, xi: Tensor, *, last: bool) -> Tensor:
+        """Add max(ω, 0)/(Δ² + ξ) to Ω and reset ω. Returns the number of negative ω.
+
+        Ω takes over ω's memory and ω gets new memory, unless this is the `last` time: the two
+        are never one tensor.
+        """
+        omega = self.omega.pop(group.names)
+        negative = ops.consolidate(omega, delta, xi)
+        if group.names in self.Omega:
+            self.Omega[group.names].add_(omega)
+            if not last:
+                self.omega[group.names] = omega.zero_()
+        else:
+            self.Omega[group.names] = omega
+            if not last:
+                self.omega[group.names] = torch.zeros_like(omega)
+        return negative
+
+    def importance(self) -> Dense:
+        """Ω as float32, for the store."""
+        return Dense(
+            {
+                name: row.to(torch.float32)
+                for names, stacked in self.Omega.items()
+                for name, row in zip(names, stacked, strict=True)
+            }
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint: the running tensors by `omega.NAME` and `Omega.NAME`."""
+        return {
+            f"{which}.{name}": row
+            for which in ("omega", "Omega")
+            for names, stacked in getattr(self, which).items()
+            for name, row in zip(names, stacked, strict=True)
+        }
+
+    def load_state(self, groups: Iterable[Group], state: dict[str, Tensor]) -> None:
+        for group in groups:
+            for which in ("omega", "Omega"):
+                if f"{which}.{group.names[0]}" in state:
+                    getattr(self, which)[group.names] = group.stack(
+                        {n: state[f"{which}.{n}"] for n in group.names}
+                    )
+
+
+def _converted(values: Tensor | LogCodes, storage: str) -> Tensor | LogCodes:
+    if isinstance(values, LogCodes) and storage == "int8":
+        return values
+    values = values.to(torch.float32)
+    if storage == "int8":
+        return LogCodes.encode(values)
+    return values.to({"fp32": torch.float32, "bf16": torch.bfloat16}[storage])
+
+
+def _per_layer(by_name: Mapping[str, Tensor | LogCodes], reduce: Any) -> dict[str, float]:
+    """One scalar per layer, with one transfer from the device."""
+    if not by_name:
+        return {}
+    values = torch.stack([reduce(t.to(torch.float32)).double() for t in by_name.values()]).tolist()
+    return dict(zip(by_name, values, strict=True))
+
+
+class _Weigh(torch.autograd.Function):
+    """R_l with its closed-form gradients, so that autograd keeps no (m, n) matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, Omega: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+        change = LowRank(P.detach(), Q.detach())
+        values, dP, dQ = ops.weigh(Omega, change, change.P, change.Q)
+        ctx.save_for_backward(dP, dQ)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        dP, dQ = ctx.saved_tensors
+        g = 2 * grad[0].reshape(-1, 1, 1)
+        return None, g * dP, g * dQ

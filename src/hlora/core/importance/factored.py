@@ -1,0 +1,179 @@
+"""Importance as rows × columns: Ω_ij ≈ u_i v_j, from the thin matrices alone.
+
+No (m, n) memory in either phase, and m + n numbers a matrix on disk. Not in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from hlora.core import ops
+from hlora.core.lowrank import LowRank
+from hlora.core.pairs import Group
+
+ROWS, COLUMNS = ".rows", ".columns"
+
+
+class Factored:
+    """Row sums and column sums of Ω by layer name, (m,) and (n,).
+
+    With T their common total, Ω_ij ≈ rows_i columns_j / T: the one rank-one matrix that has them.
+    """
+
+    kind = "factored"
+
+    def __init__(self, by_name: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self._by_name = by_name
+        self._stacked: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Factored:
+        names = [k.removesuffix(ROWS) for k in tensors if k.endswith(ROWS)]
+        if len(tensors) != 2 * len(names):
+            raise ValueError("rows or columns are missing")
+        return cls({n: (tensors[n + ROWS], tensors[n + COLUMNS]) for n in names})
+
+    @classmethod
+    def of_dense(cls, by_name: dict[str, Tensor]) -> Factored:
+        """The marginals of a dense Ω."""
+        return cls({n: (t.float().sum(1), t.float().sum(0)) for n, t in by_name.items()})
+
+    @classmethod
+    def ones(cls, shapes: Mapping[str, tuple[int, int]]) -> Factored:
+        """Ω = 1 everywhere: the penalty is then plain L2 to the anchor.
+
+        Args:
+            shapes: (m, n) by layer name.
+        """
+        return cls(
+            {
+                name: (torch.full((m,), float(n)), torch.full((n,), float(m)))
+                for name, (m, n) in shapes.items()
+            }
+        )
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._by_name)
+
+    def arrange(self, groups: Iterable[Group]) -> None:
+        for group in groups:
+            rows, columns = (
+                group.stack({n: self._by_name[n][i] for n in group.names}) for i in (0, 1)
+            )
+            # Each factor takes the root of the total, so that neither overflows in float32.
+            root = rows.sum(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny).sqrt()
+            self._stacked[group.names] = (rows / root, columns / root)
+
+    def norms(self) -> dict[str, float]:
+        """‖u vᵀ‖₂ = ‖u‖ ‖v‖."""
+        return {
+            n: float(torch.linalg.vector_norm(r.double()) * torch.linalg.vector_norm(c.double()))
+            / max(float(r.double().sum()), 1e-300)
+            for n, (r, c) in self._by_name.items()
+        }
+
+    def totals(self) -> dict[str, float]:
+        return {n: float(r.double().sum()) for n, (r, _) in self._by_name.items()}
+
+    def weigh(self, group: Group, change: LowRank) -> Tensor:
+        return change.weigh_rank_one(*self._stacked[group.names], change.P, change.Q)[0]
+
+    def pull(
+        self, group: Group, change: LowRank, left: Tensor, right: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return change.weigh_rank_one(*self._stacked[group.names], left, right)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            name + suffix: t
+            for name, both in self._by_name.items()
+            for suffix, t in zip((ROWS, COLUMNS), both, strict=True)
+        }
+
+
+class FactoredTrace:
+    """Gathers the row sums and column sums of ω (Eq. 12) and consolidates them (Eq. 13).
+
+    The sums of ω are exact. At the consolidation ω itself is taken for the rank-one matrix that
+    has them; Ω = ω/(Δ² + ξ) is then formed tile by tile and only its sums are kept. Those of
+    several general tasks add up.
+    """
+
+    def __init__(self, groups: Iterable[Group], previous: dict[str, Tensor] | None = None) -> None:
+        self.omega: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self.Omega: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        earlier = Factored.from_tensors(previous) if previous is not None else None
+        for group in groups:
+            self.omega[group.names] = _zeros(group)
+            if earlier is not None:
+                self.Omega[group.names] = tuple(  # type: ignore[assignment]
+                    group.stack({n: earlier._by_name[n][i] for n in group.names}) for i in (0, 1)
+                )
+
+    def add(self, group: Group, gradient: LowRank, step: LowRank, *, clamp: bool) -> None:
+        """One optimizer step: both sums of −g̃ ∘ Δθ."""
+        if clamp:
+            raise ValueError("only sums of ω are known: no element can be clamped")
+        for sums, of_step in zip(self.omega[group.names], gradient.marginals(step), strict=True):
+            sums -= of_step
+
+    def total(self, group: Group) -> Tensor:
+        """Σ_i ω_i over the group, in float64: an estimate of the loss drop (Eq. 3)."""
+        return self.omega[group.names][0].sum(dtype=torch.float64)
+
+    def consolidate(self, group: Group, delta: LowRank, xi: Tensor, *, last: bool) -> Tensor:
+        """Add the sums of max(ω, 0)/(Δ² + ξ) to those of Ω and reset ω.
+
+        Returns:
+            The number of elements in rows whose sum is negative, those that count as zero.
+        """
+        rows, columns = self.omega[group.names]
+        negative = (rows < 0).sum() * group.n
+        sums = ops.consolidate_rank_one(rows.clamp(min=0), columns.clamp(min=0), delta, xi)
+        before = self.Omega.get(group.names)
+        self.Omega[group.names] = (
+            sums if before is None else (before[0] + sums[0], before[1] + sums[1])
+        )
+        self.omega[group.names] = _zeros(group)
+        return negative
+
+    def importance(self) -> Factored:
+        """The sums of Ω as float32, for the store."""
+        return Factored(
+            {
+                name: (rows.float(), columns.float())
+                for names, both in self.Omega.items()
+                for name, rows, columns in zip(names, *both, strict=True)
+            }
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {
+            f"{which}.{name}{suffix}": row
+            for which in ("omega", "Omega")
+            for names, both in getattr(self, which).items()
+            for suffix, stacked in zip((ROWS, COLUMNS), both, strict=True)
+            for name, row in zip(names, stacked, strict=True)
+        }
+
+    def load_state(self, groups: Iterable[Group], state: dict[str, Tensor]) -> None:
+        for group in groups:
+            for which in ("omega", "Omega"):
+                if f"{which}.{group.names[0]}{ROWS}" in state:
+                    getattr(self, which)[group.names] = tuple(
+                        group.stack({n: state[f"{which}.{n}{suffix}"] for n in group.names})
+                        for suffix in (ROWS, COLUMNS)
+                    )
+
+
+def _zeros(group: Group) -> tuple[Tensor, Tensor]:
+    L = len(group.pairs)
+    return (
+        torch.zeros(L, group.m, dtype=group.dtype, device=group.device),
+        torch.zeros(L, group.n, dtype=group.dtype, device=group.device),
+    )

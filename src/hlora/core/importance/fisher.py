@@ -1,0 +1,94 @@
+"""Diagonal Fisher information of the target matrices: the importance of EWC.
+
+F_i = E[(∂ log p(y|x) / ∂θ_i)²] over sequences x of general text, with the labels y sampled from the
+model itself. Only the target matrices are looked at, and the gradients of a whole batch are taken
+in one backward pass, sequence by sequence from the layers' inputs and output gradients:
+∂/∂θ = Σ_t δ_t x_tᵀ. (Xiang et al. 2023 square the gradients of all parameters, one sequence at a
+time, with the corpus tokens as labels: `hlora.core.importance.fisher_original`.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hlora.core import ops
+from hlora.core.importance.dense import Dense
+from hlora.hf.peft import find_pairs, lora_layers
+
+LABELS = ("model", "corpus")
+
+
+class Fisher(Dense):
+    """F by layer name, (m, n) each. Stored and weighed as any dense importance."""
+
+    kind = "fisher"
+
+
+def gather(
+    model: nn.Module,
+    blocks: Tensor,
+    *,
+    labels: str = "model",
+    batch_size: int = 8,
+    seed: int = 0,
+    tick: Callable[[int], None] | None = None,
+) -> Fisher:
+    """The Fisher information at the model's present weights, the mean over blocks.
+
+    Args:
+        model: a PEFT model with one active LoRA adapter; a new one (B = 0) is the base model.
+        blocks: (N, T) tokens.
+        labels: sampled from the `model`, or the next tokens of the `corpus` (the empirical Fisher).
+        batch_size: blocks in one pass.
+        seed: of the sampled labels.
+        tick: called with the number of blocks just done.
+    """
+    pairs = find_pairs(model)
+    layers = lora_layers(model, pairs)
+    sums = {p.name: torch.zeros(p.shape[:2], device=p.A.device) for p in pairs}
+    generator = torch.Generator(device=pairs[0].A.device).manual_seed(seed)
+    handles = [layers[p.name].register_forward_hook(_watch(sums[p.name])) for p in pairs]
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(blocks), batch_size):
+            ids = blocks[start : start + batch_size].to(pairs[0].A.device)
+            logits = model(input_ids=ids).logits[:, :-1].float()
+            targets = ids[:, 1:] if labels == "corpus" else _sampled(logits, generator)
+            # A sum, not a mean: each sequence's log-likelihood has a gradient of its own.
+            loss = nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), reduction="sum"
+            )
+            factors = [f for p in pairs for f in (p.B, p.A) if f.requires_grad]
+            torch.autograd.grad(loss, factors)
+            if tick:
+                tick(len(ids))
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    return Fisher({n: s / len(blocks) for n, s in sums.items()})
+
+
+def _watch(total: Tensor) -> Callable[..., None]:
+    """A forward hook that adds this layer's squared gradients when they come."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x = inputs[0].detach()
+
+        def add(delta: Tensor) -> None:
+            ops.add_squared_gradients(total, delta, x)
+
+        output.register_hook(add)
+
+    return hook
+
+
+@torch.no_grad()
+def _sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
+    flat = logits.softmax(dim=-1).flatten(0, 1)
+    return torch.multinomial(flat, 1, generator=generator).reshape(logits.shape[:2])

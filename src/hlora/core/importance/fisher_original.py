@@ -1,0 +1,63 @@
+"""The Fisher information as EWC-LoRA published it (Xiang et al. 2023), to measure what it costs.
+
+All parameters of the base model, one sequence at a time, the corpus' tokens as labels, and every
+gradient copied to the CPU, where the squares are added up. The lean one is `fisher`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hlora.core.importance.fisher import Fisher
+from hlora.hf.peft import base_parameters, find_pairs, is_transposed, lora_layers
+
+SEQUENCES = 20_000
+"""As many as the paper takes."""
+
+
+def gather(
+    model: nn.Module, blocks: Tensor, *, tick: Callable[[int], None] | None = None
+) -> tuple[Fisher, int]:
+    """F of the target matrices, and the bytes that F of all parameters takes in fp32.
+
+    The mean over blocks of the squared gradient of the mean loss of each.
+
+    Args:
+        model: a PEFT model with one active LoRA adapter; a new one (B = 0) is the base model.
+        blocks: (N, T) tokens.
+        tick: called with the number of blocks just done.
+    """
+    pairs = find_pairs(model)
+    layers = lora_layers(model, pairs)
+    parameters = base_parameters(model)
+    names = {id(p): name for name, p in parameters.items()}
+    before = {name: p.requires_grad for name, p in parameters.items()}
+    training, device = model.training, pairs[0].A.device
+    sums = {name: torch.zeros(p.shape) for name, p in parameters.items()}
+    model.eval()
+    try:
+        for p in parameters.values():
+            p.requires_grad_(True)
+        for row in blocks:
+            model(input_ids=row[None].to(device), labels=row[None].to(device)).loss.backward()
+            for name, p in parameters.items():
+                if p.grad is not None:
+                    sums[name] += p.grad.detach().to("cpu", torch.float32).square_()
+                    p.grad = None
+            if tick:
+                tick(1)
+    finally:
+        for name, p in parameters.items():
+            p.requires_grad_(before[name])
+        model.zero_grad()
+        model.train(training)
+    of_targets = {}
+    for pair in pairs:
+        F = sums[names[id(pair.weight)]] / len(blocks)
+        of_targets[pair.name] = (F.T.contiguous() if is_transposed(layers[pair.name]) else F).to(
+            device
+        )
+    return Fisher(of_targets), sum(4 * s.numel() for s in sums.values())

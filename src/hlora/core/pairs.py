@@ -1,0 +1,171 @@
+"""A target matrix with its two factors: θ = θ₀ + s·B A, B (m × r), A (r × n).
+
+The paper calls it a layer (its Fig. 7 draws q_proj and v_proj of each block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hlora.errors import MismatchError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One target matrix.
+
+    Attributes:
+        name: the module's path in the base model, such as `model.layers.0.self_attn.q_proj`.
+        B: (m, r) parameter.
+        A: (r, n) parameter.
+        s: LoRA's scaling, α/r or α/√r (rsLoRA), as PEFT holds it.
+        weight: the base weight, possibly quantized.
+    """
+
+    name: str
+    B: nn.Parameter
+    A: nn.Parameter
+    s: float
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(m, n, r)."""
+        return (self.B.shape[0], self.A.shape[1], self.A.shape[0])
+
+    @property
+    def target(self) -> str:
+        """The last part of the name: `q_proj`."""
+        return self.name.rsplit(".", 1)[-1]
+
+
+class Group:
+    """All pairs of one shape on one device, so that each operation runs once for all of them.
+
+    Their factors are stacked when they are asked for: B (L, m, r) and A (L, r, n), in float32
+    or, for float64 parameters, in float64.
+    """
+
+    def __init__(self, pairs: list[Pair]) -> None:
+        self.pairs = pairs
+        self.names = tuple(p.name for p in pairs)
+        self.m, self.n, self.r = pairs[0].shape
+        self.device = pairs[0].A.device
+        self.dtype = torch.promote_types(pairs[0].A.dtype, torch.float32)
+        self.trains_A = pairs[0].A.requires_grad
+        self.trains_B = pairs[0].B.requires_grad
+        self.s = torch.tensor([p.s for p in pairs], dtype=self.dtype, device=self.device).reshape(
+            -1, 1, 1
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(L, m, n)."""
+        return (len(self.pairs), self.m, self.n)
+
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Copies of B (L, m, r) and A (L, r, n) as they are now."""
+        return (
+            torch.stack([p.B for p in self.pairs]).to(self.dtype),
+            torch.stack([p.A for p in self.pairs]).to(self.dtype),
+        )
+
+    @torch.no_grad()
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Copies of g^B (L, m, r) and g^A (L, r, n); zero where a factor is frozen.
+
+        A step that the fp16 scaler is about to skip has infinite gradients. They become zero
+        here, since infinity times no movement is not a number.
+        """
+        gB, gA = (
+            torch.stack([torch.zeros_like(f) if f.grad is None else f.grad for f in factors])
+            for factors in ([p.B for p in self.pairs], [p.A for p in self.pairs])
+        )
+        return tuple(  # type: ignore[return-value]
+            g.to(self.dtype).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) for g in (gB, gA)
+        )
+
+    @torch.no_grad()
+    def add_gradients(self, dB: Tensor, dA: Tensor) -> None:
+        """Add (L, m, r) and (L, r, n) to the parameters' gradients."""
+        gradients, added = [], []
+        for trained, factors, more in (
+            (self.trains_B, [p.B for p in self.pairs], dB),
+            (self.trains_A, [p.A for p in self.pairs], dA),
+        ):
+            if not trained:
+                continue
+            for f, d in zip(factors, more.to(factors[0].dtype).unbind(0), strict=True):
+                if f.grad is None:
+                    f.grad = d.clone()
+                else:
+                    gradients.append(f.grad)
+                    added.append(d)
+        if gradients:
+            torch._foreach_add_(gradients, added)  # one launch for many small matrices
+
+    @torch.no_grad()
+    def set_factors(self, B: Tensor, A: Tensor) -> None:
+        """Write (L, m, r) and (L, r, n) into the parameters."""
+        for pair, b, a in zip(self.pairs, B, A, strict=True):
+            pair.B.copy_(b)
+            pair.A.copy_(a)
+
+    def stack(self, by_name: dict[str, Tensor]) -> Tensor:
+        """Tensors kept by name as one stack in this group's order, on its device."""
+        return torch.stack([by_name[n].to(self.device, self.dtype) for n in self.names])
+
+
+def group(pairs: Iterable[Pair]) -> list[Group]:
+    """The pairs by shape, device and what is trained."""
+    by_shape: dict[tuple, list[Pair]] = {}
+    for p in pairs:
+        key = (*p.shape, p.A.device, p.A.dtype, p.A.requires_grad, p.B.requires_grad)
+        by_shape.setdefault(key, []).append(p)
+    return [Group(ps) for ps in by_shape.values()]
+
+
+def describe(pairs: Iterable[Pair]) -> dict[str, dict[str, float]]:
+    """What an importance folder notes of each pair: m, n, r and s."""
+    return {p.name: {"m": p.shape[0], "n": p.shape[1], "r": p.shape[2], "s": p.s} for p in pairs}
+
+
+def check_same(
+    pairs: Iterable[Pair], noted: dict[str, dict[str, float]], where: str, *, ranks: bool
+) -> None:
+    """Refuse pairs that are not those of an importance folder.
+
+    Args:
+        pairs: the model's.
+        noted: `describe` of the model that was recorded.
+        where: the folder, for the message.
+        ranks: also compare r and s. The importance itself does not depend on them.
+
+    Raises:
+        MismatchError: names the two values that differ.
+    """
+    here = describe(pairs)
+    if here.keys() != noted.keys():
+        mine, theirs = _targets(here), _targets(noted)
+        if mine == theirs:
+            mine, theirs = f"{len(here)} of them", f"{len(noted)} of them"
+        raise MismatchError(
+            f"The LoRA targets differ: this model has {mine}, {where} was recorded on {theirs}."
+        )
+    words = {"m": "output size", "n": "input size", "r": "rank", "s": "scaling (alpha/rank)"}
+    for name, values in here.items():
+        for key in ("m", "n", "r", "s") if ranks else ("m", "n"):
+            if abs(values[key] - noted[name][key]) > 1e-6 * abs(noted[name][key]):
+                raise MismatchError(
+                    f"The {words[key]} of {name} differs: {values[key]:g} in this model, "
+                    f"{noted[name][key]:g} in {where}."
+                )
+
+
+def _targets(names: Iterable[str]) -> str:
+    return ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))

@@ -1,0 +1,102 @@
+"""What the paper leaves open, fixed three ways. A preset is data; a single value overrides it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from hlora.core.estimators import ESTIMATORS
+from hlora.core.layers import LAYER_WEIGHTS
+from hlora.errors import InputError
+
+
+def one_of(what: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise InputError if the value is none of those allowed."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise InputError(f"{what} must be one of {', '.join(allowed)}, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class RecordRule:
+    """How ω is gathered and consolidated.
+
+    Attributes:
+        estimator: `equivalent` (Eq. 11) or `projected` (see `hlora.core.estimators`).
+        scaled: also multiply g̃ by s, as the authors' code does.
+        clamp: negative ω become zero at the `end` or after every `step`.
+        xi: ξ of Eq. 13.
+        xi_relative: ξ is a multiple of the mean of Δ² over all elements.
+        every: consolidate at the end of the `phase`, or of each `epoch` and add up.
+    """
+
+    estimator: str = "equivalent"
+    scaled: bool = False
+    clamp: str = "end"
+    xi: float = 1e-3
+    xi_relative: bool = False
+    every: str = "phase"
+
+    def __post_init__(self) -> None:
+        one_of("estimator", self.estimator, ESTIMATORS)
+        one_of("clamp", self.clamp, ("end", "step"))
+        one_of("every", self.every, ("phase", "epoch"))
+        if not (math.isfinite(self.xi) and self.xi > 0):
+            raise InputError(f"xi must be a positive number, not {self.xi}.")
+
+
+@dataclass(frozen=True)
+class PenaltyRule:
+    """How the importance acts.
+
+    Attributes:
+        phi: φ of Eq. 16.
+        normalize: scale Ω so that the mean of the layer-weighted Ω over all elements is one.
+        layer_weights: `softmax`, `normalized` or `uniform` (Eq. 15).
+        softmax_scale: multiplies ‖Ω_l‖₂ inside the softmax.
+        apart: the softmax runs over each target (q_proj, v_proj) on its own.
+    """
+
+    phi: float = 0.01
+    normalize: bool = True
+    layer_weights: str = "softmax"
+    softmax_scale: float = 1.0
+    apart: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("layer_weights", self.layer_weights, LAYER_WEIGHTS)
+        if not (math.isfinite(self.phi) and self.phi >= 0):
+            raise InputError(f"phi must be zero or a positive number, not {self.phi}.")
+
+
+RECORD_PRESETS = {
+    "default": RecordRule(),
+    # Eq. 11-13 to the letter; ξ is "small" there.
+    "paper": RecordRule(),
+    # season1blue/HLoRA, 2025-11-25.
+    "official": RecordRule(scaled=True, clamp="step", xi=1e-9, every="epoch"),
+}
+
+PENALTY_PRESETS = {
+    "default": PenaltyRule(),
+    # Eq. 14-16 to the letter, φ = e⁻³ as printed.
+    "paper": PenaltyRule(phi=math.exp(-3), normalize=False),
+    # season1blue/HLoRA, 2025-11-25.
+    "official": PenaltyRule(phi=1e-3, normalize=False, softmax_scale=1e-8, apart=True),
+}
+
+Rule = TypeVar("Rule", RecordRule, PenaltyRule)
+
+
+def choose(presets: dict[str, Rule], preset: str | None, **overrides: Any) -> Rule:
+    """A preset with the given values (those that are not None) in place of its own."""
+    one_of("preset", preset or "default", presets)
+    rule = presets[preset or "default"]
+    known = {f.name for f in fields(rule)}
+    given = {k: v for k, v in overrides.items() if v is not None}
+    unknown = given.keys() - known
+    if unknown:
+        raise InputError(f"Unknown setting {sorted(unknown)[0]!r}: there are {sorted(known)}.")
+    return replace(rule, **given)

@@ -1,0 +1,224 @@
+"""An importance folder: the ν adapter in PEFT's format, `importance.safetensors` and
+`importance.json`, checked against the model that they belong to.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hlora.core.adapter_file import ADAPTER_FILES, read_adapter
+from hlora.core.importance import KINDS, Importance
+from hlora.core.importance.dense import SCALE
+from hlora.core.pairs import Pair, check_same, describe
+from hlora.errors import InputError, MismatchError, StoreError
+from hlora.files import publish, sha256, write_json
+from hlora.hf.peft import save_adapter, unwrap
+
+TENSORS = "importance.safetensors"
+MARKER = "importance.json"
+FORMAT = 1
+
+_FINGERPRINT_ENTRIES = 64
+_CONFIG_KEYS = {
+    "model_type": ("model_type",),
+    "vocabulary size": ("vocab_size",),
+    "hidden size": ("hidden_size", "n_embd"),
+    "number of layers": ("num_hidden_layers", "n_layer"),
+}
+
+
+@dataclass
+class Stored:
+    """What an importance folder holds.
+
+    Attributes:
+        folder: where it was read from.
+        info: `importance.json`.
+        importance: Ω.
+        factors: θ^ν, as (B, A) by pair name.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+    importance: Importance
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+    def check(self, model: nn.Module, pairs: list[Pair], *, ranks: bool = True) -> None:
+        """Refuse a model that this importance does not belong to.
+
+        Raises:
+            MismatchError: names both values.
+        """
+        check_base(base_of(model, pairs), self.info["base_model"], str(self.folder))
+        check_same(pairs, self.info["pairs"], str(self.folder), ranks=ranks)
+
+
+def save(
+    folder: Path, model: nn.Module, pairs: list[Pair], importance: Importance, notes: dict[str, Any]
+) -> dict[str, Any]:
+    """Write an importance folder, whole or not at all. Returns what `importance.json` holds."""
+    from hlora import __version__
+
+    info = {
+        "format": FORMAT,
+        "hlora_version": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "base_model": base_of(model, pairs),
+        "pairs": describe(pairs),
+        **notes,
+    }
+    with publish(folder, MARKER) as aside:
+        save_adapter(model, aside)
+        return write(aside, importance, info)
+
+
+def write(aside: Path, importance: Importance, info: dict[str, Any]) -> dict[str, Any]:
+    """Write the importance and its `importance.json` beside an adapter; returns the latter."""
+    tensors = {n: t.detach().cpu().contiguous() for n, t in importance.tensors().items()}
+    save_file(tensors, aside / TENSORS, metadata={"format": "pt"})
+    info = {
+        **info,
+        "kind": importance.kind,
+        "norms": importance.norms(),
+        "files": {
+            f: {"bytes": (aside / f).stat().st_size, "sha256": sha256(aside / f)}
+            for f in (*ADAPTER_FILES, TENSORS)
+        },
+    }
+    write_json(aside / MARKER, info)
+    return info
+
+
+def derive(stored: Stored, output: Path, importance: Importance, storage: str) -> None:
+    """Another importance for the same adapter, in a folder of its own."""
+    info = {**stored.info, "recording": {**stored.info["recording"], "storage": storage}}
+    with publish(output, MARKER) as aside:
+        for file in ADAPTER_FILES:
+            shutil.copyfile(stored.folder / file, aside / file)
+        write(aside, importance, info)
+
+
+def read_info(folder: Path | str) -> dict[str, Any]:
+    """`importance.json` alone.
+
+    Raises:
+        StoreError: it is missing, or not what hlora writes.
+        InputError: the folder does not exist.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"There is no importance folder {folder}: make one with `hlora record`.")
+    path = folder / MARKER
+    if not path.is_file():
+        raise StoreError(
+            f"{folder} holds no finished importance ({MARKER} is missing): run `hlora record`, or "
+            "go on with --resume if it was interrupted."
+        )
+    try:
+        info = json.loads(path.read_text("utf-8"))
+        if info["format"] > FORMAT:
+            raise StoreError(
+                f"{path} has format {info['format']} and this hlora reads up to {FORMAT}: upgrade "
+                "hlora."
+            )
+        missing = {"kind", "base_model", "pairs", "norms", "files"} - info.keys()
+        if missing:
+            raise KeyError(*missing)
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is damaged ({error}): record again.") from None
+    return info
+
+
+def load(folder: Path | str) -> Stored:
+    """Read an importance folder and check that it is whole.
+
+    Raises:
+        InputError, StoreError: one sentence on what is missing, damaged or changed.
+    """
+    folder = Path(folder)
+    info = read_info(folder)
+    for file, noted in info["files"].items():
+        path = folder / file
+        if not path.is_file():
+            raise StoreError(f"{path} is missing: record again.")
+        if path.stat().st_size != noted["bytes"]:
+            raise StoreError(
+                f"{path} has {path.stat().st_size} bytes and was written with {noted['bytes']}: it "
+                "is truncated or was replaced. Record again."
+            )
+        if sha256(path) != noted["sha256"]:
+            raise StoreError(f"{path} was changed after it was recorded: record again.")
+    if info["kind"] not in KINDS:
+        raise StoreError(
+            f"{folder} holds importance of the kind {info['kind']!r}; this hlora knows "
+            f"{', '.join(KINDS)}: upgrade hlora."
+        )
+    try:
+        tensors = load_file(folder / TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"{folder / TENSORS} cannot be read ({error}): record again.") from None
+    try:
+        importance = KINDS[info["kind"]].from_tensors(tensors)
+    except (ValueError, KeyError) as error:
+        raise StoreError(f"{folder / TENSORS} is damaged ({error}): record again.") from None
+    if importance.names != info["pairs"].keys():
+        raise StoreError(f"{folder / TENSORS} and {MARKER} name different layers: record again.")
+    for name, tensor in tensors.items():
+        bad = not torch.isfinite(tensor).all()
+        if bad or (not name.endswith(SCALE) and (tensor < 0).any()):
+            raise StoreError(
+                f"The importance of {name} in {folder} is negative or not finite: ν diverged. "
+                "Record again with a lower learning rate."
+            )
+    _, factors = read_adapter(folder)
+    return Stored(folder, info, importance, factors)
+
+
+def base_of(model: nn.Module, pairs: list[Pair]) -> dict[str, Any]:
+    """What identifies the base model: a few numbers of its config and of its weights."""
+    config = unwrap(model).config
+    values = {}
+    for what, keys in _CONFIG_KEYS.items():
+        for key in keys:
+            if getattr(config, key, None) is not None:
+                values[what] = getattr(config, key)
+                break
+    samples: dict[str, list[float]] = {}
+    for pair in (pairs[0], pairs[-1]):
+        w = pair.weight.detach()
+        if w.is_floating_point():  # a quantized weight has no entries to compare
+            index = torch.linspace(0, w.numel() - 1, _FINGERPRINT_ENTRIES).long().to(w.device)
+            samples[pair.name] = [float(f"{v:.6g}") for v in w.flatten()[index].float().tolist()]
+    return {"name": getattr(config, "name_or_path", ""), "config": values, "samples": samples}
+
+
+def check_base(here: dict[str, Any], noted: dict[str, Any], where: str) -> None:
+    """Refuse another base model. Rounding to another float type is not another model."""
+    for what, value in here["config"].items():
+        there = noted["config"].get(what, value)
+        if value != there:
+            raise MismatchError(
+                f"The base model differs: its {what} is {value} here and {there} in {where} "
+                f"(recorded on {noted['name'] or 'an unnamed model'})."
+            )
+    for name in here["samples"].keys() & noted["samples"].keys():
+        a, b = torch.tensor(here["samples"][name]), torch.tensor(noted["samples"][name])
+        # bf16 keeps 8 bits: two roundings differ by at most 1/128 of the value.
+        differs = (a - b).abs() > 0.008 * torch.maximum(a.abs(), b.abs()) + 1e-6
+        if differs.any():
+            i = int(differs.float().argmax())
+            raise MismatchError(
+                f"The base model has other weights than the one that {where} was recorded on: an "
+                f"entry of {name} is {a[i]:.6g} here and {b[i]:.6g} there "
+                f"({here['name'] or 'unnamed'} and {noted['name'] or 'unnamed'})."
+            )

@@ -1,0 +1,1 @@
+"""General text and domain tasks, as rows of tokens."""

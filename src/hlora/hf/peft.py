@@ -1,0 +1,200 @@
+"""Where PEFT ends: the LoRA pairs of a model, and the only code that knows PEFT's insides.
+
+A pair is one target matrix with its two factors: θ = θ₀ + s·B A, B (m × r), A (r × n). The paper
+calls it a layer (its Fig. 7 draws q_proj and v_proj of each block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hlora.core.adapter_file import ADAPTER_FILES
+from hlora.core.pairs import Pair
+from hlora.errors import UnsupportedModelError
+
+_REFUSED_SETTINGS = {
+    "use_dora": "DoRA also trains a magnitude for each row",
+    "lora_bias": "a bias beside B is not part of B·A",
+    "modules_to_save": "these modules are trained whole",
+    "trainable_token_indices": "these embeddings are trained whole",
+    "target_parameters": "LoRA on bare parameters has no pair of matrices per module",
+    "alora_invocation_tokens": "an adapter that acts on some tokens only is not one change of θ",
+    "layer_replication": "replicated layers share one θ₀",
+}
+
+_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initializations that take B₀A₀ out of the base weights, so that B = 0 is not the base model."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside (Distributed)DataParallel and torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, (nn.parallel.DistributedDataParallel, nn.DataParallel)
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def adapter_config(model: nn.Module) -> tuple[str, Any]:
+    """The one active adapter's name and its LoraConfig.
+
+    Raises:
+        UnsupportedModelError: there is no LoRA adapter, or more than one is active.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        raise UnsupportedModelError(
+            "The model has no LoRA adapter: wrap it with peft.get_peft_model(model, "
+            "LoraConfig(...)), or give SFTTrainer a peft_config."
+        )
+    active = getattr(model, "active_adapters", None)
+    if callable(active):
+        active = active()
+    names = [active] if isinstance(active, str) else list(active or configs)
+    if len(names) != 1:
+        raise UnsupportedModelError(
+            f"Several adapters are active ({', '.join(names)}): θ would be a sum of them. "
+            "Activate one with model.set_adapter(name)."
+        )
+    config = configs[names[0]]
+    kind = getattr(config.peft_type, "value", str(config.peft_type))
+    if kind != "LORA":
+        raise UnsupportedModelError(
+            f"The active adapter is {kind}, not LORA: only LoRA's θ = θ₀ + s·B·A is supported."
+        )
+    return names[0], config
+
+
+def find_pairs(model: nn.Module) -> list[Pair]:
+    """The LoRA pairs of the active adapter, in the model's order.
+
+    Raises:
+        UnsupportedModelError: something else than B and A is trained, or a setting of the
+            adapter makes θ something else than θ₀ + s·B·A. The message names the setting.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    model = unwrap(model)
+    adapter, config = adapter_config(model)
+    for setting, why in _REFUSED_SETTINGS.items():
+        if getattr(config, setting, None):
+            raise UnsupportedModelError(f"LoraConfig({setting}=...) is not supported: {why}.")
+    if getattr(config, "bias", "none") != "none":
+        raise UnsupportedModelError(
+            f"LoraConfig(bias={config.bias!r}) is not supported: a trained bias is not part of "
+            "B·A. Use bias='none'."
+        )
+    pairs: list[Pair] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        name = path.removeprefix("base_model.model.")
+        if adapter in module.lora_embedding_A:
+            raise UnsupportedModelError(
+                f"LoRA on the embedding {name} is not supported: take it out of target_modules."
+            )
+        if adapter not in module.lora_A:
+            continue
+        variant = getattr(module, "lora_variant", {}).get(adapter)
+        if variant is not None:
+            raise UnsupportedModelError(
+                f"The LoRA variant {type(variant).__name__} on {name} is not supported: its "
+                "change of the weight is not s·B·A."
+            )
+        if module.merged:
+            raise UnsupportedModelError(
+                f"The adapter is merged into {name}: call model.unmerge_adapter() first."
+            )
+        A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        _check_factors(name, A, B)
+        pairs.append(
+            Pair(name, B, A, float(module.scaling[adapter]), module.get_base_layer().weight)
+        )
+    if not pairs:
+        raise UnsupportedModelError(f"Adapter {adapter!r} has no LoRA matrices in this model.")
+    _check_nothing_else_is_trained(model, pairs)
+    return pairs
+
+
+def lora_layers(model: nn.Module, pairs: Iterable[Pair]) -> dict[str, nn.Module]:
+    """The module of each pair, whose output is that of θ₀ + s·B A together."""
+    model = unwrap(model)
+    return {p.name: model.get_submodule(f"base_model.model.{p.name}") for p in pairs}
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters of the base model by name, without any adapter's.
+
+    Raises:
+        UnsupportedModelError: quantized weights, which have no gradient.
+    """
+    found = {n: p for n, p in unwrap(model).named_parameters() if "lora_" not in n}
+    for name, p in found.items():
+        if not p.is_floating_point():
+            raise UnsupportedModelError(
+                f"{name} is quantized and has no gradient: load the model in bf16 or fp32."
+            )
+    return found
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer keeps its base weight as (n, m): Conv1D does."""
+    return bool(getattr(layer, "fan_in_fan_out", False))
+
+
+def _check_factors(name: str, A: Tensor, B: Tensor) -> None:
+    if type(A).__name__ == "DTensor" or A.ndim == 1 or B.ndim == 1:
+        raise UnsupportedModelError(
+            f"The LoRA matrices of {name} are sharded (FSDP): train with DistributedDataParallel, "
+            "or on one process."
+        )
+    if A.ndim != 2 or B.ndim != 2:
+        raise UnsupportedModelError(
+            f"LoRA on {name} is a convolution's: only Linear and Conv1D targets are supported."
+        )
+
+
+def _check_nothing_else_is_trained(model: nn.Module, pairs: list[Pair]) -> None:
+    ours = {id(f) for p in pairs for f in (p.A, p.B)}
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+    if others:
+        raise UnsupportedModelError(
+            f"{len(others)} trained parameters are not LoRA's, the first is {others[0]}: freeze "
+            "them, since the importance covers B·A only."
+        )
+    if not trained:
+        raise UnsupportedModelError(
+            "Nothing is trainable: load the adapter with PeftModel.from_pretrained(..., "
+            "is_trainable=True)."
+        )
+
+
+def starts_at_base(model: nn.Module) -> bool:
+    """Whether B·A = 0 means the base model: not so where the initialization changed θ₀."""
+    init = adapter_config(unwrap(model))[1].init_lora_weights
+    return not (isinstance(init, str) and init.lower().startswith(_MUTATING_INITS))
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Write the active adapter in PEFT's own format, so that it loads without hlora."""
+    model = unwrap(model)
+    adapter, _ = adapter_config(model)
+    model.save_pretrained(  # type: ignore[operator]
+        str(folder),
+        selected_adapters=[adapter],
+        safe_serialization=True,
+        save_embedding_layers=False,
+    )
+    if not (folder / ADAPTER_FILES[0]).exists():  # PEFT puts named adapters in their own folder
+        for path in sorted((folder / adapter).iterdir()):
+            path.rename(folder / path.name)
+        (folder / adapter).rmdir()

@@ -1,0 +1,1 @@
+"""Whole runs as functions: record, tune, evaluate, with their settings."""

@@ -1,0 +1,217 @@
+"""How good is it, and how much did it forget.
+
+Perplexity is e to the mean loss in nats over all tokens; accuracies are those of
+lm-evaluation-harness: the choice with the highest log-likelihood, as it is (acc) or over its
+length in characters (acc_norm). Every figure comes with its standard error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hlora.data.tasks import Task, batches, encode_pair
+
+Tick = Callable[[int], None]
+"""Called with the number of rows just done."""
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Loss on one kind of text.
+
+    Attributes:
+        loss: mean over tokens, nats.
+        loss_se: standard error of it, over blocks.
+        perplexity: e to the loss.
+        tokens: how many were predicted.
+        blocks: the loss of each block, nats per token.
+    """
+
+    loss: float
+    loss_se: float
+    perplexity: float
+    tokens: int
+    blocks: list[float]
+
+    def asdict(self) -> dict[str, Any]:
+        """Without the blocks."""
+        return {k: v for k, v in asdict(self).items() if k != "blocks"}
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Scores on one task.
+
+    Attributes:
+        acc, acc_norm: share of right answers; NaN for rows with a single choice.
+        nll: negative log-likelihood of the right answer, nats per answer.
+        n: number of questions.
+        items: by question, the log-likelihood of each choice.
+    """
+
+    acc: float
+    acc_se: float
+    acc_norm: float
+    acc_norm_se: float
+    nll: float
+    nll_se: float
+    n: int
+    items: list[list[float]]
+
+    def asdict(self) -> dict[str, Any]:
+        """Without the items."""
+        return {k: v for k, v in asdict(self).items() if k != "items"}
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """Loss on general text after minus before, nats per token; negative means it was learned.
+
+    Attributes:
+        nats: the mean over all tokens.
+        se: its standard error, over the differences block by block.
+    """
+
+    nats: float
+    se: float
+
+
+def forgetting(before: TextScore, after: TextScore) -> Forgetting:
+    """How much was forgotten between two scores of the same blocks.
+
+    Raises:
+        ValueError: the two scores are of different blocks.
+    """
+    return pooled_forgetting([(before, after)])
+
+
+def pooled_forgetting(pairs: Iterable[tuple[TextScore, TextScore]]) -> Forgetting:
+    """The same over several kinds of text, each (before, after), every block counting once."""
+    differences = torch.tensor(
+        [
+            a - b
+            for before, after in pairs
+            for b, a in zip(before.blocks, after.blocks, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    return Forgetting(_mean(differences), _standard_error(differences))
+
+
+@torch.no_grad()
+def score_text(
+    model: nn.Module, blocks: Tensor, *, batch_size: int = 8, tick: Tick | None = None
+) -> TextScore:
+    """Loss on blocks of tokens (N, T): each token but a block's first is predicted."""
+    sums: list[float] = []
+    with _evaluating(model):
+        device = _device(model)
+        for part in batches(len(blocks), batch_size):
+            ids = blocks[part].to(device)
+            logits = model(input_ids=ids[:, :-1]).logits
+            for row, target in zip(logits, ids[:, 1:], strict=True):
+                sums.append(float(F.cross_entropy(row.float(), target, reduction="sum")))
+            if tick:
+                tick(part.stop - part.start)
+    per_block = blocks.shape[1] - 1
+    means = torch.tensor(sums, dtype=torch.float64) / per_block
+    loss = float(means.mean())
+    return TextScore(
+        loss, _standard_error(means), math.exp(loss), per_block * len(blocks), means.tolist()
+    )
+
+
+@torch.no_grad()
+def score_task(
+    model: nn.Module, tokenizer: Any, task: Task, *, batch_size: int = 8, tick: Tick | None = None
+) -> TaskScore:
+    """Log-likelihood of every choice after its prompt, and what follows from it."""
+    limit = _context(model)
+    # By what the model reads, which is all but a choice's last token: choices of one token share
+    # one pass.
+    queue: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}
+    for q, example in enumerate(task.examples):
+        for c, choice in enumerate(example.choices):
+            head, tail = encode_pair(tokenizer, example.prompt, choice)
+            read = tuple((head + tail)[:-1][-limit:])
+            queue.setdefault(read, []).append((q, c, tail[-limit:]))
+    inputs = sorted(queue, key=len, reverse=True)
+    items = [[0.0] * len(e.choices) for e in task.examples]
+    pad = tokenizer.pad_token_id or 0
+    with _evaluating(model):
+        device = _device(model)
+        for part in batches(len(inputs), batch_size):
+            rows = inputs[part]
+            width = len(rows[0])
+            ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+            mask = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
+            logits = model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits
+            for row, scores in zip(rows, logits, strict=True):
+                for q, c, tail in queue[row]:
+                    of_tail = scores[len(row) - len(tail) : len(row)].float()
+                    target = torch.tensor(tail, device=device)
+                    items[q][c] = -float(F.cross_entropy(of_tail, target, reduction="sum"))
+            if tick:
+                tick(sum(len(queue[row]) for row in rows))
+    return summarize(task, items)
+
+
+def summarize(task: Task, items: list[list[float]]) -> TaskScore:
+    """Accuracies and NLL from the log-likelihood of each choice."""
+    right, right_norm, nll = [], [], []
+    for example, lls in zip(task.examples, items, strict=True):
+        nll.append(-lls[example.answer])
+        if len(lls) > 1:
+            normed = [ll / max(len(c), 1) for ll, c in zip(lls, example.bare, strict=True)]
+            right.append(float(lls.index(max(lls)) == example.answer))
+            right_norm.append(float(normed.index(max(normed)) == example.answer))
+    acc, acc_norm, loss = (torch.tensor(v, dtype=torch.float64) for v in (right, right_norm, nll))
+    return TaskScore(
+        acc=_mean(acc), acc_se=_standard_error(acc),
+        acc_norm=_mean(acc_norm), acc_norm_se=_standard_error(acc_norm),
+        nll=_mean(loss), nll_se=_standard_error(loss),
+        n=len(items), items=items,
+    )  # fmt: skip
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _standard_error(values: Tensor) -> float:
+    """Of the mean, from the sample variance."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+
+
+class _evaluating:
+    """Evaluation mode inside, the former mode after."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.was_training = self.model.training
+        self.model.eval()
+
+    def __exit__(self, *exc: object) -> None:
+        self.model.train(self.was_training)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _context(model: nn.Module) -> int:
+    """How many tokens the model takes."""
+    config: Any = model.config
+    for key in ("max_position_embeddings", "n_positions"):
+        if getattr(config, key, None):
+            return int(getattr(config, key))
+    return 1 << 30

@@ -1,0 +1,106 @@
+"""What a person sees while a command runs; quiet where no person looks."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from hlora.hf.distributed import is_main
+
+
+def quiet_libraries() -> None:
+    """Only our own voice in the terminal: libraries speak in errors, not in chatter."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry of a request
+    warnings.filterwarnings("ignore")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("hlora: %(levelname)s: %(message)s"))
+    handler.setLevel(logging.WARNING if is_main() else logging.CRITICAL)
+    logger = logging.getLogger("hlora")
+    logger.handlers = [handler]
+    logger.propagate = False
+
+
+def watched() -> bool:
+    """Whether a person looks at the progress."""
+    return sys.stderr.isatty() and is_main()
+
+
+@contextmanager
+def bar(what: str, total: int, unit: str = "rows") -> Iterator[Any]:
+    """A progress bar with the time left, or nothing where no person looks."""
+    with tqdm(
+        total=total, desc=what, unit=f" {unit}", disable=not watched(), leave=False,
+        dynamic_ncols=True,
+    ) as shown:  # fmt: skip
+        yield shown
+
+
+class Progress(TrainerCallback):
+    """A bar over the optimizer steps with the loss, R and the time left."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.bar: Any = None
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.what, unit=" steps",
+            disable=not watched(), dynamic_ncols=True,
+        )  # fmt: skip
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        shown = {k: f"{logs[k]:.4g}" for k in ("loss", "R", "penalty") if k in (logs or {})}
+        if shown and self.bar is not None:
+            self.bar.set_postfix(shown)
+
+    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.bar.close()
+
+
+class Interruptible(TrainerCallback):
+    """Ctrl-C finishes the step, writes a checkpoint and stops; a second one stops at once.
+
+    It must be the last callback, so that the others have written their state.
+    """
+
+    def __init__(self, advice: str) -> None:
+        self.advice = advice
+        self.asked = False
+
+    def _ask(self, signum: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt("Stopped at once.")
+        self.asked = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        before = signal.signal(signal.SIGINT, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        control.should_save |= self.asked
+        return control
+
+    def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if self.asked:
+            raise KeyboardInterrupt(
+                f"Stopped at step {state.global_step} of {state.max_steps}. {self.advice}"
+            )

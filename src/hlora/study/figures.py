@@ -1,0 +1,183 @@
+"""The paper's figures and the frontier, from the runs of a study."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from hlora.study.cost import Cost
+from hlora.study.methods import METHODS
+from hlora.study.metrics import METRICS
+from hlora.study.plots import STYLES, load_pyplot
+from hlora.study.rows import Results, Row, mean_se
+from hlora.study.stats import independent, p_equals
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p", "d", "8")
+OURS, RIVAL = "#0072b2", "#e69f00"
+
+
+def violins(
+    results: Results,
+    ours: Row,
+    rival: Row,
+    metrics: Sequence[str] = ("ppl_seen", "ppl_unseen", "acc"),
+) -> Any:
+    """Fig. 3: two rows over their seeds, with Welch's t-test. Every run is a point."""
+    pyplot = load_pyplot()
+    tasks = results.tasks
+    figure, axes = pyplot.subplots(
+        len(metrics), len(tasks), figsize=(2.4 * len(tasks) + 0.6, 1.9 * len(metrics)),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for metric, row in zip(metrics, axes, strict=True):
+        for task, at in zip(tasks, row, strict=True):
+            samples = [list(results.values(metric, r, task).values()) for r in (ours, rival)]
+            for x, (values, color) in enumerate(zip(samples, (OURS, RIVAL), strict=True)):
+                if len(values) > 1 and len(set(values)) > 1:
+                    body = at.violinplot([values], positions=[x], showextrema=False)["bodies"][0]
+                    body.set(facecolor=color, edgecolor="black", alpha=0.35)
+                at.plot([x] * len(values), values, MARKERS[x], color="black", markersize=3)
+            p = independent(*samples)
+            at.set_title(f"{task}: p {p_equals(p.welch)}", fontsize="medium")
+            at.set_xticks([0, 1], [METHODS[r.method].label for r in (ours, rival)])
+            at.set_xlim(-0.6, 1.6)
+        row[0].set_ylabel(METRICS[metric].label)
+    return figure
+
+
+def losses(results: Results, row: Row) -> Any:
+    """Fig. 4: task loss, φR and their sum over the steps of μ, the mean over seeds."""
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(
+        2, len(results.tasks), figsize=(2.4 * len(results.tasks) + 0.8, 3.4), sharex=True,
+        layout="constrained", squeeze=False, height_ratios=(2, 1),
+    )  # fmt: skip
+    for column, task in enumerate(results.tasks):
+        logs = [r["log"] for r in results.of(row, task)]
+        above, below = axes[0][column], axes[1][column]
+        for style, (key, label, at) in zip(
+            STYLES,
+            [("loss", "task", above), ("total_loss", "total", above), ("penalty", "φR", below)],
+            strict=False,
+        ):
+            steps, means = _mean_curve(logs, key)
+            at.plot(steps, means, linestyle=style, color="black", label=label)
+        above.set_title(task, loc="left")
+        below.set_ylim(bottom=0)
+        below.set_xlabel("optimizer step")
+    axes[0][0].set_ylabel("loss (nats)")
+    axes[1][0].set_ylabel("φR")
+    axes[0][-1].legend(frameon=False)
+    return figure
+
+
+def _mean_curve(logs: list[list[dict[str, float]]], key: str) -> tuple[list[float], list[float]]:
+    """The mean over runs at each step that all of them logged."""
+    curves = [{e["step"]: e[key] for e in log if key in e} for log in logs]
+    steps = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
+    return steps, [statistics.fmean(c[s] for c in curves) for s in steps]
+
+
+def cost_bars(found: dict[str, Cost]) -> Any:
+    """Fig. 5: seconds and bytes of each method's importance, on log scales."""
+    pyplot = load_pyplot()
+    figure, panels = pyplot.subplots(
+        1, 2, figsize=(7.4, 0.4 * len(found) + 0.9), sharey=True, layout="constrained"
+    )
+    seconds = [c.seconds for c in found.values()]
+    mebibytes = [c.bytes / 2**20 for c in found.values()]
+    for at, values, unit in zip(
+        panels, (seconds, mebibytes), ("seconds", "MiB on disk"), strict=True
+    ):
+        bars = at.barh(list(found), values, color="white", edgecolor="black", height=0.6)
+        at.bar_label(bars, [f"{v:,.3g}" for v in values], padding=3, fontsize="small")
+        at.set_xscale("log")
+        at.set_xlim(right=at.get_xlim()[1] * 4)
+        at.set_xlabel(unit)
+        at.tick_params(axis="y", length=0)
+    for drawn, cost in zip(panels[0].patches, found.values(), strict=True):
+        if cost.extrapolated:
+            drawn.set_hatch("///")
+    panels[0].invert_yaxis()
+    return figure
+
+
+def phi_curves(
+    results: Results,
+    metrics: Sequence[str] = ("forgetting_seen", "forgetting_unseen", "nll", "acc"),
+) -> Any | None:
+    """Fig. 6: each measure against φ, the mean over tasks, ± one standard error over seeds."""
+    sweeps: dict[str, list[Row]] = {}
+    for row in results.rows:
+        if row.phi is not None and row.phi > 0:
+            sweeps.setdefault(row.method, []).append(row)
+    # Only means over the same tasks can be compared.
+    tasks = results.tasks
+    sweeps = {m: rs for m, rs in sweeps.items() if all(results.of(r, t) for r in rs for t in tasks)}
+    if not sweeps:
+        return None
+    plain = Row("lora-nu-mu", None)
+    pyplot = load_pyplot()
+    figure, panels = pyplot.subplots(
+        1, len(metrics), figsize=(2.3 * len(metrics) + 0.6, 2.9), layout="constrained"
+    )
+    for metric, at in zip(metrics, panels, strict=True):
+        for index, (method, rows) in enumerate(sweeps.items()):
+            points = [mean_se(results.over_tasks(metric, r, tasks).values()) for r in rows]
+            at.errorbar(
+                [r.phi for r in rows], [m for m, _ in points],
+                yerr=[0 if math.isnan(e) else e for _, e in points], capsize=2, linewidth=1.2,
+                marker=MARKERS[index], markersize=5, linestyle=STYLES[index % len(STYLES)],
+                label=METHODS[method].label,
+            )  # fmt: skip
+        if plain in results.rows:
+            level = mean_se(results.over_tasks(metric, plain, tasks).values())[0]
+            at.axhline(level, color="black", linewidth=0.8, linestyle=":", label="no penalty (ν+μ)")
+        at.set_xscale("log")
+        values = sorted({r.phi for rows in sweeps.values() for r in rows if r.phi})
+        at.set_xticks(values, [f"{v:g}" for v in values], fontsize="x-small")
+        at.minorticks_off()
+        at.set_xlabel("φ")
+        at.set_title(METRICS[metric].label, loc="left", fontsize="medium")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def frontier(results: Results, across: str = "nll", up: str = "forgetting_unseen") -> Any:
+    """What the domain costs the rest: lower left is better. One panel a task, mean over seeds."""
+    pyplot = load_pyplot()
+    rows = [r for r in results.rows if METHODS[r.method].record is not None]
+    tasks = results.tasks
+    figure, panels = pyplot.subplots(
+        1,
+        len(tasks),
+        figsize=(max(7.4, 2.9 * len(tasks) + 0.5), 3.9),
+        layout="constrained",
+        squeeze=False,
+    )
+    methods = list(dict.fromkeys(r.method for r in rows))
+    for task, at in zip(tasks, panels[0], strict=True):
+        for method in methods:
+            of = [r for r in rows if r.method == method and results.values(up, r, task)]
+            points = [
+                [mean_se(results.values(m, r, task).values())[0] for m in (across, up)] for r in of
+            ]
+            if not points:
+                continue
+            mine = method.startswith("hlora")
+            at.plot(
+                [p[0] for p in points], [p[1] for p in points], linewidth=0.8, linestyle="-",
+                color=OURS if mine else "black", marker=MARKERS[methods.index(method) % 14],
+                markerfacecolor=OURS if mine else "white", markersize=6,
+                label=METHODS[method].label,
+            )  # fmt: skip
+        at.axhline(0, color="black", linewidth=0.6, linestyle=":")
+        at.set_title(task, loc="left")
+        at.set_xlabel(METRICS[across].label)
+    panels[0][0].set_ylabel(METRICS[up].label + " (nats per token)")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure

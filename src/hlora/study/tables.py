@@ -1,0 +1,172 @@
+"""The paper's tables, and ours, from the runs of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hlora.files import size
+from hlora.study.claims import MISSING, Verdict, difference, named_with_tasks
+from hlora.study.cost import Cost
+from hlora.study.html import Table
+from hlora.study.metrics import METRICS, forgetting_on
+from hlora.study.paper import COST, TABLE_1, TABLE_2, TASKS, Score, e_perplexity
+from hlora.study.rows import Results, Row, mean_se, shown
+from hlora.study.stats import independent, p_text
+
+PAPER_NAMES = {"ewc-original": "ewc"}
+"""Where the paper has one row for what is two methods here."""
+
+ABLATION = (
+    "hlora", "hlora-no-layer", "hlora-paper", "hlora-paper-no-layer", "hlora-official",
+    "hlora-official-no-layer", "l2", "lora-nu-mu",
+)  # fmt: skip
+
+
+def beside_the_paper(results: Results, rows: Sequence[Row], paper: dict) -> Table:
+    """`PPL / accuracy` by task: ours on text like ν's and on unseen kinds, then the paper's.
+
+    The paper's perplexities, 2 to the nats, are converted to e to the nats.
+    """
+    headings = ["method", *(f"{t}: seen · unseen / acc" for t in results.tasks)]
+    headings += [f"{model.rsplit('-', 1)[0]}, {task}" for model in paper for task in TASKS]
+    cells = []
+    for row in rows:
+        ours = [_triple(results, row, t) for t in results.tasks]
+        name = PAPER_NAMES.get(row.method, row.method)
+        theirs = [
+            _converted(paper[model][name][i]) if name in paper[model] else "–"
+            for model in paper
+            for i in range(len(TASKS))
+        ]
+        cells.append([row.label, *ours, *theirs])
+    return Table(headings, cells)
+
+
+def _triple(results: Results, row: Row, task: str) -> str:
+    means = [
+        mean_se(results.values(m, row, task).values())[0] for m in ("ppl_seen", "ppl_unseen", "acc")
+    ]
+    return "{:.2f} · {:.2f} / {:.1f}".format(*means) if results.of(row, task) else "–"
+
+
+def _converted(score: Score) -> str:
+    return f"{e_perplexity(score[0]):.2f} ({score[0]:.2f}) / {score[1]:.1f}"
+
+
+def by_task(results: Results, task: str, metrics: Sequence[str]) -> Table:
+    """Every method on one task: mean ± standard error over seeds."""
+    rows = [
+        [
+            row.label,
+            *(
+                shown(results.values(m, row, task).values(), METRICS[m].digits, METRICS[m].signed)
+                for m in metrics
+            ),
+            str(len(results.of(row, task))),
+        ]
+        for row in results.rows
+        if results.of(row, task)
+    ]
+    return Table(["method", *(METRICS[m].label for m in metrics), "seeds"], rows)
+
+
+def over_tasks(results: Results, metrics: Sequence[str]) -> Table:
+    """The methods that have every task: means over tasks ± standard error over seeds."""
+    cells = []
+    for row in results.rows:
+        if not all(results.of(row, t) for t in results.tasks):
+            continue
+        means = {m: results.over_tasks(m, row, results.tasks) for m in metrics}
+        told = [shown(v.values(), METRICS[m].digits, METRICS[m].signed) for m, v in means.items()]
+        cells.append([row.label, *told, str(max(map(len, means.values())))])
+    return Table(["method", *(METRICS[m].label for m in metrics), "seeds"], cells)
+
+
+def by_kind(results: Results, rows: Sequence[Row]) -> Table:
+    """Forgetting on each kind of text, the mean over tasks; unseen kinds carry a star."""
+    kinds = list(results.lines[0]["text"])
+    unseen = results.lines[0]["unseen"]
+    cells = [
+        [
+            row.label,
+            *(
+                shown(results.over_tasks(forgetting_on(k), row, results.tasks).values(), 3, True)
+                for k in kinds
+            ),
+        ]
+        for row in rows
+    ]
+    return Table(["method", *(k + ("*" if k in unseen else "") for k in kinds)], cells)
+
+
+def head_to_head(results: Results, ours: Row) -> Table:
+    """Differences to every other row, paired by seed, each the mean over the tasks they share."""
+    metrics = ("forgetting_seen", "forgetting_unseen", "nll", "acc")
+    headings = [f"{ours.label} minus"]
+    for metric in metrics:
+        headings += [METRICS[metric].label, "p"]
+    cells = []
+    for other in results.rows:
+        if other == ours or other.method == "base":
+            continue
+        row = [named_with_tasks(results, ours, other)]
+        for metric in metrics:
+            d = difference(results, metric, ours, other)
+            row += [d.shown(METRICS[metric].digits), p_text(d.p)]
+        cells.append(row)
+    return Table(headings, cells)
+
+
+def t_tests(results: Results, ours: Row, rival: Row) -> Table:
+    """Fig. 3's tests, as the paper makes them: runs as independent samples, task by task."""
+    headings = ["task, measure", ours.label, rival.label, "Welch p", "Student p", "Hedges' g", "n"]
+    cells = []
+    for task in results.tasks:
+        for metric in ("ppl_seen", "ppl_unseen", "nll", "acc"):
+            a, b = (list(results.values(metric, r, task).values()) for r in (ours, rival))
+            t = independent(a, b)
+            cells.append(
+                [
+                    f"{task}, {METRICS[metric].label}", shown(a, METRICS[metric].digits),
+                    shown(b, METRICS[metric].digits), p_text(t.welch), p_text(t.student),
+                    "–" if t.g != t.g else f"{t.g:+.2f}", f"{t.n[0]}, {t.n[1]}",
+                ]
+            )  # fmt: skip
+    return Table(headings, cells)
+
+
+def cost(found: dict[str, Cost]) -> Table:
+    """Fig. 5 as figures, with the paper's below."""
+    cells = [
+        [
+            label, f"{c.seconds:,.0f} s" + (" (extrapolated)" if c.extrapolated else ""),
+            f"{c.timed:,}" if c.timed else "–", size(c.bytes), str(c.seeds),
+        ]
+        for label, c in found.items()
+    ]  # fmt: skip
+    for model, rows in COST.items():
+        for method, (hours, gigabytes) in rows.items():
+            name = "EWC-LoRA" if method.startswith("ewc") else "HLoRA"
+            cells.append(
+                [f"the paper, {model}, {name}", f"{hours} h (A800)", "–", f"{gigabytes} GB", "–"]
+            )
+    return Table(["importance", "time", "sequences or steps timed", "on disk", "runs"], cells)
+
+
+def verdicts(by_row: dict[Row, list[Verdict]]) -> Table:
+    """Claims down, HLoRA's rows across."""
+    rows = list(by_row)
+    cells = []
+    for claims in zip(*by_row.values(), strict=True):
+        if any(v.word != MISSING for v in claims):
+            cells.append([claims[0].claim, *(v.word for v in claims)])
+    return Table(["claim", *(r.label for r in rows)], cells, prose=True)
+
+
+def table_1(results: Results) -> Table:
+    return beside_the_paper(results, results.rows, TABLE_1)
+
+
+def table_2(results: Results) -> Table | None:
+    rows = [r for m in ABLATION for r in results.rows if r.method == m]
+    return beside_the_paper(results, rows, TABLE_2) if rows else None
