@@ -25,13 +25,13 @@ import hlora
 from benchmarks import cost
 from benchmarks.shapes import WHOLE, lora_model
 from benchmarks.step import Bench, machine
-from hlora.core.importance import fisher, fisher_original
+from hlora.core.importance import fisher_original
+from hlora.core.importance.fisher import LEAN, Fisher
 from hlora.core.importance.fisher_original import SEQUENCES
+from hlora.core.kinds import kind_named
 from hlora.files import size
-from hlora.run.dry_run import importance_bytes
+from hlora.hf.peft import find_pairs
 from hlora.run.machine import peak_bytes, reset_peak
-
-LEAN_SEQUENCES = 200
 
 
 def measure(shape: str, steps: int, batch: int, tokens: int, timed: int) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
         added = bench.seconds(bench.addition(optimizer), timed)
         bench.model.zero_grad()
         peak = memory(lambda o=optimizer: bench.step(o))  # type: ignore[misc]
-        disk = importance_bytes(bench.pairs, kind)
+        disk = kind_named(kind).bytes([p.shape[:2] for p in bench.pairs])
         of = f"{timed} of {steps} steps"
         row(f"HLoRA {kind}, phase ν whole", steps * (alone + added), peak, disk, of)
         row(f"HLoRA {kind}, added by recording", steps * added, None, disk, of)
@@ -76,13 +76,13 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
     blocks = torch.randint(0, bench.model.config.vocab_size, (timed * 4, tokens))
 
     def lean() -> None:
-        fisher.gather(bench.model, blocks, batch_size=4)
+        Fisher.gather(bench.model, bench.pairs, blocks, batch_size=4)
 
     lean()
     each = bench.seconds(lean, 1) / len(blocks)
-    disk = importance_bytes(bench.pairs, "fisher")
-    row("EWC, lean", LEAN_SEQUENCES * each, memory(lean), disk,
-        f"{len(blocks)} of {LEAN_SEQUENCES} sequences")  # fmt: skip
+    disk = kind_named("fisher").bytes([p.shape[:2] for p in bench.pairs])
+    row("EWC, lean", LEAN * each, memory(lean), disk,
+        f"{len(blocks)} of {LEAN} sequences")  # fmt: skip
     return blocks
 
 
@@ -90,12 +90,13 @@ def _original(shape: str, blocks: torch.Tensor, row: Any) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = lora_model(shape, "q,v", 8, device)
     blocks = blocks.to(device)
-    fisher_original.gather(model, blocks[:1])
+    pairs = find_pairs(model)
+    fisher_original.gather(model, pairs, blocks[:1])
     found: dict[str, Any] = {}
 
     def gather() -> None:
         began = time.perf_counter()
-        _, found["disk"] = fisher_original.gather(model, blocks)
+        _, found["disk"] = fisher_original.gather(model, pairs, blocks)
         found["each"] = (time.perf_counter() - began) / len(blocks)
 
     peak = memory(gather)

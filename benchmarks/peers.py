@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from hlora.core.pairs import Pair
-from hlora.core.steps import watchers
+from hlora.core.steps import steps_of
 
 
 class PlainRecord:
@@ -17,8 +17,8 @@ class PlainRecord:
     def __init__(self, pairs: list[Pair], optimizer: torch.optim.Optimizer) -> None:
         self.pairs = pairs
         self.omega = [torch.zeros(p.shape[:2], device=p.B.device) for p in pairs]
-        watchers(optimizer).observe.append(self.before)
-        watchers(optimizer).after.append(self.after)
+        steps_of(optimizer).observers.append(self.before)
+        steps_of(optimizer).after.append(self.after)
 
     @torch.no_grad()
     def before(self, optimizer: torch.optim.Optimizer) -> None:
@@ -47,7 +47,7 @@ class PlainPenalty:
         self.pairs, self.phi = pairs, phi
         self.Omega = [Omega[p.name].to(p.B.device, torch.float32) for p in pairs]
         self.anchor = [(p.s * p.B @ p.A).detach() for p in pairs]
-        watchers(optimizer).add.append(self.add)
+        steps_of(optimizer).observers.append(self.add)
 
     def add(self, optimizer: torch.optim.Optimizer) -> None:
         with torch.enable_grad():

@@ -31,7 +31,7 @@ from benchmarks.peers import PlainPenalty, PlainRecord
 from benchmarks.shapes import TARGETS, WHOLE, lora_model
 from hlora.cli import convert
 from hlora.core import store
-from hlora.core.steps import watchers
+from hlora.core.steps import steps_of
 from hlora.hf.peft import find_pairs
 from hlora.run.machine import processor
 from hlora.run.settings import ConvertSettings
@@ -102,10 +102,10 @@ class Bench:
         """What an attached callback adds to a step, to be run alone after a real backward pass."""
         self.step(optimizer)
         self.backward()
-        hooks = watchers(optimizer)
+        hooks = steps_of(optimizer)
 
         def added() -> None:
-            for hook in (*hooks.observe, *hooks.add, *hooks.after):
+            for hook in (*hooks.observers, hooks.regularize, *hooks.after):
                 hook(optimizer)
 
         added()

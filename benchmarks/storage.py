@@ -15,14 +15,20 @@ import torch
 
 from benchmarks import cost
 from benchmarks.shapes import TARGETS, WHOLE, lora_model
+from hlora.core.kinds import kind_named
+from hlora.core.pairs import Pair, base_parameters
 from hlora.files import size
-from hlora.hf.peft import base_parameters, find_pairs
-from hlora.run.dry_run import importance_bytes
+from hlora.hf.peft import find_pairs
 
 FORMS = {
     "factored": ("factored", "fp32"), "dense int8": ("dense", "int8"),
     "dense bf16": ("dense", "bf16"), "dense fp32": ("dense", "fp32"),
 }  # fmt: skip
+
+
+def size_of(pairs: list[Pair], kind: str, storage: str) -> int:
+    """Bytes of an importance of these targets."""
+    return kind_named(kind).bytes([p.shape[:2] for p in pairs], storage)
 
 
 def rows() -> list[dict[str, Any]]:
@@ -33,7 +39,7 @@ def rows() -> list[dict[str, Any]]:
             model = lora_model(shape, targets, 8, torch.device("meta"))
             pairs = find_pairs(model)
             ewc = sum(4 * p.numel() for p in base_parameters(model).values())
-            ours = {name: importance_bytes(pairs, *form) for name, form in FORMS.items()}
+            ours = {name: size_of(pairs, *form) for name, form in FORMS.items()}
             found.append({"shape": shape, "targets": targets, "ewc_bytes": ewc, "bytes": ours})
     return found
 

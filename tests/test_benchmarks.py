@@ -8,9 +8,10 @@ import torch
 
 from benchmarks import host, importance, kinds, page, shapes, step, storage, targets
 from hlora.core import store
-from hlora.core.importance import Dense, Factored
+from hlora.core.importance.dense import Dense
+from hlora.core.importance.factored import Factored
+from hlora.hf.callbacks import save_importance
 from hlora.hf.peft import find_pairs
-from hlora.run.dry_run import importance_bytes
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::SyntaxWarning"
@@ -76,9 +77,9 @@ def test_the_sizes_that_are_counted_are_those_of_files(tmp_path):
     kinds = {f"dense {form}": dense.stored_as(form) for form in ("fp32", "bf16", "int8")}
     kinds["factored"] = Factored.of_dense(dense.decoded())
     for name, kind in kinds.items():
-        store.save(tmp_path / name, model, pairs, kind, {})
+        save_importance(tmp_path / name, model, pairs, kind, {})
         written = (tmp_path / name / store.TENSORS).stat().st_size
-        counted = importance_bytes(pairs, *storage.FORMS[name])
+        counted = storage.size_of(pairs, *storage.FORMS[name])
         assert counted <= written < counted + 200 * len(pairs) + 500  # the file's header
 
 
@@ -102,7 +103,7 @@ def test_the_peers_compute_the_same(monkeypatch):
 
     from benchmarks.peers import PlainPenalty, PlainRecord
     from benchmarks.step import Bench
-    from hlora.core.importance import Dense, DenseTrace
+    from hlora.core.importance.dense import Dense, DenseTrace
     from hlora.core.lowrank import LowRank
     from hlora.core.pairs import group
 
@@ -115,8 +116,9 @@ def test_the_peers_compute_the_same(monkeypatch):
     plain = PlainRecord(bench.pairs, optimizer)
     for _ in range(2):
         bench.step(optimizer)
-    assert isinstance(ours._trace, DenseTrace)
-    stacked = {n: o for g, t in ours._trace.omega.items() for n, o in zip(g, t, strict=True)}
+    trace = ours._recorder.trace
+    assert isinstance(trace, DenseTrace)
+    stacked = {n: o for g, t in trace.omega.items() for n, o in zip(g, t, strict=True)}
     for pair, omega in zip(bench.pairs, plain.omega, strict=True):
         torch.testing.assert_close(stacked[pair.name], omega, rtol=1e-2, atol=1e-9)
 

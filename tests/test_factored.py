@@ -5,7 +5,7 @@ import torch
 
 import hlora
 from hlora.core import ops, store
-from hlora.core.importance import Factored
+from hlora.core.importance.factored import Factored
 from hlora.core.lowrank import LowRank
 from hlora.core.ops import reference as tiled
 from hlora.core.pairs import group
@@ -125,21 +125,22 @@ def test_tuning_is_held_by_it(tmp_path):
 
 
 def test_no_matrix_of_the_model_s_size_is_kept(tmp_path):
-    callback, _, model = record(tmp_path, model=lora_model())
+    record(tmp_path, model=lora_model())
     size = (tmp_path / "nu" / store.TENSORS).stat().st_size
     assert size < (tmp_path / "nu" / "adapter_model.safetensors").stat().st_size
-    for g in group(find_pairs(model)):
-        rows, columns = callback._trace.Omega[g.names]
-        assert rows.shape == (len(g.pairs), g.m)
-        assert columns.shape == (len(g.pairs), g.n)
+    groups = group(find_pairs(lora_model()))
+    trace = Factored.trace(groups, None)
+    for g in groups:
+        assert trace.omega[g.names][0].shape == (len(g.pairs), g.m)
+        assert trace.omega[g.names][1].shape == (len(g.pairs), g.n)
 
 
 def test_what_it_cannot_do_is_refused(tmp_path, nu):
     with pytest.raises(hlora.InputError, match="cannot clamp each element"):
         hlora.Record(tmp_path / "x", kind="factored", preset="official")
-    with pytest.raises(hlora.InputError, match=r"holds dense importance .* be factored"):
-        hlora.Record(tmp_path / "x", kind="factored", previous=nu)
-    with pytest.raises(hlora.InputError, match="kind must be one of dense, factored"):
+    with pytest.raises(hlora.InputError, match=r"dense.*factored"):
+        hlora.Record(tmp_path / "x", kind="factored", previous=nu).check_folders()
+    with pytest.raises(hlora.InputError, match="thin"):
         hlora.Record(tmp_path / "x", kind="thin")
     with pytest.raises(ValueError, match="missing"):
         Factored.from_tensors({"a.rows": torch.ones(2)})
@@ -151,5 +152,7 @@ def test_it_is_the_default_and_dense_where_the_paper_or_its_storage_is_asked_for
     assert hlora.Record(new, preset="paper").kind == "dense"
     assert hlora.Record(new, preset="official").kind == "dense"
     assert hlora.Record(new, storage="int8").kind == "dense"
-    assert hlora.Record(new, previous=nu).kind == "dense"
+    on_top = hlora.Record(new, previous=nu)
+    on_top.check_folders()
+    assert on_top.kind == "dense"
     assert hlora.Record(new, preset="paper", kind="factored").kind == "factored"

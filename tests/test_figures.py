@@ -3,7 +3,7 @@
 import pytest
 
 import hlora
-from hlora.core.grid import layer_grid
+from hlora.core.layers import layer_grid
 from hlora.study import plots as figures
 from hlora.study.html import Section, Table, write_report
 

@@ -7,12 +7,18 @@ import torch.nn.functional as F
 import hlora
 from hlora.cli import main as cli
 from hlora.core import ops, store
-from hlora.core.importance import fisher, fisher_original
+from hlora.core.importance import fisher_original
+from hlora.core.importance.fisher import Fisher
 from hlora.core.ops import reference as tiled
+from hlora.hf.callbacks import save_importance
 from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model, make_trainer, perturb
 from tests.test_ops import error, rand
 from tests.tiny import write_text
+
+
+def gather(model, rows, **settings):
+    return Fisher.gather(model, find_pairs(model), rows, **settings)[0]
 
 
 @pytest.mark.parametrize("tile", [1 << 20, 8])
@@ -30,7 +36,7 @@ def test_it_is_the_mean_squared_gradient_of_the_base_weights(architecture):
     perturb(model)
     model.eval()
     rows = torch.randint(3, 60, (5, 9))
-    found = fisher.gather(model, rows, labels="corpus", batch_size=2)
+    found = gather(model, rows, labels="corpus", batch_size=2)
     pairs = find_pairs(model)
     expected = {p.name: 0 for p in pairs}
     for p in pairs:
@@ -50,9 +56,9 @@ def test_the_original_finds_the_same_at_another_scale(architecture):
     model = lora_model(architecture)
     model.train()
     rows = torch.randint(3, 60, (5, 9))
-    lean = fisher.gather(model, rows, labels="corpus").tensors()
-    theirs, size = fisher_original.gather(model, rows)
-    for name, F_i in theirs.tensors().items():
+    lean = gather(model, rows, labels="corpus").tensors()
+    theirs, size = fisher_original.gather(model, find_pairs(model), rows)
+    for name, F_i in theirs.items():
         # It squares gradients of the mean over tokens, ours are of the sum.
         torch.testing.assert_close(F_i * 8**2, lean[name], rtol=1e-4, atol=1e-10)
     base = [p for n, p in model.named_parameters() if "lora_" not in n]
@@ -64,7 +70,7 @@ def test_the_original_finds_the_same_at_another_scale(architecture):
 
 def test_sampled_labels_depend_on_the_seed_alone():
     model, rows = lora_model(), torch.randint(3, 60, (4, 8))
-    one, same, other = (fisher.gather(model, rows, seed=s).tensors() for s in (0, 0, 1))
+    one, same, other = (gather(model, rows, seed=s).tensors() for s in (0, 0, 1))
     assert all(torch.equal(one[n], same[n]) for n in one)
     assert not all(torch.equal(one[n], other[n]) for n in one)
 
@@ -73,7 +79,7 @@ def test_gathering_leaves_the_model_as_it_was():
     model = lora_model(lora_dropout=0.3)
     model.train()
     before = [p.detach().clone() for p in model.parameters()]
-    fisher.gather(model, torch.randint(3, 60, (4, 8)))
+    gather(model, torch.randint(3, 60, (4, 8)))
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     for p, q in zip(model.parameters(), before, strict=True):
@@ -95,8 +101,10 @@ def test_the_command_and_the_penalty_from_the_base(tiny, tmp_path, capsys):
         ["convert", str(tmp_path / "f"), "--to", "int8", "--output", str(tmp_path / "f8")]
     ) == 0  # fmt: skip
     assert store.load(tmp_path / "f8").info["kind"] == "fisher"
-    with pytest.raises(hlora.InputError, match="fisher importance, which a recording cannot add"):
-        hlora.Record(tmp_path / "new", previous=tmp_path / "f")
+    with pytest.raises(hlora.InputError, match="fisher"):
+        hlora.Record(tmp_path / "new", previous=tmp_path / "f").check_folders()
+    with pytest.raises(hlora.InputError, match="--kind fisher"):
+        hlora.Record(tmp_path / "new", kind="fisher")
 
 
 def test_the_original_is_a_command_and_says_what_the_whole_takes(tiny, tmp_path, capsys):
@@ -114,9 +122,9 @@ def test_the_original_is_a_command_and_says_what_the_whole_takes(tiny, tmp_path,
 
 def test_tuning_is_held_at_the_base_by_it(tmp_path):
     model = lora_model()
-    found = fisher.gather(model, torch.randint(3, 60, (8, 12)))
+    found = gather(model, torch.randint(3, 60, (8, 12)))
     notes = {"recording": {}, "previous": None, "summary": {}}
-    store.save(tmp_path / "f", model, find_pairs(model), found, notes)
+    save_importance(tmp_path / "f", model, find_pairs(model), found, notes)
     moved = []
     for phi in (0.0, 1000.0):
         model = lora_model()

@@ -10,6 +10,7 @@ import transformers
 import hlora
 from hlora.core import store
 from hlora.core.layers import effective_number, layer_weights
+from hlora.core.steps import steps_of
 from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model, make_trainer, perturb, token_rows
 from tests.reference import penalty as dense_penalty
@@ -60,28 +61,10 @@ def test_value_and_gradients_are_autograd_s_on_dense_theta(nu, how, anchor):
     assert float(callback.value()) == pytest.approx(float(R.detach()), rel=1e-6)
     for p in pairs:
         p.B.grad, p.A.grad = None, None
-    callback._add_gradient(optimizer)
+    steps_of(optimizer).regularize(optimizer)
     for ours, theirs in zip([f.grad for p in pairs for f in (p.B, p.A)], expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
         assert theirs.abs().max() > 0
-
-
-def test_weigh_is_differentiable(nu):
-    model = lora_model(dtype=torch.float64)
-    callback = hlora.Penalty(nu)
-    callback.start(
-        model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    )
-    perturb(model)
-    g = callback._groups[0]
-    change = callback.change(g, *g.factors())
-    P, Q = change.P.requires_grad_(), change.Q.requires_grad_()
-    value = callback.stored.importance.weigh(g, type(change)(P, Q))
-    dP, dQ = torch.autograd.grad(value.sum(), (P, Q))
-    P, Q = P.detach(), Q.detach()
-    _, eP, eQ = callback.stored.importance.pull(g, type(change)(P, Q), P, Q)
-    torch.testing.assert_close(dP, 2 * eP)
-    torch.testing.assert_close(dQ, 2 * eQ)
 
 
 def test_zero_with_zero_gradient_at_the_anchor(nu):
@@ -90,7 +73,7 @@ def test_zero_with_zero_gradient_at_the_anchor(nu):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     callback.start(model, optimizer)  # takes ν's weights
     assert float(callback.value()) == 0.0
-    callback._add_gradient(optimizer)
+    steps_of(optimizer).regularize(optimizer)
     assert all(not p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
@@ -201,7 +184,7 @@ class Reporter(transformers.TrainerCallback):
 def test_a_reporter_behind_it_sees_r(nu, tmp_path):
     reporter = Reporter()
     trainer = make_trainer(lora_model(), tmp_path / "run", [reporter], rows=token_rows(seed=2))
-    trainer.callback_handler.callbacks.insert(0, hlora.Penalty(nu, phi=10.0))
+    hlora.attach(trainer, hlora.Penalty(nu, phi=10.0))
     trainer.train()
     assert all("R" in logs for logs in reporter.seen if "loss" in logs)
 

@@ -321,8 +321,15 @@ def test_resuming_without_the_recorder_s_state_is_refused(tmp_path):
 
 def test_an_output_with_a_result_is_refused(nu):
     with pytest.raises(hlora.InputError, match="already holds a result"):
-        hlora.Record(nu, kind="dense")
-    hlora.Record(nu, overwrite=True)
+        hlora.Record(nu, kind="dense").check_folders()
+    hlora.Record(nu, overwrite=True).check_folders()
+    with pytest.raises(hlora.InputError, match="already holds a result"):
+        make_trainer(lora_model(), nu.parent / "again", [hlora.Record(nu)]).train()
+
+
+def test_making_a_record_touches_no_disk(tmp_path):
+    hlora.Record(tmp_path / "new", previous=tmp_path / "not yet there")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

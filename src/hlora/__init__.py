@@ -1,7 +1,7 @@
 """LoRA fine-tuning of language models that does not forget.
 
-Two callbacks for transformers' Trainer (and TRL's): `Record` for the general text, `Penalty`
-for the domain. https://arxiv.org/abs/2501.13669
+Attach `Record` to a Trainer for the general text and `Penalty` for the domain.
+https://arxiv.org/abs/2501.13669
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hlora.core.regularizer import Pull, Regularizer
     from hlora.core.store import Stored, load
     from hlora.errors import (
         HloraError,
@@ -18,21 +19,23 @@ if TYPE_CHECKING:
         StoreError,
         UnsupportedModelError,
     )
-    from hlora.hf.penalty import Penalty
-    from hlora.hf.record import Record
+    from hlora.hf.attach import attach
+    from hlora.hf.callbacks import Penalty, Record
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Penalty": "hlora.hf.penalty",
-    "Record": "hlora.hf.record",
+    "Penalty": "hlora.hf.callbacks",
+    "Pull": "hlora.core.regularizer",
+    "Record": "hlora.hf.callbacks",
+    "Regularizer": "hlora.core.regularizer",
     "Stored": "hlora.core.store",
+    "attach": "hlora.hf.attach",
     "load": "hlora.core.store",
-    "HloraError": "hlora.errors",
-    "InputError": "hlora.errors",
-    "MismatchError": "hlora.errors",
-    "StoreError": "hlora.errors",
-    "UnsupportedModelError": "hlora.errors",
+    **dict.fromkeys(
+        ("HloraError", "InputError", "MismatchError", "StoreError", "UnsupportedModelError"),
+        "hlora.errors",
+    ),
 }
 
 __all__ = [
@@ -40,10 +43,13 @@ __all__ = [
     "InputError",
     "MismatchError",
     "Penalty",
+    "Pull",
     "Record",
+    "Regularizer",
     "StoreError",
     "Stored",
     "UnsupportedModelError",
+    "attach",
     "load",
 ]
 
@@ -53,3 +59,7 @@ def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'hlora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

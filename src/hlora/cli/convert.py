@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hlora.core import store
-from hlora.core.importance import Dense, Factored, Importance
+from hlora.core.importance import Importance
+from hlora.core.importance.factored import Factored
 from hlora.errors import InputError
 from hlora.files import refuse_result, size
 from hlora.run.settings import ConvertSettings
@@ -28,13 +29,4 @@ def _converted(stored: store.Stored, to: str) -> Importance:
     if to == "ones":
         pairs = stored.info["pairs"]
         return Factored.ones({n: (int(p["m"]), int(p["n"])) for n, p in pairs.items()})
-    if isinstance(importance, Dense):
-        if to == "factored":
-            return Factored.of_dense(importance.decoded())
-        return importance.stored_as(to)
-    if to != "factored":
-        raise InputError(
-            "Factored importance holds sums only, so no dense one can be made from it: record "
-            "with --kind dense."
-        )
-    return importance
+    return importance.converted(to)

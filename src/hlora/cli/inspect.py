@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hlora.core import store
-from hlora.core.grid import layer_grid
+from hlora.core.layers import layer_grid
+from hlora.core.recorder import describe_summary
 from hlora.errors import InputError
 from hlora.files import size
-from hlora.hf.record import describe_summary
 from hlora.run.settings import InspectSettings
 
 
@@ -40,7 +40,7 @@ def run(settings: InspectSettings) -> None:
         console.print(f"{name:<12}{value}")
     for name, file in info["files"].items():
         console.print(f"{size(file['bytes']):>10}  {name}")
-    console.print(describe_summary(info["summary"], folder))
+    console.print(describe_summary(info["kind"], info["summary"]))
     for line in _heatmap(info["norms"]):
         console.print(line)
     if settings.plot:

@@ -10,9 +10,9 @@ from hlora.core.store import TENSORS
 from hlora.data.tasks import Answers, Pad, load_task
 from hlora.errors import InputError
 from hlora.files import check_space, publish, refuse_result, write_json
+from hlora.hf.callbacks import Penalty
 from hlora.hf.distributed import is_main
-from hlora.hf.peft import find_pairs, save_adapter
-from hlora.hf.penalty import Penalty
+from hlora.hf.peft import base_of, find_pairs, save_adapter
 from hlora.run.adapters import new_adapter
 from hlora.run.dry_run import describe
 from hlora.run.models import load, load_adapter, pick_device, pick_dtype
@@ -52,7 +52,7 @@ def run(settings: TuneSettings) -> None:
     else:
         model = new_adapter(model, settings)
     pairs = find_pairs(model)
-    penalty.stored.check(model, pairs, ranks=settings.anchor == "nu")
+    penalty.stored.check(base_of(model, pairs), pairs, ranks=settings.anchor == "nu")
     data, pad = Answers(task, tokenizer, settings.max_length), Pad(tokenizer.pad_token_id or 0)
     check_space(output, 64 << 20)
     if settings.dry_run:

@@ -1,7 +1,7 @@
 """Estimates of the gradient with respect to θ from the gradients of B and A.
 
-Each takes B (L, m, r), A (L, r, n), their gradients g^B and g^A, s (L, 1, 1) and the learning
-rate η, and returns a `LowRank`.
+Each takes B (L, m, r), A (L, r, n), their gradients g^B and g^A, s (L, 1, 1), the learning rate η,
+one number or (L, 1, 1), and which factors are trained, and returns a `LowRank`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ from torch import Tensor
 from hlora.core.lowrank import LowRank
 
 
-def equivalent(B: Tensor, A: Tensor, gB: Tensor, gA: Tensor, s: Tensor, eta: float) -> LowRank:
+def equivalent(
+    B: Tensor,
+    A: Tensor,
+    gB: Tensor,
+    gA: Tensor,
+    s: Tensor,
+    eta: float | Tensor,
+    *,
+    trains_A: bool = True,
+    trains_B: bool = True,
+) -> LowRank:
     """g̃ = g^B A + B g^A − η g^B g^A (Eq. 11): under plain SGD exactly −Δθ/(ηs)."""
     return LowRank(torch.cat([gB, B - eta * gB], dim=2), torch.cat([A, gA], dim=1))
 
@@ -23,7 +33,7 @@ def projected(
     gB: Tensor,
     gA: Tensor,
     s: Tensor,
-    eta: float,
+    eta: float | Tensor,
     *,
     trains_A: bool = True,
     trains_B: bool = True,
@@ -51,4 +61,4 @@ def _pinv(gram: Tensor) -> Tensor:
     return torch.linalg.pinv(gram.double(), hermitian=True, rtol=1e-10).to(gram.dtype)
 
 
-ESTIMATORS = ("equivalent", "projected")
+ESTIMATORS = {"equivalent": equivalent, "projected": projected}

@@ -1,8 +1,9 @@
-"""Eq. 15: how much each layer (target matrix) counts in R."""
+"""Eq. 15: how much each layer (target matrix) counts in R, and layers as Fig. 7 lays them out."""
 
 from __future__ import annotations
 
 import math
+import re
 
 LAYER_WEIGHTS = ("softmax", "normalized", "uniform")
 
@@ -42,3 +43,27 @@ def effective_number(weights: dict[str, float]) -> float:
     """exp(entropy): 1 when one layer has all the weight, the number of layers when all share."""
     total = sum(weights.values())
     return math.exp(-sum(w / total * math.log(w / total) for w in weights.values() if w > 0))
+
+
+def layer_grid(
+    values: dict[str, float],
+) -> tuple[list[str], list[int], list[list[float | None]]]:
+    """Layers by block and target, as Fig. 7 draws them.
+
+    Targets, block numbers, and the value of each target (row) in each block (column).
+
+    A layer outside any numbered block counts as block 0; None where a block lacks the target.
+    """
+    cells: dict[tuple[str, int], float] = {}
+    targets: dict[str, None] = {}
+    for name, value in values.items():
+        number = re.search(r"\.(\d+)\.", name)
+        target = name.rsplit(".", 1)[-1]
+        targets[target] = None
+        cells[target, int(number[1]) if number else 0] = value
+    blocks = sorted({block for _, block in cells})
+    return (
+        list(targets),
+        blocks,
+        [[cells.get((target, block)) for block in blocks] for target in targets],
+    )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hlora.errors import MismatchError
+from hlora.errors import MismatchError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Pair:
         A: (r, n) parameter.
         s: LoRA's scaling, α/r or α/√r (rsLoRA), as PEFT holds it.
         weight: the base weight, possibly quantized.
+        layer: the module whose output is that of θ₀ + s·B A together.
+        transposed: the base weight is kept as (n, m), as Conv1D does.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Pair:
     A: nn.Parameter
     s: float
     weight: Tensor
+    layer: nn.Module
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -169,3 +173,18 @@ def check_same(
 
 def _targets(names: Iterable[str]) -> str:
     return ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters of the base model by name, without any adapter's.
+
+    Raises:
+        UnsupportedModelError: quantized weights, which have no gradient.
+    """
+    found = {n: p for n, p in model.named_parameters() if "lora_" not in n}
+    for name, p in found.items():
+        if not p.is_floating_point():
+            raise UnsupportedModelError(
+                f"{name} is quantized and has no gradient: load the model in bf16 or fp32."
+            )
+    return found

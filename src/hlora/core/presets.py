@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from hlora.core.estimators import ESTIMATORS
+from hlora.core.kinds import KINDS
 from hlora.core.layers import LAYER_WEIGHTS
 from hlora.errors import InputError
 
@@ -24,22 +25,27 @@ class RecordRule:
     """How ω is gathered and consolidated.
 
     Attributes:
+        kind: what is kept, a name in `hlora.core.kinds`.
         estimator: `equivalent` (Eq. 11) or `projected` (see `hlora.core.estimators`).
         scaled: also multiply g̃ by s, as the authors' code does.
         clamp: negative ω become zero at the `end` or after every `step`.
         xi: ξ of Eq. 13.
         xi_relative: ξ is a multiple of the mean of Δ² over all elements.
         every: consolidate at the end of the `phase`, or of each `epoch` and add up.
+        max_grad_norm: the gradient clipping threshold, 0 for none; None leaves it to the trainer.
     """
 
+    kind: str = "factored"
     estimator: str = "equivalent"
     scaled: bool = False
     clamp: str = "end"
     xi: float = 1e-3
     xi_relative: bool = False
     every: str = "phase"
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
+        one_of("kind", self.kind, KINDS)
         one_of("estimator", self.estimator, ESTIMATORS)
         one_of("clamp", self.clamp, ("end", "step"))
         one_of("every", self.every, ("phase", "epoch"))
@@ -73,10 +79,12 @@ class PenaltyRule:
 
 RECORD_PRESETS = {
     "default": RecordRule(),
-    # Eq. 11-13 to the letter; ξ is "small" there.
-    "paper": RecordRule(),
+    # Eq. 11-13 to the letter, one number an element; ξ is "small" there.
+    "paper": RecordRule(kind="dense"),
     # season1blue/HLoRA, 2025-11-25.
-    "official": RecordRule(scaled=True, clamp="step", xi=1e-9, every="epoch"),
+    "official": RecordRule(
+        kind="dense", scaled=True, clamp="step", xi=1e-9, every="epoch", max_grad_norm=0.0
+    ),
 }
 
 PENALTY_PRESETS = {

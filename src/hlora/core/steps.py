@@ -1,7 +1,7 @@
-"""Watching an optimizer step, in any training loop.
+"""What happens around an optimizer step: who watches it, what is added, what is logged.
 
-Trainer's own callbacks also fire around a step that the fp16 scaler skips, and know nothing of
-its scale. Hooks on the optimizer fire around the real step.
+Hooks on the torch optimizer fire around the real step only, in any training loop. A trainer's own
+callbacks also fire for a step that mixed precision drops because of infinite gradients.
 """
 
 from __future__ import annotations
@@ -10,51 +10,135 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from hlora.core.pairs import Group
+from hlora.core.regularizer import Regularizer
 
 Watcher = Callable[[Optimizer], None]
 
 
-class StepWatchers:
-    """Those who look on before a step, those who add to its gradients, those who look after.
+class Steps:
+    """The steps of one optimizer, shared by everything that attaches to it.
 
-    Those who look on always come first: the recorder must see the task's gradient alone,
-    whichever callback was added first.
+    Before a step the observers run first, then the regularizers add their gradients: a recorder
+    sees the task's gradient alone, whatever was attached first.
+
+    Attributes:
+        measure: also measure gradient norms at the coming step.
+        seen: how many steps there were.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.observe: list[Watcher] = []
-        self.add: list[Watcher] = []
+        self.observers: list[Watcher] = []
+        self.regularizers: list[tuple[Regularizer, list[Group]]] = []
         self.after: list[Watcher] = []
+        self.measure = False
+        self.seen = 0
+        self.largest_ratio = 0.0
+        self._clear()
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
+    def _clear(self) -> None:
+        self._taken = 0
+        self._R: Tensor | float = 0.0
+        self._penalty: Tensor | float = 0.0
+        self._norms: Tensor | None = None
+
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for watcher in [*self.observe, *self.add]:
+        self.seen += 1
+        for watcher in list(self.observers):
             watcher(optimizer)
+        self.regularize(optimizer)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for watcher in list(self.after):
             watcher(optimizer)
 
+    def add(self, regularizer: Regularizer, groups: list[Group]) -> None:
+        """Regularize from the next step on; the same regularizer is never added twice."""
+        self.drop(regularizer)
+        self.regularizers.append((regularizer, groups))
+
+    def drop(self, regularizer: Regularizer) -> None:
+        self.regularizers = [(r, g) for r, g in self.regularizers if r is not regularizer]
+
     def forget(self, *watchers: Watcher) -> None:
-        for watcher in watchers:
-            for watching in (self.observe, self.add, self.after):
-                if watcher in watching:
-                    watching.remove(watcher)
+        for watching in (self.observers, self.after):
+            watching[:] = [w for w in watching if w not in watchers]
+
+    @torch.no_grad()
+    def regularize(self, optimizer: Optimizer) -> None:
+        """Add what all regularizers pull to the gradients."""
+        self._taken += bool(self.regularizers)
+        total: list[tuple[Tensor, Tensor]] | None = None
+        for regularizer, groups in self.regularizers:
+            pull = None if regularizer.off else regularizer.before_step(groups)
+            if pull is None:
+                continue
+            self.tally(regularizer, pull.R)
+            held = groups
+            if total is None:
+                total = pull.gradients
+            else:
+                total = [
+                    (B + dB, A + dA) for (B, A), (dB, dA) in zip(total, pull.gradients, strict=True)
+                ]
+        if total is None:
+            return
+        scale = pending_scale(optimizer)
+        if scale is not None:
+            total = [(dB * scale.to(dB), dA * scale.to(dA)) for dB, dA in total]
+        if self.measure:
+            self._norms = torch.stack(
+                [_squared(g.gradients() for g in held), _squared(total)]
+            ).sqrt()
+        for group, (dB, dA) in zip(held, total, strict=True):
+            group.add_gradients(dB, dA)
+
+    def tally(self, regularizer: Regularizer, R: Tensor, share: float = 1.0) -> None:
+        """Count `share` of a regularizer's R in the logs."""
+        R = R.detach().double() * share
+        self._R = self._R + R
+        self._penalty = self._penalty + regularizer.phi * R
+
+    def report(self) -> dict[str, float] | None:
+        """Means over the steps since the last report; None if there was none.
+
+        `R` (Eq. 15, before φ), `penalty` (Σ_t φ_t R_t over the steps) and, where it was measured,
+        `penalty_grad_ratio`: the norm of the added gradient over the task's at the last step.
+        """
+        if not self._taken:
+            return None
+        entry = {"R": float(self._R) / self._taken, "penalty": float(self._penalty) / self._taken}
+        if self._norms is not None:
+            task, ours = self._norms.tolist()
+            if task > 0:
+                entry["penalty_grad_ratio"] = ours / task
+                self.largest_ratio = max(self.largest_ratio, ours / task)
+        self._clear()
+        return entry
 
 
-_WATCHED: WeakKeyDictionary[Optimizer, StepWatchers] = WeakKeyDictionary()
+def _squared(pairs: Any) -> Tensor:
+    """Σ of squares over (B, A) pairs, a float64 scalar."""
+    squares = [t.double().square().sum() for both in pairs for t in both]
+    return torch.stack([s.to(squares[0].device) for s in squares]).sum()
 
 
-def watchers(optimizer: Any) -> StepWatchers:
-    """The watchers of the torch optimizer inside accelerate's wrapper."""
+_STEPS: WeakKeyDictionary[Optimizer, Steps] = WeakKeyDictionary()
+
+
+def steps_of(optimizer: Any) -> Steps:
+    """The steps of the torch optimizer inside accelerate's wrapper."""
     while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    if optimizer not in _WATCHED:
-        _WATCHED[optimizer] = StepWatchers(optimizer)
-    return _WATCHED[optimizer]
+    if optimizer not in _STEPS:
+        _STEPS[optimizer] = Steps(optimizer)
+    return _STEPS[optimizer]
 
 
 def pending_scale(optimizer: Optimizer) -> Tensor | None:

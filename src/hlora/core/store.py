@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,27 +15,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hlora.core.adapter_file import ADAPTER_FILES, read_adapter
-from hlora.core.importance import KINDS, Importance
-from hlora.core.importance.dense import SCALE
+from hlora.core.importance import Importance
+from hlora.core.kinds import KINDS, kind_named
 from hlora.core.pairs import Pair, check_same, describe
 from hlora.errors import InputError, MismatchError, StoreError
 from hlora.files import publish, sha256, write_json
-from hlora.hf.peft import save_adapter, unwrap
 
 TENSORS = "importance.safetensors"
 MARKER = "importance.json"
 FORMAT = 1
-
-_FINGERPRINT_ENTRIES = 64
-_CONFIG_KEYS = {
-    "model_type": ("model_type",),
-    "vocabulary size": ("vocab_size",),
-    "hidden size": ("hidden_size", "n_embd"),
-    "number of layers": ("num_hidden_layers", "n_layer"),
-}
 
 
 @dataclass
@@ -53,32 +45,48 @@ class Stored:
     importance: Importance
     factors: dict[str, tuple[Tensor, Tensor]]
 
-    def check(self, model: nn.Module, pairs: list[Pair], *, ranks: bool = True) -> None:
+    def check(self, base: dict[str, Any], pairs: list[Pair], *, ranks: bool = True) -> None:
         """Refuse a model that this importance does not belong to.
+
+        Args:
+            base: what identifies the model, from `hlora.hf.peft.base_of`.
+            pairs: its targets.
+            ranks: also compare ranks and scalings.
 
         Raises:
             MismatchError: names both values.
         """
-        check_base(base_of(model, pairs), self.info["base_model"], str(self.folder))
+        check_base(base, self.info["base_model"], str(self.folder))
         check_same(pairs, self.info["pairs"], str(self.folder), ranks=ranks)
 
 
 def save(
-    folder: Path, model: nn.Module, pairs: list[Pair], importance: Importance, notes: dict[str, Any]
+    folder: Path,
+    save_adapter: Callable[[Path], None],
+    base: dict[str, Any],
+    pairs: list[Pair],
+    importance: Importance,
+    notes: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write an importance folder, whole or not at all. Returns what `importance.json` holds."""
+    """Write an importance folder, whole or not at all. Returns what `importance.json` holds.
+
+    Args:
+        save_adapter: writes the adapter's two files into the folder that it is given.
+        base: what identifies the base model.
+        notes: join `importance.json`.
+    """
     from hlora import __version__
 
     info = {
         "format": FORMAT,
         "hlora_version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "base_model": base_of(model, pairs),
+        "base_model": base,
         "pairs": describe(pairs),
         **notes,
     }
     with publish(folder, MARKER) as aside:
-        save_adapter(model, aside)
+        save_adapter(aside)
         return write(aside, importance, info)
 
 
@@ -168,38 +176,15 @@ def load(folder: Path | str) -> Stored:
     except (SafetensorError, OSError) as error:
         raise StoreError(f"{folder / TENSORS} cannot be read ({error}): record again.") from None
     try:
-        importance = KINDS[info["kind"]].from_tensors(tensors)
+        importance = kind_named(info["kind"]).from_tensors(tensors)
+        if importance.names == info["pairs"].keys():
+            importance.check()
     except (ValueError, KeyError) as error:
         raise StoreError(f"{folder / TENSORS} is damaged ({error}): record again.") from None
     if importance.names != info["pairs"].keys():
         raise StoreError(f"{folder / TENSORS} and {MARKER} name different layers: record again.")
-    for name, tensor in tensors.items():
-        bad = not torch.isfinite(tensor).all()
-        if bad or (not name.endswith(SCALE) and (tensor < 0).any()):
-            raise StoreError(
-                f"The importance of {name} in {folder} is negative or not finite: ν diverged. "
-                "Record again with a lower learning rate."
-            )
     _, factors = read_adapter(folder)
     return Stored(folder, info, importance, factors)
-
-
-def base_of(model: nn.Module, pairs: list[Pair]) -> dict[str, Any]:
-    """What identifies the base model: a few numbers of its config and of its weights."""
-    config = unwrap(model).config
-    values = {}
-    for what, keys in _CONFIG_KEYS.items():
-        for key in keys:
-            if getattr(config, key, None) is not None:
-                values[what] = getattr(config, key)
-                break
-    samples: dict[str, list[float]] = {}
-    for pair in (pairs[0], pairs[-1]):
-        w = pair.weight.detach()
-        if w.is_floating_point():  # a quantized weight has no entries to compare
-            index = torch.linspace(0, w.numel() - 1, _FINGERPRINT_ENTRIES).long().to(w.device)
-            samples[pair.name] = [float(f"{v:.6g}") for v in w.flatten()[index].float().tolist()]
-    return {"name": getattr(config, "name_or_path", ""), "config": values, "samples": samples}
 
 
 def check_base(here: dict[str, Any], noted: dict[str, Any], where: str) -> None:

@@ -1,4 +1,4 @@
-"""Ways to train on several devices that the callbacks cannot follow."""
+"""Several processes: who writes, and the ways to train that the callbacks cannot follow."""
 
 from __future__ import annotations
 
@@ -9,26 +9,37 @@ import torch.distributed
 
 from hlora.errors import UnsupportedModelError
 
+_WHY = {
+    "DEEPSPEED": "DeepSpeed is not supported: it takes the optimizer's step inside backward",
+    "FSDP": "FSDP is not supported: it shards the LoRA matrices",
+    "MEGATRON_LM": "Megatron-LM is not supported: it shards the LoRA matrices",
+}
 
-def refuse_sharded(args: Any) -> None:
-    """Refuse DeepSpeed and FSDP. Every rank must see whole pairs and their gradients.
 
-    Under DeepSpeed the optimizer steps inside backward, so that there is no moment at which a
-    callback sees the gradients and the old weights together.
+def refuse_sharded(args: Any = None) -> None:
+    """Refuse DeepSpeed and FSDP. Every process must see whole pairs and their gradients.
+
+    Both what TrainingArguments ask for and what accelerate has in force are looked at:
+    `accelerate launch` chooses them by its environment, without an argument.
 
     Raises:
-        UnsupportedModelError: names the setting.
+        UnsupportedModelError: names the plan, and what to use instead.
     """
-    if getattr(args, "deepspeed", None):
-        raise UnsupportedModelError(
-            "TrainingArguments(deepspeed=...) is not supported: it steps inside backward. Train "
-            "with DistributedDataParallel (torchrun without a DeepSpeed config)."
-        )
-    if getattr(args, "fsdp", None):
-        raise UnsupportedModelError(
-            "TrainingArguments(fsdp=...) is not supported: the LoRA matrices are sharded. Train "
-            "with DistributedDataParallel."
-        )
+    for field, plan in (("deepspeed", "DEEPSPEED"), ("fsdp", "FSDP")):
+        if getattr(args, field, None):
+            _refuse(f"TrainingArguments({field}=...)", plan)
+    from accelerate.state import AcceleratorState
+
+    kind = AcceleratorState._shared_state.get("distributed_type")
+    if kind is not None and kind.name in _WHY:
+        _refuse("accelerate's configuration", kind.name)
+
+
+def _refuse(where: str, plan: str) -> None:
+    raise UnsupportedModelError(
+        f"{_WHY[plan]} (chosen by {where}). Train with DistributedDataParallel: torchrun, without "
+        "that setting."
+    )
 
 
 def is_main() -> bool:

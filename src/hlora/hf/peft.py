@@ -6,10 +6,10 @@ calls it a layer (its Fig. 7 draws q_proj and v_proj of each block).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hlora.core.adapter_file import ADAPTER_FILES
@@ -24,6 +24,14 @@ _REFUSED_SETTINGS = {
     "target_parameters": "LoRA on bare parameters has no pair of matrices per module",
     "alora_invocation_tokens": "an adapter that acts on some tokens only is not one change of θ",
     "layer_replication": "replicated layers share one θ₀",
+}
+
+_FINGERPRINT_ENTRIES = 64
+_CONFIG_KEYS = {
+    "model_type": ("model_type",),
+    "vocabulary size": ("vocab_size",),
+    "hidden size": ("hidden_size", "n_embd"),
+    "number of layers": ("num_hidden_layers", "n_layer"),
 }
 
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -116,38 +124,20 @@ def find_pairs(model: nn.Module) -> list[Pair]:
         A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         _check_factors(name, A, B)
         pairs.append(
-            Pair(name, B, A, float(module.scaling[adapter]), module.get_base_layer().weight)
+            Pair(
+                name,
+                B,
+                A,
+                float(module.scaling[adapter]),
+                module.get_base_layer().weight,
+                layer=module,
+                transposed=bool(getattr(module, "fan_in_fan_out", False)),
+            )
         )
     if not pairs:
         raise UnsupportedModelError(f"Adapter {adapter!r} has no LoRA matrices in this model.")
     _check_nothing_else_is_trained(model, pairs)
     return pairs
-
-
-def lora_layers(model: nn.Module, pairs: Iterable[Pair]) -> dict[str, nn.Module]:
-    """The module of each pair, whose output is that of θ₀ + s·B A together."""
-    model = unwrap(model)
-    return {p.name: model.get_submodule(f"base_model.model.{p.name}") for p in pairs}
-
-
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters of the base model by name, without any adapter's.
-
-    Raises:
-        UnsupportedModelError: quantized weights, which have no gradient.
-    """
-    found = {n: p for n, p in unwrap(model).named_parameters() if "lora_" not in n}
-    for name, p in found.items():
-        if not p.is_floating_point():
-            raise UnsupportedModelError(
-                f"{name} is quantized and has no gradient: load the model in bf16 or fp32."
-            )
-    return found
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer keeps its base weight as (n, m): Conv1D does."""
-    return bool(getattr(layer, "fan_in_fan_out", False))
 
 
 def _check_factors(name: str, A: Tensor, B: Tensor) -> None:
@@ -198,3 +188,21 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         for path in sorted((folder / adapter).iterdir()):
             path.rename(folder / path.name)
         (folder / adapter).rmdir()
+
+
+def base_of(model: nn.Module, pairs: list[Pair]) -> dict[str, Any]:
+    """What identifies the base model: a few numbers of its config and of its weights."""
+    config = unwrap(model).config
+    values = {}
+    for what, keys in _CONFIG_KEYS.items():
+        for key in keys:
+            if getattr(config, key, None) is not None:
+                values[what] = getattr(config, key)
+                break
+    samples: dict[str, list[float]] = {}
+    for pair in (pairs[0], pairs[-1]):
+        w = pair.weight.detach()
+        if w.is_floating_point():  # a quantized weight has no entries to compare
+            index = torch.linspace(0, w.numel() - 1, _FINGERPRINT_ENTRIES).long().to(w.device)
+            samples[pair.name] = [float(f"{v:.6g}") for v in w.flatten()[index].float().tolist()]
+    return {"name": getattr(config, "name_or_path", ""), "config": values, "samples": samples}

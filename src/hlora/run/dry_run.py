@@ -23,15 +23,6 @@ def steps_of(settings: TrainSettings, rows: int) -> int:
     return max(1, int(settings.epochs * max(1, -(-per_epoch // settings.gradient_accumulation))))
 
 
-def importance_bytes(pairs: list[Pair], kind: str, storage: str = "fp32") -> int:
-    """Size of an importance, in memory in phase μ and on disk."""
-    if kind == "factored":
-        return sum(4 * (p.shape[0] + p.shape[1]) for p in pairs)
-    each = {"fp32": 4, "bf16": 2, "int8": 1}[storage]
-    scales = 8 if storage == "int8" else 0
-    return sum(p.shape[0] * (each * p.shape[1] + scales) for p in pairs)
-
-
 def describe(
     settings: TrainSettings,
     model: nn.Module,

@@ -155,7 +155,7 @@ def _cheaper(method: str) -> Judge:
 
 def _first_and_last_values(results: Results, ours: Row) -> tuple[str, str]:
     """Fig. 7: v_proj of the first four blocks and the last one stand out."""
-    from hlora.core.grid import layer_grid
+    from hlora.core.layers import layer_grid
 
     norms = mean_norms(results, ours)
     if not norms:

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from hlora.core.grid import layer_grid
+from hlora.core.layers import layer_grid
 from hlora.errors import InputError
 
 STYLES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))

@@ -1,62 +1,149 @@
-"""What is remembered of the general task, one file a kind.
+"""What is remembered of the general task: the contract of a kind. One file a kind.
 
-A kind answers what `Importance` lists. How it is gathered is its own affair; a kind that is
-gathered along the training path also has a `Trace`.
+How it is gathered, checked, sized, converted, described and stored is its own affair. A kind is
+registered in `hlora.core.kinds`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from hlora.core.importance.dense import Dense, DenseTrace
-from hlora.core.importance.factored import Factored, FactoredTrace
-from hlora.core.importance.fisher import Fisher
 from hlora.core.lowrank import LowRank
-from hlora.core.pairs import Group
+from hlora.core.pairs import Group, Pair
+from hlora.core.presets import RecordRule
+from hlora.errors import InputError
 
 
-class Importance(Protocol):
-    """What the penalty and the store ask of a kind."""
+class Importance(ABC):
+    """Ω of every layer (target matrix), and everything that depends on its form.
 
-    kind: str
+    Attributes:
+        kind: its name in `hlora.core.kinds`.
+        trained: gathered along the training path (it has a `trace`); otherwise by passes over text
+            at fixed weights (it has a `gather`).
+        storages: the forms that it can be written in.
+        conversions: what `converted` takes.
+    """
+
+    kind: ClassVar[str]
+    trained: ClassVar[bool] = True
+    storages: ClassVar[tuple[str, ...]] = ("fp32",)
+    conversions: ClassVar[tuple[str, ...]] = ()
+
+    # ---------------------------------------------------------------- gathered
 
     @classmethod
+    def check_settings(cls, rule: RecordRule, storage: str) -> None:
+        """Raise InputError for settings that this kind cannot be gathered or stored with."""
+        if storage not in cls.storages:
+            raise InputError(
+                f"storage of {cls.kind} importance must be one of {', '.join(cls.storages)}, not "
+                f"{storage!r}."
+            )
+
+    @classmethod
+    def trace(cls, groups: list[Group], earlier: Importance | None) -> Trace:
+        """If `trained`: what gathers it, on top of an earlier task's importance if given."""
+        raise NotImplementedError
+
+    @classmethod
+    def rows_needed(cls, options: dict[str, Any]) -> int:
+        """How many rows of text `gather` takes; 0 for all."""
+        return 0
+
+    @classmethod
+    def gather(
+        cls,
+        model: nn.Module,
+        pairs: list[Pair],
+        rows: Tensor,
+        *,
+        batch_size: int,
+        seed: int,
+        tick: Callable[[int], None] | None = None,
+        **options: Any,
+    ) -> tuple[Importance, dict[str, Any]]:
+        """If not `trained`: it and a summary, from passes over (N, T) tokens at fixed weights."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- checked, sized, converted
+
+    @classmethod
+    @abstractmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Importance:
         """From what `tensors` gave. Raises ValueError where they do not fit together."""
 
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """By names that begin with the layer's, for the store."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise ValueError, naming the layer, for values that no recording can have made."""
+
+    @classmethod
+    @abstractmethod
+    def bytes(cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32") -> int:
+        """Size for matrices of the shapes (m, n), in the domain phase and on disk."""
+
+    def stored_as(self, storage: str) -> Importance:
+        """In one of `storages`."""
+        return self
+
+    def converted(self, to: str) -> Importance:
+        """In another form, one of `conversions`.
+
+        Raises:
+            InputError: it cannot be made from this kind.
+        """
+        raise InputError(
+            f"{self.kind.capitalize()} importance cannot be converted to {to!r}; it can become "
+            f"{', '.join((*self.conversions, 'ones'))}."
+        )
+
+    @staticmethod
+    def describe(summary: dict[str, Any]) -> list[str]:
+        """How it was gathered, in a line or two for people."""
+        negative = summary["negative_share"]
+        return [
+            f"Recorded {summary['steps']} steps on {summary['layers']} layers.",
+            "negative ω: "
+            + ("clamped after each step" if negative is None else f"{negative:.1%} (set to zero)")
+            + f", Σω: {summary['path_integral']:.4g}",
+        ]
+
+    # ---------------------------------------------------------------- used
+
     @property
+    @abstractmethod
     def names(self) -> set[str]:
         """The layers."""
 
+    @abstractmethod
     def arrange(self, groups: Iterable[Group]) -> None:
         """Move to the groups' devices, stacked in their order."""
 
+    @abstractmethod
     def norms(self) -> dict[str, float]:
         """‖Ω_l‖₂ by layer, for Eq. 15."""
 
+    @abstractmethod
     def totals(self) -> dict[str, float]:
-        """Σ_i Ω_i by layer."""
+        """Σ_i Ω_i by layer; of the diagonal, where Ω is a full matrix."""
 
-    def weigh(self, group: Group, change: LowRank) -> Tensor:
-        """R_l of Eq. 14 for each matrix of the group, (L,); differentiable in P and Q."""
-
+    @abstractmethod
     def pull(
         self, group: Group, change: LowRank, left: Tensor, right: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same values, and half the gradient from two sides: see `hlora.core.ops.weigh`."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By layer name, for the store."""
+        """R_l of Eq. 14 (L,), and half its gradient from two sides: see `hlora.core.ops.weigh`."""
 
 
 class Trace(Protocol):
-    """What `Record` asks of a kind that is gathered along the training path.
-
-    Made from the groups, and the tensors of an earlier task's importance or None.
-    """
+    """What the recorder asks of a kind that is gathered along the training path."""
 
     def add(self, group: Group, gradient: LowRank, step: LowRank, *, clamp: bool) -> None:
         """One optimizer step (Eq. 12); `clamp` sets negative ω to zero after it."""
@@ -75,12 +162,3 @@ class Trace(Protocol):
 
     def load_state(self, groups: Iterable[Group], state: dict[str, Tensor]) -> None:
         """From a checkpoint."""
-
-
-KINDS: dict[str, type[Importance]] = {k.kind: k for k in (Dense, Factored, Fisher)}
-TRACES: dict[str, type[DenseTrace] | type[FactoredTrace]] = {
-    Dense.kind: DenseTrace,
-    Factored.kind: FactoredTrace,
-}
-
-__all__ = ["KINDS", "TRACES", "Dense", "Factored", "Fisher", "Importance", "Trace"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hlora.core import ops
+from hlora.core.importance import Importance
 from hlora.core.logcodes import LogCodes
 from hlora.core.lowrank import LowRank
 from hlora.core.pairs import Group
@@ -17,13 +18,15 @@ SCALE = ".scale"
 STORAGES = ("fp32", "bf16", "int8")
 
 
-class Dense:
+class Dense(Importance):
     """Ω by layer name, (m, n) each, as float32, bfloat16 or 8-bit codes.
 
     After `arrange`, the layers of a group lie in one (L, m, n) tensor of the same type.
     """
 
     kind = "dense"
+    storages = STORAGES
+    conversions = (*STORAGES, "factored")
 
     def __init__(self, by_name: Mapping[str, Tensor | LogCodes]) -> None:
         self._by_name = dict(by_name)
@@ -45,6 +48,23 @@ class Dense:
                 by_name[name] = tensor
         return cls(by_name)
 
+    @classmethod
+    def trace(cls, groups: list[Group], earlier: Importance | None) -> DenseTrace:
+        return DenseTrace(groups, earlier)
+
+    def check(self) -> None:
+        for name, t in self._by_name.items():
+            codes = isinstance(t, LogCodes)
+            values = t.scale if isinstance(t, LogCodes) else t  # a code cannot be negative
+            if not torch.isfinite(values).all() or (not codes and (values < 0).any()):
+                raise ValueError(f"the importance of {name} is negative or not finite")
+
+    @classmethod
+    def bytes(cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32") -> int:
+        each = {"fp32": 4, "bf16": 2, "int8": 1}[storage]
+        scales = 8 if storage == "int8" else 0
+        return sum(m * (each * n + scales) for m, n in shapes)
+
     @property
     def names(self) -> set[str]:
         return set(self._by_name)
@@ -52,6 +72,13 @@ class Dense:
     def stored_as(self, storage: str) -> Dense:
         """The same in another format: fp32, bf16 or int8 (logarithmic codes)."""
         return type(self)({n: _converted(t, storage) for n, t in self._by_name.items()})
+
+    def converted(self, to: str) -> Importance:
+        if to == "factored":
+            from hlora.core.importance.factored import Factored
+
+            return Factored.of_dense(self.decoded())
+        return self.stored_as(to) if to in self.storages else super().converted(to)
 
     def decoded(self) -> dict[str, Tensor]:
         """Ω by layer name as float32."""
@@ -89,9 +116,6 @@ class Dense:
     def totals(self) -> dict[str, float]:
         return _per_layer(self._by_name, torch.sum)
 
-    def weigh(self, group: Group, change: LowRank) -> Tensor:
-        return _Weigh.apply(self._stacked[group.names], change.P, change.Q)
-
     def pull(
         self, group: Group, change: LowRank, left: Tensor, right: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +134,7 @@ class Dense:
 class DenseTrace:
     """Gathers ω along the training path and consolidates it into Ω (Eq. 12, 13)."""
 
-    def __init__(self, groups: Iterable[Group], previous: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, groups: Iterable[Group], earlier: Importance | None = None) -> None:
         """Start with ω = 0, and with the Ω of an earlier task if there is one."""
         self.omega: dict[tuple[str, ...], Tensor] = {}
         self.Omega: dict[tuple[str, ...], Tensor] = {}
@@ -118,9 +142,8 @@ class DenseTrace:
             self.omega[group.names] = torch.zeros(
                 group.shape, dtype=group.dtype, device=group.device
             )
-            if previous is not None:
-                earlier = Dense.from_tensors(previous).decoded()
-                self.Omega[group.names] = group.stack(earlier)
+            if isinstance(earlier, Dense):
+                self.Omega[group.names] = group.stack(earlier.decoded())
 
     def add(self, group: Group, gradient: LowRank, step: LowRank, *, clamp: bool) -> None:
         """One optimizer step; `clamp` sets negative ω to zero after it."""
@@ -193,20 +216,3 @@ def _per_layer(by_name: Mapping[str, Tensor | LogCodes], reduce: Any) -> dict[st
         return {}
     values = torch.stack([reduce(t.to(torch.float32)).double() for t in by_name.values()]).tolist()
     return dict(zip(by_name, values, strict=True))
-
-
-class _Weigh(torch.autograd.Function):
-    """R_l with its closed-form gradients, so that autograd keeps no (m, n) matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, Omega: Tensor, P: Tensor, Q: Tensor) -> Tensor:
-        change = LowRank(P.detach(), Q.detach())
-        values, dP, dQ = ops.weigh(Omega, change, change.P, change.Q)
-        ctx.save_for_backward(dP, dQ)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[None, Tensor, Tensor]:
-        dP, dQ = ctx.saved_tensors
-        g = 2 * grad[0].reshape(-1, 1, 1)
-        return None, g * dP, g * dQ

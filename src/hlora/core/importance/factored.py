@@ -11,19 +11,23 @@ import torch
 from torch import Tensor
 
 from hlora.core import ops
+from hlora.core.importance import Importance
 from hlora.core.lowrank import LowRank
 from hlora.core.pairs import Group
+from hlora.core.presets import RecordRule
+from hlora.errors import InputError
 
 ROWS, COLUMNS = ".rows", ".columns"
 
 
-class Factored:
+class Factored(Importance):
     """Row sums and column sums of Ω by layer name, (m,) and (n,).
 
     With T their common total, Ω_ij ≈ rows_i columns_j / T: the one rank-one matrix that has them.
     """
 
     kind = "factored"
+    conversions = ("factored",)
 
     def __init__(self, by_name: dict[str, tuple[Tensor, Tensor]]) -> None:
         self._by_name = by_name
@@ -55,6 +59,36 @@ class Factored:
             }
         )
 
+    @classmethod
+    def check_settings(cls, rule: RecordRule, storage: str) -> None:
+        super().check_settings(rule, storage)
+        if rule.clamp == "step":
+            raise InputError(
+                "Factored importance knows only sums of ω, so it cannot clamp each element after "
+                "each step (preset 'official'): record with kind='dense'."
+            )
+
+    @classmethod
+    def trace(cls, groups: list[Group], earlier: Importance | None) -> FactoredTrace:
+        return FactoredTrace(groups, earlier)
+
+    def check(self) -> None:
+        for name, both in self._by_name.items():
+            if not all(torch.isfinite(t).all() and (t >= 0).all() for t in both):
+                raise ValueError(f"the importance of {name} is negative or not finite")
+
+    @classmethod
+    def bytes(cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32") -> int:
+        return sum(4 * (m + n) for m, n in shapes)
+
+    def converted(self, to: str) -> Importance:
+        if to == "factored":
+            return self
+        raise InputError(
+            "Factored importance holds sums only, so no dense one can be made from it: record "
+            "with --kind dense."
+        )
+
     @property
     def names(self) -> set[str]:
         return set(self._by_name)
@@ -79,9 +113,6 @@ class Factored:
     def totals(self) -> dict[str, float]:
         return {n: float(r.double().sum()) for n, (r, _) in self._by_name.items()}
 
-    def weigh(self, group: Group, change: LowRank) -> Tensor:
-        return change.weigh_rank_one(*self._stacked[group.names], change.P, change.Q)[0]
-
     def pull(
         self, group: Group, change: LowRank, left: Tensor, right: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,13 +134,12 @@ class FactoredTrace:
     several general tasks add up.
     """
 
-    def __init__(self, groups: Iterable[Group], previous: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, groups: Iterable[Group], earlier: Importance | None = None) -> None:
         self.omega: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self.Omega: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
-        earlier = Factored.from_tensors(previous) if previous is not None else None
         for group in groups:
             self.omega[group.names] = _zeros(group)
-            if earlier is not None:
+            if isinstance(earlier, Factored):
                 self.Omega[group.names] = tuple(  # type: ignore[assignment]
                     group.stack({n: earlier._by_name[n][i] for n in group.names}) for i in (0, 1)
                 )

@@ -4,7 +4,7 @@ F_i = E[(∂ log p(y|x) / ∂θ_i)²] over sequences x of general text, with the
 model itself. Only the target matrices are looked at, and the gradients of a whole batch are taken
 in one backward pass, sequence by sequence from the layers' inputs and output gradients:
 ∂/∂θ = Σ_t δ_t x_tᵀ. (Xiang et al. 2023 square the gradients of all parameters, one sequence at a
-time, with the corpus tokens as labels: `hlora.core.importance.fisher_original`.)
+time, with the corpus tokens as labels: `fisher_original`.)
 """
 
 from __future__ import annotations
@@ -16,42 +16,85 @@ import torch
 from torch import Tensor, nn
 
 from hlora.core import ops
+from hlora.core.importance import fisher_original
 from hlora.core.importance.dense import Dense
-from hlora.hf.peft import find_pairs, lora_layers
+from hlora.core.pairs import Pair
+from hlora.errors import InputError
 
-LABELS = ("model", "corpus")
+LEAN = 200
+"""Sequences that the lean Fisher takes unless told otherwise."""
 
 
 class Fisher(Dense):
     """F by layer name, (m, n) each. Stored and weighed as any dense importance."""
 
     kind = "fisher"
+    trained = False
+
+    @classmethod
+    def rows_needed(cls, options: dict[str, Any]) -> int:
+        original = options.get("method") == "original"
+        if original and options.get("labels") == "model":
+            raise InputError(
+                "--fisher-method original takes the corpus' labels: leave out --fisher-labels."
+            )
+        return options.get("sequences") or (fisher_original.SEQUENCES if original else LEAN)
+
+    @classmethod
+    def gather(
+        cls,
+        model: nn.Module,
+        pairs: list[Pair],
+        rows: Tensor,
+        *,
+        batch_size: int = 8,
+        seed: int = 0,
+        tick: Callable[[int], None] | None = None,
+        **options: Any,
+    ) -> tuple[Fisher, dict[str, Any]]:
+        """The Fisher information at the model's present weights, the mean over rows.
+
+        Args:
+            model: called as `model(input_ids=...)`; its output has `logits`.
+            pairs: where to look; a new adapter (B = 0) is the base model.
+            rows: (N, T) tokens.
+            batch_size: rows in one pass.
+            seed: of the sampled labels.
+            tick: called with the number of rows just done.
+            options: `labels`, sampled from the `model` or the next tokens of the `corpus` (the
+                empirical Fisher); `method`, `lean` or `original` (as EWC-LoRA published it).
+        """
+        labels, method = options.get("labels"), options.get("method") or "lean"
+        notes: dict[str, Any] = {"sequences": len(rows), "method": method}
+        if method == "original":
+            sums, everything = fisher_original.gather(model, pairs, rows, tick=tick)
+            return cls(sums), {**notes, "labels": "corpus", "all_parameters_bytes": everything}
+        labels = labels or "model"
+        return cls(_lean(model, pairs, rows, labels, batch_size, seed, tick)), {
+            **notes,
+            "labels": labels,
+        }
+
+    @staticmethod
+    def describe(summary: dict[str, Any]) -> list[str]:
+        return [
+            f"Fisher information of {summary['sequences']} sequences on {summary['layers']} layers."
+        ]
 
 
-def gather(
+def _lean(
     model: nn.Module,
+    pairs: list[Pair],
     blocks: Tensor,
-    *,
-    labels: str = "model",
-    batch_size: int = 8,
-    seed: int = 0,
-    tick: Callable[[int], None] | None = None,
-) -> Fisher:
-    """The Fisher information at the model's present weights, the mean over blocks.
-
-    Args:
-        model: a PEFT model with one active LoRA adapter; a new one (B = 0) is the base model.
-        blocks: (N, T) tokens.
-        labels: sampled from the `model`, or the next tokens of the `corpus` (the empirical Fisher).
-        batch_size: blocks in one pass.
-        seed: of the sampled labels.
-        tick: called with the number of blocks just done.
-    """
-    pairs = find_pairs(model)
-    layers = lora_layers(model, pairs)
+    labels: str,
+    batch_size: int,
+    seed: int,
+    tick: Callable[[int], None] | None,
+) -> dict[str, Tensor]:
+    """The squared gradients of whole batches, sequence by sequence."""
     sums = {p.name: torch.zeros(p.shape[:2], device=p.A.device) for p in pairs}
     generator = torch.Generator(device=pairs[0].A.device).manual_seed(seed)
-    handles = [layers[p.name].register_forward_hook(_watch(sums[p.name])) for p in pairs]
+    handles = [p.layer.register_forward_hook(_watch(sums[p.name])) for p in pairs]
     training = model.training
     model.eval()
     try:
@@ -71,7 +114,7 @@ def gather(
         for handle in handles:
             handle.remove()
         model.train(training)
-    return Fisher({n: s / len(blocks) for n, s in sums.items()})
+    return {n: s / len(blocks) for n, s in sums.items()}
 
 
 def _watch(total: Tensor) -> Callable[..., None]:

@@ -11,27 +11,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hlora.core.importance.fisher import Fisher
-from hlora.hf.peft import base_parameters, find_pairs, is_transposed, lora_layers
+from hlora.core.pairs import Pair, base_parameters
 
 SEQUENCES = 20_000
 """As many as the paper takes."""
 
 
 def gather(
-    model: nn.Module, blocks: Tensor, *, tick: Callable[[int], None] | None = None
-) -> tuple[Fisher, int]:
+    model: nn.Module,
+    pairs: list[Pair],
+    blocks: Tensor,
+    *,
+    tick: Callable[[int], None] | None = None,
+) -> tuple[dict[str, Tensor], int]:
     """F of the target matrices, and the bytes that F of all parameters takes in fp32.
 
     The mean over blocks of the squared gradient of the mean loss of each.
 
     Args:
-        model: a PEFT model with one active LoRA adapter; a new one (B = 0) is the base model.
+        model: called with `input_ids` and `labels`; a new adapter (B = 0) is the base model.
+        pairs: the targets.
         blocks: (N, T) tokens.
         tick: called with the number of blocks just done.
     """
-    pairs = find_pairs(model)
-    layers = lora_layers(model, pairs)
     parameters = base_parameters(model)
     names = {id(p): name for name, p in parameters.items()}
     before = {name: p.requires_grad for name, p in parameters.items()}
@@ -57,7 +59,5 @@ def gather(
     of_targets = {}
     for pair in pairs:
         F = sums[names[id(pair.weight)]] / len(blocks)
-        of_targets[pair.name] = (F.T.contiguous() if is_transposed(layers[pair.name]) else F).to(
-            device
-        )
-    return Fisher(of_targets), sum(4 * s.numel() for s in sums.values())
+        of_targets[pair.name] = (F.T.contiguous() if pair.transposed else F).to(device)
+    return of_targets, sum(4 * s.numel() for s in sums.values())

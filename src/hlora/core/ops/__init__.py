@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import subprocess
 from functools import lru_cache
 from typing import Any
 
@@ -47,9 +48,9 @@ def _run(name: str, rank: int, Omega: Any, change: LowRank, *others: Any) -> Any
         try:
             with torch.cuda.device_of(change.P):  # Triton launches on the current device
                 return getattr(fused, name)(*args)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # no C compiler, a GPU that Triton does not know, ...
+        except Exception as error:
+            if not _cannot_compile(error):
+                raise
             _give_up(error)
     return getattr(reference, name)(*args)
 
@@ -62,6 +63,15 @@ HIGHEST_RANK = 128
 """Of the kernels: beyond, the sums of a tile no longer fit a GPU's registers."""
 
 _given_up = False
+
+
+def _cannot_compile(error: Exception) -> bool:
+    """Whether Triton is what fails: an import, a compiler that is missing, a GPU that it lacks."""
+    if isinstance(error, (ImportError, subprocess.CalledProcessError, FileNotFoundError)):
+        return True
+    if "Failed to find C compiler" in str(error):
+        return True
+    return type(error).__module__.startswith("triton.")
 
 
 def _give_up(error: Exception) -> None:

@@ -1,0 +1,31 @@
+"""The kinds of importance by name. A new kind is a file and a line here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from hlora.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    from hlora.core.importance import Importance
+
+KINDS = {
+    "dense": "hlora.core.importance.dense:Dense",
+    "factored": "hlora.core.importance.factored:Factored",
+    "fisher": "hlora.core.importance.fisher:Fisher",
+}
+"""Name → `module:class`, imported on first use: the help screen lists them without torch."""
+
+
+def kind_named(name: str) -> type[Importance]:
+    """The class of a kind.
+
+    Raises:
+        InputError: there is no such kind; those that exist are listed.
+    """
+    if name not in KINDS:
+        listed = f": the kinds are {', '.join(KINDS)}."
+        raise InputError(f"Unknown kind of importance {name!r}" + suggest(name, KINDS, listed))
+    module, _, cls = KINDS[name].partition(":")
+    return getattr(import_module(module), cls)

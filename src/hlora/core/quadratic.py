@@ -1,0 +1,107 @@
+"""The penalty R = Σ_l w_l Σ_i Ω_i (θ_i − θ_i^ν)² (Eq. 14, 15) as a regularizer, in closed form."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from hlora.core.importance import Importance
+from hlora.core.layers import effective_number, layer_weights
+from hlora.core.lowrank import LowRank
+from hlora.core.pairs import Group
+from hlora.core.presets import PenaltyRule
+from hlora.core.regularizer import Pull, Regularizer
+from hlora.errors import StoreError
+
+logger = logging.getLogger(__name__)
+
+CONCENTRATED = 0.9
+"""Above this share of Eq. 15's weight one layer is the only one held."""
+
+Anchor = dict[tuple[str, ...], tuple[Tensor, Tensor]]
+"""B (L, m, r) and A (L, r, n) of θ^ν by the names of a group."""
+
+
+class Quadratic(Regularizer):
+    """Holds θ to an anchor where it matters.
+
+    Its gradients are dB = 2φ c s (Ω∘D) Aᵀ and dA = 2φ c s Bᵀ (Ω∘D), with D = θ − θ^ν and c the
+    layer's weight times the normalization: no graph, and no (m, n) matrix outside `ops`.
+
+    Args:
+        importance: Ω; moved to the groups' devices.
+        groups: all pairs of the model.
+        anchor: θ^ν.
+        rule: how Ω acts.
+
+    Raises:
+        StoreError: the importance is zero everywhere.
+    """
+
+    def __init__(
+        self, importance: Importance, groups: list[Group], anchor: Anchor, rule: PenaltyRule
+    ) -> None:
+        self.importance, self.anchor, self.rule = importance, anchor, rule
+        self.phi: float | Tensor = rule.phi
+        importance.arrange(groups)
+        self._coefficients = self._layer_coefficients(groups)
+
+    def change(self, group: Group, B: Tensor, A: Tensor) -> LowRank:
+        """D = θ − θ^ν of a group as thin matrices, θ made of B (L, m, r) and A (L, r, n)."""
+        return LowRank.moved(*self.anchor[group.names], B, A, group.s)
+
+    def before_step(self, groups: list[Group]) -> Pull:
+        values, gradients = [], []
+        for g in groups:
+            B, A = g.factors()
+            R, GA, BG = self.importance.pull(g, self.change(g, B, A), B, A)
+            c = self._coefficients[g.names]
+            weight = (2 * self.phi * c).reshape(-1, 1, 1) * g.s
+            values.append(c @ R)
+            gradients.append((weight * GA, weight * BG))
+        return Pull(_sum(values), gradients)
+
+    @torch.no_grad()
+    def value(self, groups: list[Group]) -> Tensor:
+        """R at the present weights (Eq. 15), layer weights and normalization included."""
+        return self.before_step(groups).R
+
+    def _layer_coefficients(self, groups: list[Group]) -> dict[tuple[str, ...], Tensor]:
+        """What multiplies each R_l: Eq. 15's weight, and the normalization of Ω."""
+        rule = self.rule
+        norms, totals = self.importance.norms(), self.importance.totals()
+        weights = layer_weights(
+            norms, rule.layer_weights, scale=rule.softmax_scale, apart=rule.apart
+        )
+        top = max(weights, key=weights.__getitem__)
+        share = weights[top] / sum(weights.values())
+        if len(weights) > 1 and share > CONCENTRATED:
+            logger.warning(
+                "%s holds %.0f %% of the layer weights (effective number of layers %.1f of %d), so "
+                "the others are free to forget: use layer_weights='normalized', or record with a "
+                "larger xi.",
+                top, 100 * share, effective_number(weights), len(weights),
+            )  # fmt: skip
+        scale = 1.0
+        if rule.normalize:
+            elements = sum(g.m * g.n * len(g.pairs) for g in groups)
+            mean = sum(weights[n] * totals[n] for n in weights) / elements
+            if not mean > 0:
+                raise StoreError(
+                    "The importance is zero everywhere: the general phase trained nothing. Record "
+                    "it again."
+                )
+            scale = 1.0 / mean
+        return {
+            g.names: torch.tensor(
+                [scale * weights[n] for n in g.names], dtype=g.dtype, device=g.device
+            )
+            for g in groups
+        }
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    """A float64 scalar from scalars on one or several devices."""
+    return torch.stack([v.double().to(values[0].device) for v in values]).sum()

@@ -1,0 +1,56 @@
+"""What is added to the task's loss, as a thing of its own: the contract of a regularizer.
+
+It has two faces, and needs one of them. `before_step` adds gradients in closed form, once per
+optimizer step: for what depends on the weights alone. `on_forward` adds to the loss of a
+micro-batch: for what depends on the data, such as a distance from another model's predictions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hlora.core.pairs import Group
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What a regularizer adds at one step.
+
+    Attributes:
+        R: its value before φ, a scalar on any device.
+        gradients: of φ·R by B (L, m, r) and A (L, r, n), one pair for each group.
+    """
+
+    R: Tensor
+    gradients: list[tuple[Tensor, Tensor]]
+
+
+class Regularizer:
+    """Adds φ·R to what is minimized.
+
+    Attributes:
+        phi: φ of Eq. 16, read at every step, so it may change while training. A float, or a scalar
+            tensor on the device.
+    """
+
+    phi: float | Tensor = 1.0
+
+    @property
+    def off(self) -> bool:
+        """φ = 0: the step is then plain training, bit for bit."""
+        return not isinstance(self.phi, Tensor) and self.phi == 0
+
+    def before_step(self, groups: list[Group]) -> Pull | None:
+        """The gradients to add before an optimizer step; None for none."""
+        return None
+
+    def on_forward(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor | None:
+        """R of one micro-batch as a mean, differentiable in the model's weights; None for none.
+
+        Its gradient joins that of the micro-batch, divided by the number of micro-batches of the
+        step; φ is multiplied outside.
+        """
+        return None

@@ -1,0 +1,96 @@
+"""One line for any Trainer: `hlora.attach(trainer, hlora.Penalty("nu"))`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from hlora.core.regularizer import Regularizer
+from hlora.errors import InputError
+from hlora.hf.callbacks import Regularization
+from hlora.hf.distributed import refuse_sharded
+
+
+def attach(trainer: Any, *parts: TrainerCallback | Regularizer) -> None:
+    """Attach recordings and regularizers to a Trainer of transformers or TRL, before it trains.
+
+    They come before the reporters (TensorBoard, W&B), which so find `R` and `penalty` in the logs,
+    and what acts on the data joins the loss. `loss` in the logs stays the task's.
+
+    Args:
+        trainer: not yet trained.
+        parts: `hlora.Record`, `hlora.Penalty`, or a `Regularizer` of your own.
+
+    Raises:
+        InputError: something else than these.
+        UnsupportedModelError: the trainer shards or hides its optimizer.
+    """
+    refuse_sharded(trainer.args)
+    handler = trainer.callback_handler
+    names = {c.name for c in handler.callbacks if isinstance(c, Regularization)}
+    callbacks: list[TrainerCallback] = []
+    for part in parts:
+        callback = Regularization(part) if isinstance(part, Regularizer) else part
+        if not isinstance(callback, TrainerCallback):
+            raise InputError(
+                f"attach takes hlora.Record, hlora.Penalty or a Regularizer, not {part!r}."
+            )
+        if isinstance(callback, Regularization):
+            base, number = callback.name, 1
+            while callback.name in names:
+                number += 1
+                callback.name = f"{base}-{number}"
+            names.add(callback.name)
+        callbacks.append(callback)
+    handler.callbacks[:0] = callbacks
+    if any(isinstance(c, Regularization) for c in callbacks):
+        _join_the_loss(trainer)
+
+
+def _join_the_loss(trainer: Any) -> None:
+    """Add what `on_forward` gives to the loss of each micro-batch, once however often attached."""
+    if getattr(trainer.compute_loss, "joined_by_hlora", False):
+        return
+    inner = trainer.compute_loss
+
+    def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        acting = [
+            c for c in trainer.callback_handler.callbacks
+            if isinstance(c, Regularization) and c.running
+            and type(c.regularizer).on_forward is not Regularizer.on_forward
+        ]  # fmt: skip
+        if not acting or not model.training:
+            return inner(model, inputs, return_outputs=return_outputs, **kwargs)
+        loss, outputs = inner(model, inputs, return_outputs=True, **kwargs)
+        micro_batches = trainer.current_gradient_accumulation_steps
+        divided = _divides_later(trainer, kwargs.get("num_items_in_batch"))
+        for callback in acting:
+            R = callback.regularizer.on_forward(model, inputs, outputs)
+            if R is not None and not callback.regularizer.off:
+                callback.tally(R, 1 / micro_batches)
+                added = callback.phi * R / (1 if divided else micro_batches)
+                loss = loss + _gradient_only(added)
+        return (loss, outputs) if return_outputs else loss
+
+    compute_loss.joined_by_hlora = True  # type: ignore[attr-defined]
+    trainer.compute_loss = compute_loss
+
+
+def _gradient_only(value: Tensor) -> Tensor:
+    """Zero with the gradient of `value`: Trainer logs the loss, and that stays the task's."""
+    return value - value.detach()
+
+
+def _divides_later(trainer: Any, num_items: Tensor | int | None) -> bool:
+    """Whether Trainer divides the loss by the number of micro-batches after `compute_loss`.
+
+    It does not where the loss is a sum over tokens divided by `num_items_in_batch`.
+    """
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        scaled = (
+            trainer.model_accepts_loss_kwargs and num_items is not None
+        ) or trainer.compute_loss_func is not None
+    return not scaled
