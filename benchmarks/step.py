@@ -29,10 +29,10 @@ import hlora
 from benchmarks import cost
 from benchmarks.peers import PlainPenalty, PlainRecord
 from benchmarks.shapes import TARGETS, WHOLE, lora_model
-from hlora.cli import convert
 from hlora.core import store
 from hlora.core.steps import steps_of
 from hlora.hf.peft import find_pairs
+from hlora.run.convert import convert
 from hlora.run.machine import processor
 from hlora.run.settings import ConvertSettings
 
@@ -196,7 +196,7 @@ def _importance(bench: Bench, folder: Path) -> None:
     bench.step(optimizer)
     recorder.finish(bench.model)
     for to in PENALTIES[1:]:
-        convert.run(ConvertSettings(folder=str(folder / "fp32"), to=to, output=str(folder / to)))
+        convert(ConvertSettings(folder=str(folder / "fp32"), to=to, output=str(folder / to)))
 
 
 def _starts(bench: Bench, folder: Path) -> list[tuple[str, Callable[[torch.optim.Optimizer], int]]]:

@@ -38,14 +38,28 @@ metric_list: [{metric: acc}]
 """
 
 
-def test_a_known_format_is_scored_as_by_us(tiny, tmp_path):
+SCIENCE = """
+task: science
+dataset_path: json
+dataset_kwargs: {data_files: {test: sciq.test.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{support.lstrip()}}\\nQuestion: {{question}}\\nAnswer:"
+doc_to_choice: "{{[distractor1, distractor2, distractor3, correct_answer]}}"
+doc_to_target: 3
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+
+
+def test_a_task_file_is_scored_as_by_us(tiny, tmp_path):
     path = write_rows(tmp_path / "sciq.test.jsonl", SCIQ)
+    (tmp_path / "science.yaml").write_text(SCIENCE)
     model, words = load(str(tiny))
     model = lora(model)
     model.train()
     ours = score_task(model, words, load_task(str(path)))
-    with harness.prepared([f"science={path}"]) as tasks:
-        found = harness.run(model, words, tasks, batch_size=4, limit=None)
+    tasks = harness.prepare([str(tmp_path / "science.yaml")])
+    found = harness.run(model, words, tasks, batch_size=4, limit=None)
     assert model.training
     score = found["science"]
     assert score.n == 10
@@ -59,22 +73,15 @@ def test_the_command_scores_base_and_adapter(tiny, tmp_path, monkeypatch, capsys
     (tmp_path / "mine.yaml").write_text(TASK_FILE)
     model, _ = load(str(tiny))
     lora(model).save_pretrained("adapter")
-    argv = [
-        "eval",
-        "--model",
-        str(tiny),
-        "--adapter",
-        "adapter",
-        "--lm-eval",
-        "mine.yaml,odd=t.jsonl",
-    ]
+    argv = ["eval", "--model", str(tiny), "--adapter", "adapter", "--lm-eval", "mine.yaml"]
+    argv += ["--task", "t.jsonl", "--dtype", "fp32"]
     assert cli.main([*argv, "--json", "s.json"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"odd\s*│ adapter\s*│\s*12 │ acc_norm", out)
+    assert re.search(r"mine\s*│ adapter\s*│\s*12 │ acc", out)
     found = json.loads((tmp_path / "s.json").read_text())
     for which in ("base", "adapter"):
         of = found[which]["lm_eval"]
-        assert of["mine"]["values"]["acc"] == of["odd"]["values"]["acc"]
+        assert of["mine"]["values"]["acc"][0] == pytest.approx(found[which]["task"]["t"]["acc"])
         assert of["mine"]["n"] == 12
 
 
@@ -83,7 +90,7 @@ def test_the_command_scores_base_and_adapter(tiny, tmp_path, monkeypatch, capsys
     [
         ("sciqq", "", "lm-eval has no task 'sciqq'; did you mean sciq?"),
         ("nowhere.yaml", "", "cannot be read"),
-        ("nowhere.jsonl", "", "There is no task or file 'nowhere.jsonl'"),
+        ("rows.jsonl", "", "--task"),
         ("t.yaml", "include: other.yaml", "includes 'other.yaml': copy that into it"),
         ("t.yaml", "task: x\ndoc_to_text: !function u.f", "asks for Python code"),
         ("t.yaml", "task: x\n", "lacks 'dataset_path'"),
@@ -96,19 +103,10 @@ def test_bad_tasks_are_named(spec, text, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if text:
         (tmp_path / spec).write_text(text)
-    with pytest.raises(hlora.InputError, match=re.escape(message)), harness.prepared([spec]):
-        pass
+    with pytest.raises(hlora.InputError, match=re.escape(message)):
+        harness.prepare([spec])
 
 
 def test_a_task_of_the_hub_that_cannot_be_reached(tiny, capsys):
     assert cli.main(["eval", "--model", str(tiny), "--lm-eval", "sciq"]) == 2
     assert "lm-eval cannot run these tasks" in capsys.readouterr().err
-
-
-def test_rows_without_choices_are_refused(tmp_path):
-    path = write_rows(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b"}])
-    with (
-        pytest.raises(hlora.InputError, match="multiple choice only"),
-        harness.prepared([str(path)]),
-    ):
-        pass

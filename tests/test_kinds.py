@@ -42,7 +42,7 @@ def test_a_toy_kind_with_negative_entries_goes_through_every_command(tiny, tmp_p
         assert torch.equal(value, 2 * stored.importance.tensors()[name])
 
     tune = ["tune", *common, "--importance", str(tmp_path / "twice"), "--task"]
-    tune += [str(tmp_path / "task.jsonl"), "--output", str(tmp_path / "mu")]
+    tune += [str(tmp_path / "task.jsonl"), "--logging-steps", "1", "--output", str(tmp_path / "mu")]
     assert cli.main([*tune, "--dry-run"]) == 0
     assert cli.main(tune) == 0
     log = json.loads((tmp_path / "mu" / "tune.json").read_text())["log"]

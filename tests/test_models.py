@@ -56,13 +56,16 @@ def test_missing_and_broken_models_are_one_sentence(tmp_path):
         load(str(tmp_path))
 
 
-def test_devices_and_types():
+def test_devices_and_types(monkeypatch):
     assert pick_device("cpu") == "cpu"
     with pytest.raises(hlora.InputError, match="no device 'cuda:77'"):
         pick_device("cuda:77")
     with pytest.raises(hlora.InputError, match="no device 'gpu'"):
         pick_device("gpu")
-    assert pick_dtype("auto", "cpu") == "fp32"
+    for fast, dtype in ((True, "bf16"), (False, "fp32")):
+        capabilities = {"avx512_bf16": fast, "avx2": True}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
+        assert pick_dtype("auto", "cpu") == dtype
     assert pick_dtype("fp16", "cpu") == "fp16"
     with pytest.raises(hlora.InputError, match="dtype must be"):
         pick_dtype("fp8", "cpu")

@@ -5,8 +5,9 @@ from dataclasses import fields
 import pytest
 
 import hlora
-from hlora.cli.options import build, command_line, parse
+from hlora.cli.options import parse
 from hlora.run import settings as config
+from hlora.run.build import build, command_line
 
 NEEDED = ["--model", "m", "--text", "a.txt", "b.txt", "--output", "o"]
 

@@ -7,7 +7,9 @@ import torch
 
 import hlora
 from hlora.data.formats import FORMATS
-from hlora.data.tasks import Answers, Pad, encode_pair, load_task
+from hlora.data.rows import Collate
+from hlora.data.tasks import answer_rows, encode_pair, load_task
+from hlora.data.text import block_rows
 from tests.tiny import questions, tokenizer, write_rows
 
 TASKS = Path(__file__).parents[2] / "shared" / "data" / "tasks"
@@ -150,27 +152,39 @@ def test_a_hub_task_goes_through_the_hub_s_loader(tmp_path, monkeypatch):
 def test_loss_is_on_the_answer_only(tmp_path):
     words = tokenizer()
     task = one(tmp_path, ROWS["completion"])
-    [row] = Answers(task, words, 64).rows
+    [row] = answer_rows(task, words, 64).rows
     prompt, answer = words("1 + 1 =")["input_ids"], words(" 2")["input_ids"]
-    assert row["input_ids"] == [*prompt, *answer, words.eos_token_id]
-    assert row["labels"] == [-100] * len(prompt) + [*answer, words.eos_token_id]
+    assert row["input_ids"].tolist() == [*prompt, *answer, words.eos_token_id]
+    assert row["labels"].tolist() == [-100] * len(prompt) + [*answer, words.eos_token_id]
 
 
 def test_a_long_prompt_loses_its_beginning(tmp_path):
     words = tokenizer()
     task = one(tmp_path, {"prompt": "abcdefghij", "completion": "xyz"})
-    [row] = Answers(task, words, 8).rows
+    [row] = answer_rows(task, words, 8).rows
     assert words.decode(row["input_ids"][:-1]) == "ghijxyz"
-    assert row["labels"][:4] == [-100] * 4
+    assert row["labels"][:4].tolist() == [-100] * 4
 
 
 def test_padding_is_neither_seen_nor_learned():
-    batch = Pad(0)(
-        [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    )
+    first = {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([-100, 6, 7])}
+    batch = Collate(0)([first, {"input_ids": torch.tensor([8]), "labels": torch.tensor([8])}])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+
+
+def test_text_and_tasks_mix_as_one_data_set(tmp_path):
+    """Replay: a ConcatDataset of both through one collator."""
+    words = tokenizer()
+    blocks = block_rows(torch.arange(3, 27).reshape(4, 6))
+    answers = answer_rows(one(tmp_path, ROWS["completion"]), words, 64)
+    mixed = torch.utils.data.ConcatDataset([blocks, answers])
+    [batch] = torch.utils.data.DataLoader(mixed, batch_size=5, collate_fn=Collate(0))
+    assert {t.shape for t in batch.values()} == {(5, len(answers[0]["input_ids"]))}
+    assert batch["labels"][:4, :6].tolist() == batch["input_ids"][:4, :6].tolist()
+    assert batch["attention_mask"].sum(1).tolist() == [6, 6, 6, 6, len(answers[0]["input_ids"])]
+    assert (batch["labels"][:4, 6:] == -100).all()
 
 
 def test_spaces_at_the_end_of_a_prompt_belong_to_the_answer():

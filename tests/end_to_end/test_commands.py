@@ -227,9 +227,9 @@ BAD = [
     (["record", "--model", "M", "--text", "A", "--output", "o", "--learning-rate", "-1"],
      "--learning-rate must be at least 0"),
     (["record", "--model", "M", "--text", "A", "--output", "o", "--block-size", "32",
-      "--training.fsdp=full_shard"], "fsdp=...) is not supported"),
+      "--training.fsdp=full_shard"], "fsdp"),
     (["record", "--model", "M", "--text", "A", "--output", "o", "--block-size", "32",
-      "--training.deepspeed=x.json"], "deepspeed=...) is not supported"),
+      "--training.deepspeed=x.json"], "deepspeed"),
     (["record", "--model", "M", "--text", "A", "--output", "o", "--block-size", "32",
       "--training.report_to=nothing"], "refuses these settings"),
     (["record", "--model", "nobody/nothing", "--text", "A", "--output", "o"], "nobody/nothing"),
@@ -340,10 +340,8 @@ def test_ctrl_c_keeps_a_checkpoint_and_resumes(place):
 @pytest.mark.parametrize("phase", ["record", "tune"])
 def test_a_seed_gives_the_same_bits_however_the_model_was_loaded(place, phase, monkeypatch):
     """Reading a GGUF file draws random numbers, reading safetensors does not."""
-    from hlora.cli import record, tune
-    from hlora.run import models
+    from hlora.run import models, phases
 
-    command = {"record": record, "tune": tune}[phase]
     place.record()
     run = place.record if phase == "record" else place.tune
     more = [] if phase == "record" else ["--anchor", "base"]
@@ -354,6 +352,6 @@ def test_a_seed_gives_the_same_bits_however_the_model_was_loaded(place, phase, m
         torch.rand(7)
         return loaded
 
-    monkeypatch.setattr(command, "load", load)
+    monkeypatch.setattr(phases, "load", load)
     assert run(*more, output="two") == 0
     assert same(place.adapter("one"), place.adapter("two"))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
-import shlex
 import shutil
-import types
-from collections.abc import Iterable
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from hlora.errors import InputError, suggest
+from hlora.errors import InputError
+from hlora.run.build import build, default_of, kind_of, unknown_setting
 
 S = TypeVar("S")
 
@@ -43,7 +40,7 @@ def parse(cls: type[S], argv: list[str], prog: str) -> S:
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         raise InputError(
-            _unknown(unknown[0], (o for a in parser._actions for o in a.option_strings))
+            unknown_setting(unknown[0], (o for a in parser._actions for o in a.option_strings))
         )
     given = vars(known)
     values = _from_yaml(cls, given.pop("config", None))
@@ -51,28 +48,6 @@ def parse(cls: type[S], argv: list[str], prog: str) -> S:
     if training:
         values["training"] = {**values.get("training", {}), **training}
     return build(cls, values)
-
-
-def build(cls: type[S], values: dict[str, Any]) -> S:
-    """Settings from plain values, checked.
-
-    Raises:
-        InputError: an unknown or missing setting, or a value of the wrong type.
-    """
-    hints = get_type_hints(cls)
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    result = {}
-    for key, value in values.items():
-        if key not in known:
-            raise InputError(_unknown(key, known))
-        result[key] = _checked(key, value, hints[key], known[key])
-    for name, f in known.items():
-        if f.metadata.get("required") and result.get(name) in (None, [], ""):
-            called = (
-                f.metadata["metavar"] if f.metadata["positional"] else f"--{name.replace('_', '-')}"
-            )
-            raise InputError(f"{called} is missing: {f.metadata['help']}.")
-    return cls(**result)
 
 
 def _parser(cls: type, prog: str, everything: bool) -> argparse.ArgumentParser:
@@ -89,7 +64,7 @@ def _parser(cls: type, prog: str, everything: bool) -> argparse.ArgumentParser:
             continue
         hide = f.metadata["more"] and not everything
         hidden += hide
-        kind, several = _kind(hints[f.name])
+        kind, several = kind_of(hints[f.name])
         options: dict[str, Any] = {"help": argparse.SUPPRESS if hide else _help(f, kind)}
         flag = f"--{f.name.replace('_', '-')}"
         if kind is bool:
@@ -118,7 +93,7 @@ def _help(f: Field, kind: type) -> str:
     text = str(f.metadata["help"]).replace("%", "%%")
     if f.metadata["required"]:
         return f"{text} (required)"
-    default = _default(f)
+    default = default_of(f)
     if default in (None, [], {}) or kind is bool:
         return text
     shown = (
@@ -129,60 +104,6 @@ def _help(f: Field, kind: type) -> str:
         else default
     )
     return f"{text} (default: {shown})"
-
-
-def _kind(hint: Any) -> tuple[type, bool]:
-    """The type of one value, and whether there are several."""
-    if get_origin(hint) is list:
-        return get_args(hint)[0], True
-    if get_origin(hint) in (Union, types.UnionType):
-        return next(t for t in get_args(hint) if t is not type(None)), False
-    return (dict if get_origin(hint) is dict else hint), False
-
-
-def _default(f: Field) -> Any:
-    return f.default if f.default_factory is MISSING else f.default_factory()
-
-
-def _checked(key: str, value: Any, hint: Any, f: Field) -> Any:
-    kind, several = _kind(hint)
-    name = f"--{key.replace('_', '-')}"
-    if value is None:
-        return _default(f)
-    if kind is dict:
-        if not isinstance(value, dict):
-            raise InputError(f"{name} must be a mapping of names to values.")
-        return value
-    if several:
-        values = value if isinstance(value, list) else [value]
-        return [_converted(name, v, kind) for v in values]
-    if isinstance(value, list):
-        raise InputError(f"{name} takes one value, not {len(value)}.")
-    value = _converted(name, value, kind)
-    if kind is float and not math.isfinite(value):
-        raise InputError(f"{name} must be a finite number, not {value}.")
-    least = f.metadata["least"]
-    if least is not None and not value >= least:
-        raise InputError(f"{name} must be at least {least:g}, not {value:g}.")
-    if f.metadata["choices"] and value not in f.metadata["choices"]:
-        raise InputError(
-            f"{name} must be one of {', '.join(f.metadata['choices'])}, not {value!r}."
-        )
-    return value
-
-
-def _converted(name: str, value: Any, kind: type) -> Any:
-    words = {int: "a whole number", float: "a number", bool: "true or false"}
-    try:
-        if kind is bool:
-            if not isinstance(value, bool):
-                raise ValueError
-            return value
-        if isinstance(value, bool) or (kind is int and isinstance(value, float) and value % 1):
-            raise ValueError
-        return kind(value)
-    except (ValueError, TypeError):
-        raise InputError(f"{name} must be {words.get(kind, 'text')}, not {value!r}.") from None
 
 
 def _from_yaml(cls: type, file: str | None) -> dict[str, Any]:
@@ -202,7 +123,7 @@ def _from_yaml(cls: type, file: str | None) -> dict[str, Any]:
     known = [f.name for f in fields(cls)]
     for key in values:
         if key not in known:
-            raise InputError(f"{file}: {_unknown(key, known)}")
+            raise InputError(f"{file}: {unknown_setting(key, known)}")
     return values
 
 
@@ -235,23 +156,3 @@ def _take_training(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         except yaml.YAMLError:
             training[name] = value
     return rest, training
-
-
-def _unknown(word: str, known: Iterable[str]) -> str:
-    return f"Unknown setting {word}" + suggest(word.partition("=")[0], known, "; see --help.", 0.5)
-
-
-def command_line(command: str, settings: Any) -> str:
-    """The command that gives these settings; defaults are left out."""
-    words = ["hlora", command]
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        if value == _default(f) or f.name == "training":
-            continue
-        flag = f"--{f.name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            words += [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    words += [f"--training.{k}={v}" for k, v in getattr(settings, "training", {}).items()]
-    return shlex.join(words)

@@ -12,10 +12,10 @@ import jinja2
 import jinja2.sandbox
 import torch
 import yaml
-from torch import Tensor
 
 from hlora.data.formats import FORMATS, Format
-from hlora.data.text import load_hub, read_jsonl, read_parquet
+from hlora.data.read import ROWS, load_hub, read_rows
+from hlora.data.rows import IGNORED, Row, Rows
 from hlora.errors import InputError, suggest
 
 _JINJA = jinja2.sandbox.SandboxedEnvironment(
@@ -68,13 +68,13 @@ def load_task(
     if path.is_dir():
         raise InputError(f"{where} is a folder: name the file with the task's rows.")
     if path.is_file():
-        rows = read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
+        rows = read_rows(path)
         name = path.name.split(".")[0]
     elif where in FORMATS and FORMATS[where].hub:
         given = given or FORMATS[where]
         hub = str(FORMATS[where].hub)
         rows, name = load_hub(f"{hub}@{given.test_split if split == 'test' else split}"), where
-    elif "/" in where and path.suffix not in (".jsonl", ".json", ".parquet"):
+    elif "/" in where and path.suffix not in ROWS:
         rows, name = load_hub(where, split), where.split("/")[-1]
     else:
         known = [n for n, f in FORMATS.items() if f.hub]
@@ -199,47 +199,24 @@ def encode_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int]
     return whole[: len(head)], whole[len(head) :]
 
 
-class Answers(torch.utils.data.Dataset):
-    """The right answers of a task as a data set for Trainer: loss on the answer only.
+def answer_rows(task: Task, tokenizer: Any, max_length: int) -> Rows:
+    """The right answers of a task as rows, with the loss on the answer only.
 
-    Prompts that do not fit into `max_length` lose their beginning.
+    Prompts that do not fit into `max_length` tokens lose their beginning.
     """
-
-    def __init__(self, task: Task, tokenizer: Any, max_length: int) -> None:
-        self.rows: list[dict[str, list[int]]] = []
-        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        for example in task.examples:
-            head, tail = encode_pair(tokenizer, example.prompt, example.choices[example.answer])
-            tail = (tail + end)[:max_length]
-            head = head[max(0, len(head) + len(tail) - max_length) :]
-            self.rows.append({"input_ids": head + tail, "labels": [-100] * len(head) + tail})
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index]
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(r["input_ids"]) for r in self.rows)
-
-
-class Pad:
-    """Collates rows of different lengths, padded on the right."""
-
-    def __init__(self, pad_id: int) -> None:
-        self.fill = {"input_ids": pad_id, "labels": -100}
-
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        width = max(len(r["input_ids"]) for r in rows)
-        batch = {
-            key: torch.tensor([r[key] + [fill] * (width - len(r[key])) for r in rows])
-            for key, fill in self.fill.items()
-        }
-        lengths = torch.tensor([[len(r["input_ids"])] for r in rows])
-        batch["attention_mask"] = (torch.arange(width) < lengths).long()
-        return batch
+    rows: list[Row] = []
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    for example in task.examples:
+        head, tail = encode_pair(tokenizer, example.prompt, example.choices[example.answer])
+        tail = (tail + end)[:max_length]
+        head = head[max(0, len(head) + len(tail) - max_length) :]
+        rows.append(
+            {
+                "input_ids": torch.tensor(head + tail),
+                "labels": torch.tensor([IGNORED] * len(head) + tail),
+            }
+        )
+    return Rows(rows)
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hlora.data import pythontext
+from hlora.data.read import ROWS, SUFFIXES, load_hub, read_rows, read_text
+from hlora.data.rows import Rows
 from hlora.errors import InputError
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
 PIECE = 1 << 16
 """Characters that are tokenized at once: a .txt file may be larger than the memory."""
 
@@ -149,23 +149,9 @@ def mix(kinds: dict[str, Tensor], weights: list[float] | None, limit: int | None
     return torch.cat([b[:n] for b, n in zip(kinds.values(), counts, strict=True)])
 
 
-class Blocks(torch.utils.data.Dataset):
-    """Packed blocks as a data set for Trainer: every token is a label."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.tokens[index]
-        return {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
-
-
-def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Collates rows of `Blocks`, which have one length."""
-    return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+def block_rows(tokens: Tensor) -> Rows:
+    """Blocks (N, T) as rows in which every token is a label."""
+    return Rows([{"input_ids": row, "labels": row} for row in tokens])
 
 
 def _built_in(where: str) -> tuple[str, str]:
@@ -190,56 +176,10 @@ def _pieces(document: str) -> Iterator[str]:
 
 
 def _from_file(path: Path, column: str | None) -> Iterator[str]:
-    if path.suffix == ".parquet":
-        rows: Iterator[dict[str, Any]] = read_parquet(path)
-    elif path.suffix in (".jsonl", ".json"):
-        rows = read_jsonl(path)
+    if path.suffix in ROWS:
+        yield from _column(read_rows(path), column, str(path))
     else:
-        try:
-            yield path.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text (byte {error.start}).") from None
-        return
-    yield from _column(rows, column, str(path))
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file with one JSON object per line.
-
-    Raises:
-        InputError: names the line that is none.
-    """
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{path}, line {number}: not JSON ({error}).") from None
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}, line {number}: not a JSON object.")
-                yield row
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}).") from None
-
-
-def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a .parquet file.
-
-    Raises:
-        InputError: it cannot be read, or pyarrow is not installed.
-    """
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise InputError("Reading .parquet needs pyarrow: pip install 'hlora[data]'.") from None
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as parquet ({error}).") from None
+        yield read_text(path)
 
 
 def _column(rows: Iterator[dict[str, Any]], column: str | None, where: str) -> Iterator[str]:
@@ -263,27 +203,3 @@ def _column(rows: Iterator[dict[str, Any]], column: str | None, where: str) -> I
 
 def _from_hub(source: Source) -> Iterator[str]:
     yield from _column(load_hub(source.where), source.column, source.where)
-
-
-def load_hub(where: str, default_split: str = "train") -> Iterator[dict[str, Any]]:
-    """Rows of `owner/name[:config][@split]`, streamed.
-
-    Raises:
-        InputError: the data set cannot be reached or has no such split or config.
-    """
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise InputError(
-            f"There is no file {where}; hub data sets need: pip install 'hlora[data]'."
-        ) from None
-    where, _, split = where.partition("@")
-    name, _, config = where.partition(":")
-    try:
-        rows = load_dataset(name, config or None, split=split or default_split, streaming=True)
-        yield from rows
-    except Exception as error:  # any loader may raise anything
-        text = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{name} is no file here and cannot be loaded as a hub data set: {text}"
-        ) from None

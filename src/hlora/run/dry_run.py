@@ -41,12 +41,13 @@ def describe(
     steps = steps_of(settings, rows)
     seconds, memory = _one_pass(model, batch, args)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ranks = ", ".join(str(r) for r in sorted({p.shape[2] for p in pairs}))
     extra = importance + 12 * trainable
     return "\n".join(
         [
             f"model       {settings.model}: {sum(p.numel() for p in model.parameters()):,} "
             f"parameters in {next(model.parameters()).dtype} on {args.device}",
-            f"adapter     r {settings.lora_rank} on {len(pairs)} matrices, {trainable:,} trained",
+            f"adapter     r {ranks} on {len(pairs)} matrices, {trainable:,} trained",
             f"data        {rows:,} rows, {tokens:,} tokens",
             f"steps       {steps:,} of {settings.batch_size} rows × "
             f"{settings.gradient_accumulation} micro-batches",

@@ -1,16 +1,14 @@
 """lm-evaluation-harness on a model in memory, adapter and all.
 
-Tasks are names of its own zoo (data from the hub), its task files (.yaml, whole: no `include`, no
-Python), or whatever `hlora eval --task` reads, whose rows are passed on as prompt, choices, answer.
+Tasks are names of its own zoo (data from the hub) or its task files (.yaml, whole: no `include`, no
+Python). Files of rows are `--task`'s, whose scores a test compares with the harness's to the digit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +17,9 @@ from typing import Any
 import yaml
 from torch import nn
 
-from hlora.data.tasks import load_task
+from hlora.data.read import SUFFIXES
 from hlora.errors import InputError, suggest
 from hlora.run.progress import watched
-
-LOCAL = (".jsonl", ".json", ".parquet")
-METRICS = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -48,16 +43,11 @@ class HarnessTasks:
     manager: Any
 
 
-@contextlib.contextmanager
-def prepared(
-    specs: Sequence[str], *, format: str | None = None, limit: int | None = None
-) -> Iterator[HarnessTasks]:
-    """The tasks, ready to be run; local ones lie in a folder that goes away after.
+def prepare(specs: Sequence[str]) -> HarnessTasks:
+    """The tasks, checked and ready to be run.
 
     Args:
-        specs: names of the zoo, .yaml task files, or data files as [NAME=]FILE.
-        format: how rows of data files are read, as --task-format.
-        limit: at most so many rows of a data file.
+        specs: names of the zoo, or .yaml task files.
 
     Raises:
         InputError: lm-eval is not installed, no such task, or a task file that it cannot run alone.
@@ -67,15 +57,14 @@ def prepared(
     except ImportError:
         raise InputError("--lm-eval needs lm-eval: pip install 'hlora[eval]'.") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="hlora-lm-eval-") as folder:
-        tasks = [_task(s, Path(folder), format, limit) for s in specs]
-        names = [t for t in tasks if isinstance(t, str)]
-        manager = TaskManager(include_defaults=bool(names))
-        for name in names:
-            if name not in manager.all_tasks:
-                end = suggest(name, manager.all_tasks, ", and no such file is here.")
-                raise InputError(f"lm-eval has no task {name!r}" + end)
-        yield HarnessTasks(tasks, manager)
+    tasks = [_task(s) for s in specs]
+    names = [t for t in tasks if isinstance(t, str)]
+    manager = TaskManager(include_defaults=bool(names))
+    for name in names:
+        if name not in manager.all_tasks:
+            end = suggest(name, manager.all_tasks, ", and no such file is here.")
+            raise InputError(f"lm-eval has no task {name!r}" + end)
+    return HarnessTasks(tasks, manager)
 
 
 def run(
@@ -120,32 +109,12 @@ def _values(of: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
     return values
 
 
-def _task(spec: str, folder: Path, format: str | None, limit: int | None) -> str | dict[str, Any]:
-    name, sep, where = spec.partition("=")
-    if not sep:
-        name, where = "", spec
-    if Path(where).suffix in (".yaml", ".yml"):
-        return _task_file(Path(where))
-    if not sep and Path(where).suffix not in LOCAL:
-        return where
-    task = load_task(where, split="test", format=format, limit=limit)
-    if any(len(e.choices) < 2 for e in task.examples):
-        raise InputError(
-            f"{where} has rows without choices: lm-eval is given multiple choice only."
-        )
-    name = name or task.name
-    path = folder / f"{name}.jsonl"
-    delimiter = task.format.delimiter
-    with path.open("w", encoding="utf-8") as file:
-        for e in task.examples:
-            row = {"prompt": e.prompt, "choices": list(e.bare), "answer": e.answer}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return {
-        "task": name, "dataset_path": "json", "output_type": "multiple_choice",
-        "dataset_kwargs": {"data_files": {"test": str(path)}}, "test_split": "test",
-        "doc_to_text": "{{prompt}}", "doc_to_choice": "{{choices}}", "doc_to_target": "answer",
-        "target_delimiter": delimiter, "metric_list": [{"metric": m} for m in METRICS],
-    }  # fmt: skip
+def _task(spec: str) -> str | dict[str, Any]:
+    if Path(spec).suffix in (".yaml", ".yml"):
+        return _task_file(Path(spec))
+    if Path(spec).suffix not in SUFFIXES:
+        return spec
+    raise InputError(f"{spec} is a file of rows: score it with --task, which says the same.")
 
 
 def _task_file(path: Path) -> dict[str, Any]:

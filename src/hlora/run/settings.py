@@ -7,8 +7,11 @@ given with --config) and Python (`RecordSettings(batch_size=20, ...)`). No heavy
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
+
+from hlora.core.kinds import KINDS
 
 USUAL_METRICS = (
     "acc", "nll", "ppl_seen", "ppl_unseen", "forgetting_seen", "forgetting_unseen",
@@ -21,7 +24,7 @@ def setting(
     default: Any = None,
     *,
     required: bool = False,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     metavar: str = "",
     more: bool = False,
     least: float | None = None,
@@ -54,7 +57,7 @@ class Settings:
         "auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES chooses among GPUs", "auto", more=True
     )
     dtype: str = setting(
-        "float type of the base model; auto is bf16 on a GPU, fp32 on a CPU", "auto",
+        "float type of the base model; auto is bf16 on a GPU or a CPU that is fast at it", "auto",
         choices=("auto", "bf16", "fp16", "fp32"), more=True,
     )  # fmt: skip
 
@@ -113,7 +116,7 @@ class RecordSettings(TrainSettings):
     kind: str | None = setting(
         "what is remembered: factored, row and column sums (if not given); dense, a number for "
         "each element (the paper, its presets, --storage); fisher, EWC's, without training", None,
-        choices=("dense", "factored", "fisher"),
+        choices=KINDS,
     )  # fmt: skip
     storage: str = setting(
         "what dense importance is written as; int8 holds logarithms", "fp32",
@@ -147,7 +150,9 @@ class RecordSettings(TrainSettings):
 class TuneSettings(TrainSettings):
     """Phase μ: learn the domain, held to what mattered."""
 
-    importance: str = setting("what `hlora record` wrote", required=True, metavar="DIR")
+    importance: str | None = setting(
+        "what `hlora record` wrote; without it the adapter is plain LoRA", None, metavar="DIR"
+    )
     task: str = setting(
         "sciq, piqa, medmcqa, openbookqa, arc_easy, arc_challenge (hub), or a .jsonl or .parquet "
         "file with such rows or with prompt and completion",
@@ -157,9 +162,9 @@ class TuneSettings(TrainSettings):
         "strength of the penalty; 0.01 unless the preset has its own, 0.003 to 0.03 is useful",
         None,
     )
-    anchor: str = setting(
-        "hold θ to the recorded adapter (nu, starting there) or to the base model", "nu",
-        choices=("nu", "base"),
+    anchor: str | None = setting(
+        "hold the weights to the recorded adapter and start there (nu, if not given), or to the "
+        "base model", None, choices=("nu", "base"),
     )  # fmt: skip
     task_format: str | None = setting(
         "how rows are read, where their columns do not tell: a task's name, choices, completion, "
@@ -193,8 +198,8 @@ class EvalSettings(Settings):
     text: list[str] = setting("general text, as for `hlora record`", [], metavar="TEXT")
     task: list[str] = setting("tasks, as for `hlora tune`", [], metavar="TASK")
     lm_eval: list[str] = setting(
-        "tasks for lm-evaluation-harness: its names (data from the hub), .yaml task files, or "
-        "[NAME=]FILE as for --task", [], metavar="TASK",
+        "tasks for lm-evaluation-harness: its names (data from the hub) or .yaml task files", [],
+        metavar="TASK",
     )  # fmt: skip
     json: str | None = setting("write all scores to this file", None, metavar="FILE")
     text_column: str | None = setting("column that holds the text", None)
@@ -228,7 +233,6 @@ class ConvertSettings:
     to: str = setting(
         "fp32, bf16, int8 (logarithmic codes), factored (row and column sums), or ones (all "
         "elements alike: plain L2 to the recorded adapter)", required=True,
-        choices=("fp32", "bf16", "int8", "factored", "ones"),
     )  # fmt: skip
     output: str = setting("folder for the result", required=True, metavar="DIR")
     overwrite: bool = setting("replace a result that the output folder holds", False)

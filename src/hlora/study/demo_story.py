@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from hlora import __version__
-from hlora.cli import record, tune
-from hlora.cli.eval import Scores, score
-from hlora.cli.options import command_line
 from hlora.core.store import MARKER, TENSORS, read_info
 from hlora.data.chemistry import write_chemistry
 from hlora.data.tasks import Task, load_task
 from hlora.data.text import Source, blocks
 from hlora.errors import InputError
+from hlora.run.build import command_line
 from hlora.run.evaluate import pooled_forgetting
 from hlora.run.models import load, load_adapter, pick_device, pick_dtype
+from hlora.run.phases import TUNED, record, tune
+from hlora.run.scoring import Scores, score
 from hlora.run.settings import DemoSettings, RecordSettings, TrainSettings, TuneSettings
 from hlora.study.demo_general import SEEN, UNSEEN, write_general
 
@@ -67,10 +67,10 @@ def run_story(settings: DemoSettings, say: Say) -> dict[str, Any]:
     nu = record_settings(settings, size)
     tunes = {m: tune_settings(settings, size, m) for m in METHODS}
     say("Phase ν: learn general text and record what matters for it.")
-    _phase(record.run, nu, MARKER)
+    _phase(record, nu, MARKER)
     for method, t in tunes.items():
         say(f"Phase μ: learn chemistry with {method}.")
-        _phase(tune.run, t, tune.MARKER)
+        _phase(tune, t, TUNED)
     say("Scores: three kinds of text, chemistry in words that training did not use.")
     scores, questions = _scores(settings, size, nu)
     return {**_results(settings, nu, tunes, scores), "questions": questions}
@@ -79,18 +79,10 @@ def run_story(settings: DemoSettings, say: Say) -> dict[str, Any]:
 def _train_settings(settings: DemoSettings) -> dict[str, Any]:
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    if settings.dtype == "auto" and device == "cpu" and _fast_bf16():
-        dtype = "bf16"  # half the time
     return {
         "model": settings.model, "device": settings.device, "dtype": dtype, "seed": settings.seed,
         "save_steps": 10, "logging_steps": 5, "resume": True,
     }  # fmt: skip
-
-
-def _fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 faster than fp32, by half again and more."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(c) for c in ("avx512_bf16", "amx_bf16", "amx_tile"))
 
 
 def record_settings(settings: DemoSettings, size: Size) -> RecordSettings:
@@ -111,7 +103,7 @@ def tune_settings(settings: DemoSettings, size: Size, method: str) -> TuneSettin
     )  # fmt: skip
 
 
-def _phase(run: Callable[[Any], None], settings: TrainSettings, marker: str) -> None:
+def _phase(run: Callable[[Any], Any], settings: TrainSettings, marker: str) -> None:
     """Run a command, unless its folder holds its result already."""
     done = Path(settings.output) / marker
     if not done.is_file():

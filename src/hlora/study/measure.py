@@ -67,9 +67,9 @@ def _heading(study: Study, run: Run) -> dict[str, Any]:
 
 
 def _measured(study: Study, run: Run) -> dict[str, Any]:
-    from hlora.cli import tune
     from hlora.core import store
     from hlora.core.adapter_file import ADAPTER_FILES
+    from hlora.run.phases import TUNED, tune
 
     method = METHODS[run.method]
     base = base_scores(study, run.task)
@@ -79,9 +79,9 @@ def _measured(study: Study, run: Run) -> dict[str, Any]:
     adapter = Path(study.work) / "mu" / key_of(study, run)
     settings = tune_settings(study, run, nu)
     machine.reset_peak()
-    if not (adapter / tune.MARKER).exists():
-        tune.run(settings)
-    tuned = json.loads((adapter / tune.MARKER).read_text("utf-8"))
+    if not (adapter / TUNED).exists():
+        tune(settings)
+    tuned = json.loads((adapter / TUNED).read_text("utf-8"))
     peak = machine.peak_bytes()
     recorded = store.read_info(nu)
     summary = recorded["summary"]
@@ -99,20 +99,21 @@ def _measured(study: Study, run: Run) -> dict[str, Any]:
 
 def phase_nu(study: Study, method: str, seed: int) -> Path:
     """The importance folder of a method and seed, made if it is not there yet."""
-    from hlora.cli import convert, record
     from hlora.core.store import MARKER
+    from hlora.run.convert import convert
+    from hlora.run.phases import record
 
     folder = nu_folder(study, method, seed)
     if not (folder / MARKER).exists():
         with _logged(study, f"phase ν of {method}, seed {seed}"):
             machine.reset_peak()
-            record.run(record_settings(study, method, seed))
+            record(record_settings(study, method, seed))
     if not METHODS[method].ones:
         return folder
     ones = folder.with_name(f"{folder.name}-ones")
     if not (ones / MARKER).exists():
         with _logged(study, f"Ω = 1 of {method}, seed {seed}"):
-            convert.run(ConvertSettings(folder=str(folder), to="ones", output=str(ones)))
+            convert(ConvertSettings(folder=str(folder), to="ones", output=str(ones)))
     return ones
 
 
@@ -130,8 +131,8 @@ def base_scores(study: Study, task: str) -> dict[str, Any]:
 
 def _scores(study: Study, task: str, adapter: Path | None) -> dict[str, Any]:
     """Scores as plain values, the loss of each block of text included."""
-    from hlora.cli.eval import prepare, score
     from hlora.run.models import load_adapter
+    from hlora.run.scoring import prepare, score
 
     settings = eval_settings(study, task)
     model, tokenizer, kinds, tasks = prepare(settings)

@@ -9,9 +9,9 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from hlora.cli.options import build
 from hlora.errors import InputError, refuse_unknown
 from hlora.files import sha256
+from hlora.run.build import build
 from hlora.run.settings import EvalSettings, RecordSettings, TuneSettings
 from hlora.study.methods import METHODS, Method
 from hlora.study.metrics import FORGETTING, METRICS

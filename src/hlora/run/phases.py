@@ -1,0 +1,319 @@
+"""Both phases as functions: `record(settings)` and `tune(settings)`.
+
+They print nothing and change nothing outside the output folder. To look before training, prepare a
+phase, ask it for its `plan`, and `run` it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hlora import __version__
+from hlora.core import store
+from hlora.core.importance import Importance
+from hlora.core.kinds import kind_named
+from hlora.core.pairs import Pair
+from hlora.core.presets import RecordRule
+from hlora.core.recorder import summarize_norms
+from hlora.data.rows import Collate, Rows
+from hlora.data.tasks import answer_rows, load_task
+from hlora.data.text import Source, block_rows, blocks, mix
+from hlora.errors import InputError
+from hlora.files import check_space, publish, refuse_result, write_json
+from hlora.hf.callbacks import RECORD_STATE, Penalty, Record, save_importance
+from hlora.hf.distributed import is_main
+from hlora.hf.peft import base_of, find_pairs, save_adapter
+from hlora.run import dry_run
+from hlora.run.models import load, load_adapter, new_adapter, pick_device, pick_dtype
+from hlora.run.progress import bar
+from hlora.run.settings import RecordSettings, TrainSettings, TuneSettings
+from hlora.run.training import (
+    Trained,
+    arguments,
+    check_unfinished,
+    clean_up,
+    seed_everything,
+    train,
+)
+
+HUB_BLOCKS = 4000
+"""Rows taken of a hub data set, which may be endless, unless --text-blocks says otherwise."""
+TUNED = "tune.json"
+"""The marker of a finished domain phase."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A finished general phase.
+
+    Attributes:
+        folder: the importance folder.
+        kind: of the importance.
+        summary: what was found.
+        bytes: the size of the folder's files.
+    """
+
+    folder: Path
+    kind: str
+    summary: dict[str, Any]
+    bytes: int
+
+
+def record(settings: RecordSettings) -> Recorded:
+    """Learn general text and record what matters for it (Eq. 2-13); or gather a Fisher.
+
+    Raises:
+        HloraError: a setting, text or model that cannot be used, before anything is trained.
+    """
+    return GeneralPhase(settings).run()
+
+
+def tune(settings: TuneSettings) -> Trained:
+    """Learn a domain, held to an importance if there is one (Eq. 14-16).
+
+    Raises:
+        HloraError: a setting, task or model that cannot be used, before anything is trained.
+    """
+    return DomainPhase(settings).run()
+
+
+class _Phase:
+    """What both have: a model, rows to train on, a place for the result."""
+
+    settings: TrainSettings
+    model: nn.Module
+    tokenizer: Any
+    rows: Rows
+    pairs: list[Pair]
+    held: int
+
+    def _load_model(self) -> None:
+        s = self.settings
+        arguments(s)
+        device = pick_device(s.device)
+        self.model, self.tokenizer = load(s.model, dtype=pick_dtype(s.dtype, device), device=device)
+        seed_everything(s.seed)  # here: loading a GGUF file draws random numbers
+        self.collate = Collate(self.tokenizer.pad_token_id)
+
+    def plan(self) -> str:
+        """What a run would train, and about how much time and memory it would take."""
+        batch = self.collate(self.rows.rows[: self.settings.batch_size])
+        return dry_run.describe(
+            self.settings, self.model, self.pairs, batch, len(self.rows), self.rows.tokens,
+            self.held,
+        )  # fmt: skip
+
+
+class GeneralPhase(_Phase):
+    """The general phase, ν, ready to run.
+
+    Attributes:
+        texts: blocks of tokens by kind of text, (N, T) each.
+        rows: what is trained on.
+        pairs: the target matrices.
+        held: bytes of the importance.
+    """
+
+    settings: RecordSettings
+
+    def __init__(self, settings: RecordSettings) -> None:
+        self.settings = settings
+        self.output = Path(settings.output)
+        sources = [Source.parse(spec, settings.text_column) for spec in settings.text]
+        if len({s.name for s in sources}) < len(sources):
+            raise InputError(
+                "Two kinds of text have the same name: name them with --text NAME=WHERE ..."
+            )
+        refuse_result(self.output, settings.overwrite)
+        check_unfinished(settings)
+        self.recorder = _recorder(settings)
+        if self.recorder is None:
+            self.of = kind_named(str(settings.kind))
+            self.of.check_settings(_NO_RULE, settings.storage)
+        else:
+            self.recorder.check_folders()
+            self.of = kind_named(self.recorder.kind)
+        taken = 0 if self.recorder else self.of.rows_needed(_options(settings))
+        self._load_model()
+        self.texts: dict[str, Tensor] = {
+            s.name: blocks(
+                s, self.tokenizer, settings.block_size,
+                settings.text_blocks or (max(HUB_BLOCKS, taken) if s.hub else None),
+            )
+            for s in sources
+        }  # fmt: skip
+        tokens = mix(self.texts, settings.text_weights or None, settings.text_blocks or None)
+        if not self.recorder:
+            draw = torch.Generator().manual_seed(settings.seed)
+            tokens = tokens[torch.randperm(len(tokens), generator=draw)[: taken or None]]
+        self.tokens, self.rows = tokens, block_rows(tokens)
+        if settings.importance:
+            self.model = load_adapter(self.model, settings.importance, trainable=True)
+        else:
+            self.model = new_adapter(self.model, settings)
+        self.pairs = find_pairs(self.model)
+        shapes = [p.shape[:2] for p in self.pairs]
+        self.held = self.of.bytes(shapes, settings.storage)
+        running = self.of.bytes(shapes)
+        check_space(self.output, self.held + (4 * running if settings.save_steps else 0))
+
+    def run(self) -> Recorded:
+        """Train and record, or gather, and write the output folder."""
+        notes = {
+            "settings": asdict(self.settings), "text": {n: len(b) for n, b in self.texts.items()},
+        }  # fmt: skip
+        if self.recorder is not None:
+            self.recorder.notes = notes
+            train(
+                self.settings, self.model, self.rows, [self.recorder], what="general phase",
+                state=RECORD_STATE, collate=self.collate,
+                resume_with=f"Go on with: hlora record ... --output {self.output} --resume",
+            )  # fmt: skip
+            clean_up(self.settings)
+            summary = self.recorder.summary
+        elif is_main():  # one process gathers it, and writes
+            summary = self._gather(notes)
+        else:
+            summary = {}
+        written = store.read_info(self.output)["files"] if is_main() else {}
+        size = sum(f["bytes"] for f in written.values())
+        return Recorded(self.output, self.of.kind, summary, size)
+
+    def _gather(self, notes: dict[str, Any]) -> dict[str, Any]:
+        """An importance that needs no training: sequences forward and backward."""
+        options = _options(self.settings)
+        began = time.monotonic()
+        with bar(f"{self.of.kind} importance", len(self.tokens)) as shown:
+            found, summary = self.of.gather(
+                self.model, self.pairs, self.tokens, batch_size=self.settings.batch_size,
+                seed=self.settings.seed, tick=shown.update, **options,
+            )  # fmt: skip
+        importance: Importance = found.stored_as(self.settings.storage)
+        summary["seconds"] = round(time.monotonic() - began, 1)
+        summary |= summarize_norms(importance.norms())
+        notes |= {
+            "recording": {**options, "storage": self.settings.storage},
+            "previous": self.settings.importance, "summary": summary,
+        }  # fmt: skip
+        save_importance(self.output, self.model, self.pairs, importance, notes)
+        return summary
+
+
+_NO_RULE = RecordRule()
+
+
+def _recorder(settings: RecordSettings) -> Record | None:
+    """None for a kind that is gathered without training."""
+    if settings.kind and not kind_named(settings.kind).trained:
+        return None
+    return Record(
+        settings.output, kind=settings.kind, storage=settings.storage, preset=settings.preset,
+        previous=settings.importance, overwrite=settings.overwrite, estimator=settings.estimator,
+        xi=settings.xi, xi_relative=settings.xi_relative, quiet=True,
+        max_grad_norm=settings.training.get("max_grad_norm"),
+    )  # fmt: skip
+
+
+def _options(settings: RecordSettings) -> dict[str, Any]:
+    """What a kind that is gathered by passes over text is told."""
+    return {
+        f.name.removeprefix("fisher_"): getattr(settings, f.name)
+        for f in fields(settings)
+        if f.name.startswith("fisher_")
+    }
+
+
+class DomainPhase(_Phase):
+    """The domain phase, μ, ready to run.
+
+    Attributes:
+        task: what is learned.
+        regularizers: what holds θ; none is plain LoRA.
+        rows: what is trained on.
+        pairs: the target matrices.
+        held: bytes of the importance.
+    """
+
+    settings: TuneSettings
+
+    def __init__(self, settings: TuneSettings) -> None:
+        self.settings = settings
+        self.output = Path(settings.output)
+        nu = settings.importance
+        if nu and self.output.resolve() == Path(nu).resolve():
+            raise InputError("--output and --importance are one folder: choose another --output.")
+        refuse_result(self.output, settings.overwrite)
+        check_unfinished(settings)
+        self.regularizers = regularizers(settings)
+        self.task = load_task(
+            settings.task, format=settings.task_format, limit=settings.task_rows or None
+        )
+        self._load_model()
+        if nu and settings.anchor != "base":
+            self.model = load_adapter(self.model, nu, trainable=True)
+        else:
+            self.model = new_adapter(self.model, settings)
+        self.pairs = find_pairs(self.model)
+        self.held = 0
+        for penalty in self.regularizers:
+            base = base_of(self.model, self.pairs)
+            penalty.stored.check(base, self.pairs, ranks=penalty.anchor == "nu")
+            self.held += penalty.stored.info["files"][store.TENSORS]["bytes"]
+        self.rows = answer_rows(self.task, self.tokenizer, settings.max_length)
+        check_space(self.output, 64 << 20)
+
+    def run(self) -> Trained:
+        """Train, and write the adapter to the output folder."""
+        trained = train(
+            self.settings, self.model, self.rows, self.regularizers,
+            what=f"domain phase, {self.task.name}", collate=self.collate,
+            resume_with=f"Go on with: hlora tune ... --output {self.output} --resume",
+        )  # fmt: skip
+        if is_main():
+            self._write(trained)
+        clean_up(self.settings)
+        return trained
+
+    def _write(self, trained: Trained) -> None:
+        penalties = [vars(p.rule) for p in self.regularizers]
+        with publish(self.output, TUNED) as aside:
+            save_adapter(self.model, aside)
+            write_json(
+                aside / TUNED,
+                {
+                    "hlora_version": __version__,
+                    "settings": asdict(self.settings),
+                    "penalty": penalties[0] if penalties else None,
+                    "seconds": round(trained.seconds, 1),
+                    "steps": trained.steps,
+                    "log": trained.log,
+                },
+            )
+
+
+_OF_A_PENALTY = ("phi", "anchor", "layer_weights", "normalize")
+
+
+def regularizers(settings: TuneSettings) -> list[Penalty]:
+    """What the settings add to the task's loss.
+
+    Raises:
+        InputError: a setting of the penalty without an importance.
+    """
+    given = {name: getattr(settings, name) for name in _OF_A_PENALTY}
+    if not settings.importance:
+        for name, value in {**given, "preset": settings.preset}.items():
+            if value not in (None, "default"):
+                raise InputError(
+                    f"--{name.replace('_', '-')} is the penalty's, which needs --importance; "
+                    "without it the adapter is plain LoRA."
+                )
+        return []
+    anchor = given.pop("anchor") or "nu"
+    return [Penalty(settings.importance, preset=settings.preset, anchor=anchor, **given)]

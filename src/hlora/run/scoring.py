@@ -1,0 +1,116 @@
+"""Perplexity by kind of text, accuracy and NLL by task, and how much was forgotten."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hlora.data.tasks import Task, load_task
+from hlora.data.text import Source, blocks
+from hlora.errors import InputError
+from hlora.files import write_json
+from hlora.run import harness
+from hlora.run.evaluate import TaskScore, TextScore, forgetting, score_task, score_text
+from hlora.run.harness import HarnessScore
+from hlora.run.models import load, load_adapter, pick_device, pick_dtype
+from hlora.run.progress import bar
+from hlora.run.settings import EvalSettings
+
+Scores = dict[str, dict[str, Any]]
+"""`text`, `task` and `lm_eval`, each a score by name."""
+
+
+def evaluate(settings: EvalSettings) -> dict[str, Scores]:
+    """The scores of the `base` model, and of the `adapter` if there is one.
+
+    With `settings.json` all figures are also written to that file.
+
+    Raises:
+        HloraError: nothing to score, or text, tasks, model or adapter that cannot be used.
+    """
+    if not (settings.text or settings.task or settings.lm_eval):
+        raise InputError("Nothing to evaluate: give --text, --task or --lm-eval.")
+    if settings.json and Path(settings.json).exists() and not settings.overwrite:
+        raise InputError(f"{settings.json} exists already: choose another, or --overwrite it.")
+    named = [t for spec in settings.lm_eval for t in spec.split(",") if t]
+    zoo = harness.prepare(named) if named else None  # before the model: a misspelt task is told
+    model, tokenizer, kinds, tasks = prepare(settings)
+
+    def all_scores(of: nn.Module) -> Scores:
+        scores = score(of, tokenizer, kinds, tasks, settings.batch_size)
+        if zoo:
+            scores["lm_eval"] = harness.run(
+                of, tokenizer, zoo, batch_size=settings.batch_size,
+                limit=settings.task_rows or None,
+            )  # fmt: skip
+        return scores
+
+    found = {"base": all_scores(model)}
+    if settings.adapter:
+        found["adapter"] = all_scores(load_adapter(model, settings.adapter))
+    if settings.json:
+        write_json(Path(settings.json), _as_json(settings, found))
+    return found
+
+
+def prepare(
+    settings: EvalSettings,
+) -> tuple[nn.Module, Any, dict[str, Tensor], list[Task]]:
+    """The base model, its tokenizer, blocks by kind of text, and tasks."""
+    sources = [Source.parse(spec, settings.text_column) for spec in settings.text]
+    tasks = [
+        load_task(t, split="test", format=settings.task_format, limit=settings.task_rows or None)
+        for t in settings.task
+    ]
+    device = pick_device(settings.device)
+    model, tokenizer = load(settings.model, dtype=pick_dtype(settings.dtype, device), device=device)
+    kinds = {
+        s.name: blocks(s, tokenizer, settings.block_size, settings.text_blocks or None)
+        for s in sources
+    }
+    return model, tokenizer, kinds, tasks
+
+
+def score(
+    model: nn.Module, tokenizer: Any, kinds: dict[str, Tensor], tasks: list[Task], batch_size: int
+) -> Scores:
+    """Scores by kind of text under `text`, by task under `task`."""
+    result: Scores = {"text": {}, "task": {}}
+    for name, rows in kinds.items():
+        with bar(name, len(rows)) as shown:
+            result["text"][name] = score_text(model, rows, batch_size=batch_size, tick=shown.update)
+    for task in tasks:
+        with bar(task.name, sum(len(e.choices) for e in task.examples)) as shown:
+            result["task"][task.name] = score_task(
+                model, tokenizer, task, batch_size=batch_size, tick=shown.update
+            )
+    return result
+
+
+def _as_json(settings: EvalSettings, scores: dict[str, Scores]) -> dict[str, Any]:
+    result: dict[str, Any] = {"settings": asdict(settings)}
+    for which, of in scores.items():
+        result[which] = {
+            group: {name: _plain(s) for name, s in named.items()} for group, named in of.items()
+        }
+    if "adapter" in scores:
+        result["forgetting"] = {
+            name: asdict(forgetting(before, scores["adapter"]["text"][name]))
+            for name, before in scores["base"]["text"].items()
+        }
+    return _without_nan(result)
+
+
+def _plain(score: TextScore | TaskScore | HarnessScore) -> dict[str, Any]:
+    return asdict(score) if isinstance(score, HarnessScore) else score.asdict()
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
