@@ -58,8 +58,8 @@ def test_values_are_by_seed_and_over_tasks(whole):
     assert whole.over_tasks("nll", row, whole.tasks) == pytest.approx({0: 4.0, 1: 4.1, 2: 4.2})
     assert [r.label for r in whole.rows][:3] == ["Base", "LoRA(μ)", "LoRA(ν+μ)"]
     # Seeds that lack a task are left out of the mean over tasks.
-    del whole.lines[-1]
-    assert list(whole.over_tasks("nll", Row("l2", 0.03), whole.tasks)) == [0, 1]
+    short = Results(whole.lines[:-1], [], [])
+    assert list(short.over_tasks("nll", Row("l2", 0.03), whole.tasks)) == [0, 1]
 
 
 def test_claims_are_judged_from_the_figures(whole):

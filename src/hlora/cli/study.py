@@ -7,7 +7,8 @@ from pathlib import Path
 from hlora.errors import InputError
 from hlora.run.progress import quiet_libraries
 from hlora.run.settings import StudySettings
-from hlora.study import read_study, run_study, runs_of
+from hlora.study.runner import run_study
+from hlora.study.spec import read_study, runs_of
 
 
 def run(settings: StudySettings) -> None:
@@ -20,7 +21,7 @@ def run(settings: StudySettings) -> None:
         return
     quiet_libraries()
     results = Path(settings.results or Path("results") / f"{Path(settings.file).stem}.jsonl")
-    found = run_study(study, results, jobs=settings.jobs)
+    found = run_study(study, results, jobs=settings.jobs, prepare=quiet_libraries)
     latest = {r["key"]: r for r in found}  # a run that failed once may have been made since
     failed = [r for r in latest.values() if r["error"]]
     print(f"{len(latest) - len(failed)} runs in {results}.")

@@ -6,15 +6,12 @@ asks in words that training did not use.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hlora.errors import InputError
-from hlora.files import write_whole
 
 LONGEST = 110
 """Characters of a fact: a sentence or two."""
@@ -73,19 +70,24 @@ class Fact:
     answer: str
 
 
-def write_chemistry(folder: Path, seed: int = 0) -> None:
-    """Write `chemistry.train.jsonl` and `chemistry.test.jsonl` (prompt, choices, answer)."""
+def chemistry_rows(side: str, seed: int = 0) -> list[dict[str, Any]]:
+    """The rows of `train` or `test`: prompt, choices, answer.
+
+    Raises:
+        InputError: the package mendeleev is not installed.
+    """
     facts = _facts()
     draw = random.Random(seed)
-    for side, wordings, count in (("train", TRAIN, WORDINGS_PER_FACT), ("test", TEST, 1)):
+    for of, wordings, count in (("train", TRAIN, WORDINGS_PER_FACT), ("test", TEST, 1)):
         rows = [
             _row(fact, wording, facts, draw)
             for fact in facts
             for wording in draw.sample(wordings[fact.about], count)
         ]
         draw.shuffle(rows)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_whole(folder / f"chemistry.{side}.jsonl", text)
+        if of == side:  # both sides are drawn in one go, whichever is asked for
+            return rows
+    raise InputError(f"The chemistry task has no {side!r}: there are chemistry@train and @test.")
 
 
 def _row(fact: Fact, wording: str, facts: list[Fact], draw: random.Random) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _facts() -> list[Fact]:
         from mendeleev.fetch import fetch_table
     except ImportError:
         raise InputError(
-            "The demo's chemistry needs the package mendeleev: pip install 'hlora[demo]'."
+            "The chemistry task needs the package mendeleev: pip install 'hlora[demo]'."
         ) from None
     groups = {row["id"]: row["name"] for row in fetch_table("series").to_dict("records")}
     facts = []

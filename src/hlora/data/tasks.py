@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -13,10 +13,14 @@ import jinja2.sandbox
 import torch
 import yaml
 
+from hlora.data.chemistry import chemistry_rows
 from hlora.data.formats import FORMATS, Format
 from hlora.data.read import ROWS, load_hub, read_rows
 from hlora.data.rows import IGNORED, Row, Rows
 from hlora.errors import InputError, suggest
+
+CHEMISTRY = "chemistry"
+"""The task that needs no file and no hub."""
 
 _JINJA = jinja2.sandbox.SandboxedEnvironment(
     undefined=jinja2.StrictUndefined, keep_trailing_newline=True
@@ -55,7 +59,8 @@ def load_task(
     """A task by name (sciq, piqa, ...), from a local file, or from the hub.
 
     Args:
-        where: a format's name, a .jsonl or .parquet file, or `owner/name[:config][@split]`.
+        where: a format's name, a .jsonl or .parquet file, `owner/name[:config][@split]`, or
+            `chemistry[@split]`, the built-in one.
         split: `train` or `test`, for a task that comes from the hub.
         format: a format's name, or a .yaml file that defines one; None recognises the columns.
         limit: at most so many rows.
@@ -67,9 +72,13 @@ def load_task(
     path = Path(where)
     if path.is_dir():
         raise InputError(f"{where} is a folder: name the file with the task's rows.")
+    built_in, _, side = where.partition("@")
+    rows: Iterable[dict[str, Any]]
     if path.is_file():
         rows = read_rows(path)
         name = path.name.split(".")[0]
+    elif built_in == CHEMISTRY:
+        rows, name = chemistry_rows(side or split), built_in
     elif where in FORMATS and FORMATS[where].hub:
         given = given or FORMATS[where]
         hub = str(FORMATS[where].hub)
@@ -77,7 +86,7 @@ def load_task(
     elif "/" in where and path.suffix not in ROWS:
         rows, name = load_hub(where, split), where.split("/")[-1]
     else:
-        known = [n for n, f in FORMATS.items() if f.hub]
+        known = [CHEMISTRY, *(n for n, f in FORMATS.items() if f.hub)]
         listed = f". Known tasks: {', '.join(known)}."
         raise InputError(f"There is no task or file {where!r}" + suggest(where, known, listed))
     examples = []

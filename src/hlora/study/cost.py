@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from hlora.core.importance.fisher_original import SEQUENCES
+from hlora.study.paper import EWC_SEQUENCES as SEQUENCES
 from hlora.study.rows import Results
 
 
@@ -46,7 +46,7 @@ def cost_of(results: Results, method: str) -> Cost | None:
     sequences = SEQUENCES if method == "ewc-original" else timed
     scale = sequences / timed if sequences and timed else 1.0
     return Cost(
-        seconds=scale * statistics.fmean(r["seconds"]["record"] for r in lines),
+        seconds=scale * statistics.fmean(r["seconds"]["record"] or 0.0 for r in lines),
         bytes=told.get("all_parameters_bytes", lines[0]["importance_bytes"]),
         sequences=sequences, timed=timed or steps, seeds=len(lines),
     )  # fmt: skip

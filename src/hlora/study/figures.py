@@ -1,19 +1,22 @@
-"""The paper's figures and the frontier, from the runs of a study."""
+"""The paper's figures and ours, readable in black and white."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from hlora.core.layers import layer_grid
+from hlora.errors import InputError
 from hlora.study.cost import Cost
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS
-from hlora.study.plots import STYLES, load_pyplot
 from hlora.study.rows import Results, Row, mean_se
 from hlora.study.stats import independent, p_equals
 
+STYLES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p", "d", "8")
 OURS, RIVAL = "#0072b2", "#e69f00"
 
@@ -181,3 +184,104 @@ def frontier(results: Results, across: str = "nll", up: str = "forgetting_unseen
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def forgetting_bars(results: Results, ours: Row | None) -> Any:
+    """One seed's forgetting by kind of text, ± the error over its blocks; our bars are filled."""
+    pyplot = load_pyplot()
+    lines = [r for r in results.lines if r["run"]["method"] != "base"]
+    models = [r["label"] for r in lines]
+    kinds = list(lines[0]["text"])
+    figure, panels = pyplot.subplots(
+        1, len(kinds), figsize=(7.4, 0.36 * len(models) + 0.9), sharey=True, sharex=True,
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for axes, kind in zip(panels[0], kinds, strict=True):
+        values = [r["forgetting"][kind]["nats"] for r in lines]
+        errors = [r["forgetting"][kind]["se"] for r in lines]
+        mine = [ours is not None and r["run"]["method"] == ours.method for r in lines]
+        colors = [OURS if m else "white" for m in mine]
+        axes.barh(
+            models, values, xerr=errors, color=colors, edgecolor="black", height=0.6,
+            error_kw={"elinewidth": 1, "capsize": 2},
+        )  # fmt: skip
+        axes.axvline(0, color="black", linewidth=0.8)
+        unseen = " (unseen)" if kind in lines[0]["unseen"] else ""
+        axes.set_title(kind + unseen, loc="left")
+        axes.tick_params(axis="y", length=0)
+    panels[0][0].invert_yaxis()
+    figure.supxlabel("forgetting (nats per token); left of zero is learned", fontsize="medium")
+    return figure
+
+
+def load_pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("Figures need matplotlib: pip install 'hlora[report]'.") from None
+    matplotlib.use("agg")
+    matplotlib.rcParams.update(
+        {
+            "svg.fonttype": "none", "svg.hashsalt": "hlora", "font.size": 9,
+            "axes.spines.top": False, "axes.spines.right": False,
+        }
+    )  # fmt: skip
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def heatmap(norms: dict[str, float]) -> Any:
+    """‖Ω_l‖₂ by block and target on a log scale (Fig. 7)."""
+    pyplot = load_pyplot()
+    from matplotlib.colors import LogNorm
+
+    targets, blocks, rows = layer_grid(norms)
+    values = [[v if v else float("nan") for v in row] for row in rows]
+    figure, axes = pyplot.subplots(
+        figsize=(max(5.0, 0.24 * len(blocks) + 1.8), 0.34 * len(targets) + 1.1),
+        layout="constrained",
+    )
+    shown = axes.imshow(values, norm=LogNorm(), cmap="cividis", aspect="auto")
+    axes.set_yticks(range(len(targets)), targets)
+    ticks = range(0, len(blocks), max(1, len(blocks) // 10))
+    axes.set_xticks(ticks, [str(blocks[i]) for i in ticks])
+    axes.set_xlabel("block")
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.colorbar(shown, ax=axes, label="‖Ω‖₂", pad=0.01)
+    return figure
+
+
+def save_figure(figure: Any, *paths: Path) -> None:
+    """Write to .png, .svg or .pdf files.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    try:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            dated = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+            figure.savefig(path, dpi=150, **dated)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}).") from None
+    finally:
+        load_pyplot().close(figure)
+
+
+def save_both(figure: Any, stem: Path) -> str:
+    """Write STEM.svg and STEM.png; returns the figure as an <svg> element.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    svg = stem.with_suffix(".svg")
+    save_figure(figure, stem.with_suffix(".png"), svg)
+    return _element(svg.read_text("utf-8"))
+
+
+def _element(svg: str) -> str:
+    """Without the head of a file."""
+    return svg[svg.index("<svg") :]

@@ -11,10 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hlora.core import store
+from hlora.core.adapter_file import ADAPTER_FILES
 from hlora.errors import HloraError
 from hlora.files import write_json
 from hlora.run import machine
+from hlora.run.convert import convert
+from hlora.run.evaluate import TextScore, pooled_forgetting
+from hlora.run.models import load_adapter
+from hlora.run.phases import TUNED, record, tune
+from hlora.run.scoring import prepare, score
 from hlora.run.settings import ConvertSettings
+from hlora.study.lines import groups_of_text
 from hlora.study.methods import METHODS
 from hlora.study.spec import (
     Run,
@@ -67,31 +75,30 @@ def _heading(study: Study, run: Run) -> dict[str, Any]:
 
 
 def _measured(study: Study, run: Run) -> dict[str, Any]:
-    from hlora.core import store
-    from hlora.core.adapter_file import ADAPTER_FILES
-    from hlora.run.phases import TUNED, tune
 
     method = METHODS[run.method]
     base = base_scores(study, run.task)
     if method.record is None:
         return {"settings": {}, **_summary(study, base, base)}
     nu = phase_nu(study, run.method, run.seed)
-    adapter = Path(study.work) / "mu" / key_of(study, run)
-    settings = tune_settings(study, run, nu)
-    machine.reset_peak()
-    if not (adapter / TUNED).exists():
-        tune(settings)
-    tuned = json.loads((adapter / TUNED).read_text("utf-8"))
-    peak = machine.peak_bytes()
+    adapter, tuned = nu, dict[str, Any]()
+    if method.tune is not None:
+        adapter = Path(study.work) / "mu" / key_of(study, run)
+        machine.reset_peak()
+        if not (adapter / TUNED).exists():
+            tune(tune_settings(study, run, nu))
+        tuned = json.loads((adapter / TUNED).read_text("utf-8"))
+        tuned["peak"] = machine.peak_bytes()
     recorded = store.read_info(nu)
     summary = recorded["summary"]
     return {
-        "settings": {"record": recorded["settings"], "tune": tuned["settings"]},
-        "seconds": {"record": summary.get("seconds"), "tune": tuned["seconds"]},
-        "steps": tuned["steps"], "recorded": {k: v for k, v in summary.items() if k != "norms"},
+        "settings": {"record": recorded["settings"], "tune": tuned.get("settings")},
+        "seconds": {"record": summary.get("seconds"), "tune": tuned.get("seconds")},
+        "steps": tuned.get("steps", 0), "recorded": summary,
         "importance_bytes": recorded["files"][store.TENSORS]["bytes"],
-        "adapter_bytes": (adapter / ADAPTER_FILES[1]).stat().st_size, "peak_bytes": peak,
-        "log": [{k: _short(e[k]) for k in LOGGED if k in e} for e in tuned["log"]],
+        "adapter_bytes": (adapter / ADAPTER_FILES[1]).stat().st_size,
+        "peak_bytes": tuned.get("peak"),
+        "log": [{k: _short(e[k]) for k in LOGGED if k in e} for e in tuned.get("log", [])],
         "norms": {k: _short(v) for k, v in recorded["norms"].items()},
         **_summary(study, base, _scores(study, run.task, adapter)),
     }  # fmt: skip
@@ -99,19 +106,16 @@ def _measured(study: Study, run: Run) -> dict[str, Any]:
 
 def phase_nu(study: Study, method: str, seed: int) -> Path:
     """The importance folder of a method and seed, made if it is not there yet."""
-    from hlora.core.store import MARKER
-    from hlora.run.convert import convert
-    from hlora.run.phases import record
 
     folder = nu_folder(study, method, seed)
-    if not (folder / MARKER).exists():
+    if not (folder / store.MARKER).exists():
         with _logged(study, f"phase ν of {method}, seed {seed}"):
             machine.reset_peak()
             record(record_settings(study, method, seed))
     if not METHODS[method].ones:
         return folder
     ones = folder.with_name(f"{folder.name}-ones")
-    if not (ones / MARKER).exists():
+    if not (ones / store.MARKER).exists():
         with _logged(study, f"Ω = 1 of {method}, seed {seed}"):
             convert(ConvertSettings(folder=str(folder), to="ones", output=str(ones)))
     return ones
@@ -131,31 +135,34 @@ def base_scores(study: Study, task: str) -> dict[str, Any]:
 
 def _scores(study: Study, task: str, adapter: Path | None) -> dict[str, Any]:
     """Scores as plain values, the loss of each block of text included."""
-    from hlora.run.models import load_adapter
-    from hlora.run.scoring import prepare, score
 
     settings = eval_settings(study, task)
     model, tokenizer, kinds, tasks = prepare(settings)
     if adapter is not None:
         model = load_adapter(model, adapter)
     scores = score(model, tokenizer, kinds, tasks, settings.batch_size)
+    of_task = next(iter(scores["task"].values()))
     return {
         "text": {k: asdict(s) for k, s in scores["text"].items()},
-        "task": next(iter(scores["task"].values())).asdict(),
+        "task": of_task.asdict(),
+        "answers": [lls.index(max(lls)) for lls in of_task.items],
     }
 
 
 def _summary(study: Study, base: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    from hlora.run.evaluate import TextScore, pooled_forgetting
 
     pairs = {
         k: (TextScore(**base["text"][k]), TextScore(**after["text"][k])) for k in study.held_out
     }
     groups = {k: [k] for k in study.held_out}
-    groups |= {"seen": [k for k in study.held_out if k in study.general], "unseen": study.unseen}
+    groups |= groups_of_text(list(study.held_out), list(study.general))
     return {
-        "text": {k: after.asdict() for k, (_, after) in pairs.items()},
+        "text": {
+            k: {**after.asdict(), "blocks": [_short(b) for b in after.blocks]}
+            for k, (_, after) in pairs.items()
+        },
         "task": after["task"],
+        "answers": after.get("answers", []),
         "forgetting": {
             name: asdict(pooled_forgetting([pairs[k] for k in kinds]))
             for name, kinds in groups.items()

@@ -19,7 +19,7 @@ class Method:
     Attributes:
         label: as tables print it.
         record: settings of phase ν that differ; None where the base model itself is scored.
-        tune: settings of phase μ that differ.
+        tune: settings of phase μ that differ; None where the general phase itself is scored.
         ones: replace the importance by Ω = 1.
         sweeps: whether a study's values of φ apply; else `tune` fixes φ, or the preset does.
         after_nu: the importance is gathered at the weights that the plain phase ν ended with.
@@ -28,7 +28,7 @@ class Method:
 
     label: str
     record: Mapping[str, Any] | None = field(default_factory=dict)
-    tune: Mapping[str, Any] = field(default_factory=dict)
+    tune: Mapping[str, Any] | None = field(default_factory=dict)
     ones: bool = False
     sweeps: bool = False
     after_nu: bool = False
@@ -42,6 +42,7 @@ _UNIFORM = {"layer_weights": "uniform"}
 
 METHODS: dict[str, Method] = {
     "base": Method("Base", record=None),
+    "nu": Method("after ν", tune=None, source="this project: what the general phase alone does"),
     "lora-mu": Method("LoRA(μ)", tune=_FROM_BASE),
     "lora-nu-mu": Method("LoRA(ν+μ)", tune=_PLAIN),
     "rslora-mu": Method("rsLoRA(μ)", tune={**_FROM_BASE, "rslora": True}, source="rsLoRA"),

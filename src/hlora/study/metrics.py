@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
-Line = dict[str, Any]
+from hlora.study.lines import Line
+
 Measure = Callable[[Line], float | None]
 
 
@@ -39,12 +39,12 @@ def perplexity(line: Line, kinds: Iterable[str]) -> float | None:
     return math.exp(sum(s["loss"] * s["tokens"] for s in scores) / tokens)
 
 
-def _seen(line: Line) -> list[str]:
-    return [k for k in line["text"] if k in line["seen"]]
+def forgetting_on(kind: str) -> str:
+    """The name of the measure: forgetting on one kind of text, on all `seen` or all `unseen`."""
+    return f"forgetting_{kind}"
 
 
-def forgetting_on(group: str) -> Measure:
-    """On one kind of text, on all that were `seen`, or on all `unseen`."""
+def _forgetting(group: str) -> Measure:
     return lambda line: line["forgetting"].get(group, {}).get("nats")
 
 
@@ -52,18 +52,18 @@ def _seconds(phase: str) -> Measure:
     return lambda line: line.get("seconds", {}).get(phase)
 
 
-def _percent(key: str) -> Measure:
-    return lambda line: None if math.isnan(line["task"][key]) else 100 * line["task"][key]
+def _percent(of: Callable[[Line], float]) -> Measure:
+    return lambda line: None if math.isnan(of(line)) else 100 * of(line)
 
 
 METRICS: dict[str, Metric] = {
-    "acc": Metric("accuracy %", _percent("acc"), 1, False),
-    "acc_norm": Metric("acc_norm %", _percent("acc_norm"), 1, False),
+    "acc": Metric("accuracy %", _percent(lambda line: line["task"]["acc"]), 1, False),
+    "acc_norm": Metric("acc_norm %", _percent(lambda line: line["task"]["acc_norm"]), 1, False),
     "nll": Metric("NLL", lambda line: line["task"]["nll"], 3),
-    "ppl_seen": Metric("PPL, seen", lambda line: perplexity(line, _seen(line))),
+    "ppl_seen": Metric("PPL, seen", lambda line: perplexity(line, line["seen"])),
     "ppl_unseen": Metric("PPL, unseen", lambda line: perplexity(line, line["unseen"])),
-    "forgetting_seen": Metric("forgot, seen", forgetting_on("seen"), 3, True, True),
-    "forgetting_unseen": Metric("forgot, unseen", forgetting_on("unseen"), 3, True, True),
+    "forgetting_seen": Metric("forgot, seen", _forgetting("seen"), 3, True, True),
+    "forgetting_unseen": Metric("forgot, unseen", _forgetting("unseen"), 3, True, True),
     "seconds_record": Metric("seconds, ν", _seconds("record"), 0),
     "seconds_tune": Metric("seconds, μ", _seconds("tune"), 0),
     "importance_bytes": Metric("importance, bytes", lambda line: line.get("importance_bytes"), 0),

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from hlora.files import write_whole
 from hlora.study import figures, tables
 from hlora.study.claims import MISSING, Verdict, judge, mean_norms
 from hlora.study.cost import costs
-from hlora.study.html import Section, Table, write_report
-from hlora.study.plots import heatmap, save_both
+from hlora.study.lines import Line
 from hlora.study.rows import Results, Row
+from hlora.study.tables import Table
 
 TITLE = "What a study of HLoRA found"
 
@@ -28,6 +30,7 @@ class Part:
     text: str = ""
     table: Table | None = None
     figures: list[tuple[str, Any, str]] = field(default_factory=list)
+    code: str = ""
 
 
 def hlora_rows(results: Results) -> list[Row]:
@@ -118,14 +121,15 @@ def parts(
     if norms and ours:
         found.append(
             Part("Fig. 7: where the importance sits", figures=[
-                ("fig7", heatmap(norms), f"‖Ω‖₂ by block, {ours.label}, the mean over seeds.")])
+                ("fig7", figures.heatmap(norms),
+                 f"‖Ω‖₂ by block, {ours.label}, the mean over seeds.")])
         )  # fmt: skip
     return found
 
 
 def about(results: Results) -> str:
     """Model, data, sizes, versions and machines: what stands behind the figures."""
-    line = next((r for r in results.lines if r.get("settings")), results.lines[0])
+    line = next((r for r in results.lines if r.get("settings", {}).get("tune")), results.lines[0])
     study, n = line["study"], results.seeds
     trained = line.get("settings", {})
     said = [
@@ -172,7 +176,7 @@ def _text_error(results: Results) -> float:
     return statistics.median(errors) if errors else 0.0
 
 
-def _machine(line: dict[str, Any]) -> str:
+def _machine(line: Line) -> str:
     of = line.get("machine", {})
     return f"{of.get('device', 'unknown')}, CPU threads a run: {of.get('threads', '?')}"
 
@@ -212,32 +216,41 @@ def _evidence(verdicts: list[Verdict]) -> Table:
 
 
 def write(
-    found: list[Part], folder: Path, *, command: list[str], page: Path | None = None
-) -> list[Path]:
-    """index.html with figures beside it; the Markdown page too. Returns what was written."""
-    drawn = folder if page is None else page.with_suffix("")
-    sections, written = [], []
-    svgs: dict[str, str] = {}
-    for part in found:
-        for stem, figure, _ in part.figures:
-            svgs[stem] = save_both(figure, drawn / stem)
-        sections.append(
-            Section(part.title, part.text, part.table,
-                    [(svgs[stem], caption) for stem, _, caption in part.figures])
-        )  # fmt: skip
-    code = shlex.join(command)
-    sections.append(Section("How this was made", code=code))
-    write_report(folder / "index.html", TITLE, "", sections)
-    written.append(folder / "index.html")
-    if page is not None:
-        write_whole(page, _markdown(found, drawn.name, code))
-        written.append(page)
-    return written
+    found: list[Part], index: Path, *, title: str = TITLE, lead: str = "", command: str = "",
+    page: Path | None = None,
+) -> list[Path]:  # fmt: skip
+    """A self-contained HTML page with the figures beside it, and a Markdown page too.
+
+    Args:
+        index: the HTML file.
+        command: what made it, for the Markdown page's head.
+        page: the Markdown file; the figures then lie in a folder beside it.
+
+    Returns:
+        What was written.
+    """
+    drawn = index.parent if page is None else page.with_suffix("")
+    svgs = {
+        stem: figures.save_both(figure, drawn / stem)
+        for part in found
+        for stem, figure, _ in part.figures
+    }
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(
+        files("hlora.study").joinpath("report.html").read_text(encoding="utf-8")
+    )
+    write_whole(index, template.render(title=title, lead=lead, parts=found, svgs=svgs))
+    if page is None:
+        return [index]
+    write_whole(page, _markdown(found, title, drawn.name, command))
+    return [index, page]
 
 
-def _markdown(found: list[Part], folder: str, command: str) -> str:
-    lines = [f"# {TITLE}", "", "Written by", "", "```bash", command, "```"]
+def _markdown(found: list[Part], title: str, folder: str, command: str) -> str:
+    lines = [f"# {title}", "", "Written by", "", "```bash", command, "```"]
     for part in found:
+        if part.code:
+            continue
         lines += ["", f"## {part.title}", ""]
         if part.text:
             lines += [part.text, ""]

@@ -55,6 +55,10 @@ COST: dict[str, dict[str, Score]] = {
 """Fig. 5: hours (one A800) and GB of the importance."""
 
 
+EWC_SEQUENCES = 20_000
+"""Sequences of EWC-LoRA's Fisher, as published (`hlora.core.importance.fisher_original`)."""
+
+
 def e_perplexity(printed: float) -> float:
     """e to the mean loss in nats, from the 2 to it that the paper prints."""
     return math.exp(math.log2(printed))

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -16,7 +16,9 @@ Call = tuple[Any, ...]
 """A function and its arguments."""
 
 
-def outcomes(calls: Sequence[Call], jobs: int) -> Iterator[tuple[int, Any]]:
+def outcomes(
+    calls: Sequence[Call], jobs: int, prepare: Callable[[], None] | None = None
+) -> Iterator[tuple[int, Any]]:
     """(index, result) of each call as it ends; the exception instead of a result if it raised.
 
     A process that is killed (the kernel does so when memory is short) takes the pool with it. The
@@ -33,21 +35,27 @@ def outcomes(calls: Sequence[Call], jobs: int) -> Iterator[tuple[int, Any]]:
     waiting = deque(range(len(calls)))
     while waiting:
         broken: list[int] = []
-        for index, result in _until_broken(calls, waiting, jobs):
+        for index, result in _until_broken(calls, waiting, jobs, prepare):
             if isinstance(result, BrokenProcessPool):
                 broken.append(index)
             else:
                 yield index, result
         for index in broken:
-            yield from _until_broken(calls, deque([index]), 1, of=jobs)
+            yield from _until_broken(calls, deque([index]), 1, prepare, of=jobs)
 
 
 def _until_broken(
-    calls: Sequence[Call], waiting: deque[int], jobs: int, of: int = 0
+    calls: Sequence[Call],
+    waiting: deque[int],
+    jobs: int,
+    prepare: Callable[[], None] | None,
+    of: int = 0,
 ) -> Iterator[tuple[int, Any]]:
     running: dict[Future, int] = {}
     whole = True
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (of or jobs,))
+    pool = ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), _start, (of or jobs, prepare)
+    )
     try:
         while running or (waiting and whole):
             # No more than there are processes: what is in a pool when it breaks is lost.
@@ -67,16 +75,14 @@ def _until_broken(
         pool.shutdown(cancel_futures=True)
 
 
-def _start(jobs: int) -> None:
+def _start(jobs: int, prepare: Callable[[], None] | None) -> None:
     """A worker leaves Ctrl-C to the parent, ends with it, and shares the cores with the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
-    from hlora.run.progress import quiet_libraries
-
-    quiet_libraries()
-
+    if prepare is not None:
+        prepare()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 

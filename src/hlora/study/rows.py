@@ -6,13 +6,14 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hlora.errors import InputError
-from hlora.study.lines import read_results
+from hlora.study.lines import Line, read_lines
 from hlora.study.methods import METHODS
-from hlora.study.metrics import METRICS, Line, Measure
+from hlora.study.metrics import METRICS, forgetting_on
 
 
 @dataclass(frozen=True, order=True)
@@ -71,17 +72,52 @@ class Results:
             and task in (None, r["run"]["task"])
         ]  # fmt: skip
 
-    def values(self, metric: str | Measure, row: Row, task: str) -> dict[int, float]:
-        """A measure, by its name or as a function of a line, by seed."""
-        of = METRICS[metric].of if isinstance(metric, str) else metric
-        found = {r["run"]["seed"]: of(r) for r in self.of(row, task)}
-        return {seed: value for seed, value in sorted(found.items()) if value is not None}
+    @cached_property
+    def frame(self) -> Any:
+        """A pandas frame: row, task, seed, every metric, and forgetting by kind of text."""
+        pandas = _pandas()
+        table = pandas.DataFrame(
+            [
+                {
+                    "row": Row(line["run"]["method"], line["run"]["phi"]).label,
+                    "task": line["run"]["task"], "seed": line["run"]["seed"],
+                    **{name: metric.of(line) for name, metric in METRICS.items()},
+                    **{forgetting_on(k): v["nats"] for k, v in line["forgetting"].items()},
+                }
+                for line in self.lines
+            ]
+        )  # fmt: skip
+        return table.drop_duplicates(["row", "task", "seed"], keep="last").sort_values("seed")
 
-    def over_tasks(self, metric: str | Measure, row: Row, tasks: Sequence[str]) -> dict[int, float]:
+    @cached_property
+    def _by_row(self) -> dict[str, Any]:
+        """The frame of each row, by its label: (task, seed) → measures."""
+        indexed = self.frame.set_index(["task", "seed"])
+        return dict(iter(indexed.groupby("row")))
+
+    def values(self, metric: str, row: Row, task: str) -> dict[int, float]:
+        """A measure on one task, by seed."""
+        of = self._by_row.get(row.label)
+        if of is None or task not in of.index.levels[0]:
+            return {}
+        found = of[metric].astype(float).dropna()
+        return found[found.index.get_level_values("task") == task].droplevel("task").to_dict()
+
+    def over_tasks(self, metric: str, row: Row, tasks: Sequence[str]) -> dict[int, float]:
         """The mean over tasks by seed, for the seeds that have them all."""
-        by_task = [self.values(metric, row, task) for task in tasks]
-        seeds = set.intersection(*(set(v) for v in by_task)) if by_task else set()
-        return {s: statistics.fmean(v[s] for v in by_task) for s in sorted(seeds)}
+        of = self._by_row.get(row.label)
+        if of is None:
+            return {}
+        wide = of[metric].astype(float).unstack("task").reindex(columns=list(tasks)).dropna()
+        return wide.mean(axis=1).to_dict()
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError:
+        raise InputError("Reports need pandas: pip install 'hlora[report]'.") from None
+    return pandas
 
 
 def read(path: Path, where: Iterable[str] = (), *, mixed: bool = False) -> Results:
@@ -97,7 +133,7 @@ def read(path: Path, where: Iterable[str] = (), *, mixed: bool = False) -> Resul
     """
     if not path.is_file():
         raise InputError(f"There is no results file {path}: `hlora study` makes one.")
-    lines = [r for r in read_results(path) if "run" in r and "key" in r]
+    lines = read_lines(path)
     if not lines:
         raise InputError(f"{path} holds no runs yet: `hlora study` adds them.")
     lines = _chosen(lines, list(where), path)

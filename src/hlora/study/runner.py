@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from hlora.study.lines import append, drop_half_line, read_results
+from hlora.study.lines import Line, append, drop_half_line, read_lines
 from hlora.study.measure import base_scores, failed, phase_nu, run_one
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS
@@ -14,10 +14,16 @@ from hlora.study.pool import Call, outcomes
 from hlora.study.spec import Run, Study, key_of, nu_folder, runs_of
 
 
-def run_study(study: Study, results: Path, *, jobs: int = 1) -> list[dict[str, Any]]:
-    """All runs that `results` lacks, `jobs` at once; returns everything that it then holds."""
+def run_study(
+    study: Study, results: Path, *, jobs: int = 1, prepare: Callable[[], None] | None = None
+) -> list[Line]:
+    """All runs that `results` lacks, `jobs` at once; returns everything that it then holds.
+
+    Args:
+        prepare: called first in each process that is started.
+    """
     drop_half_line(results)
-    done = {r["key"] for r in read_results(results) if not r.get("error")}
+    done = {r["key"] for r in read_lines(results) if not r.get("error")}
     todo = [r for r in runs_of(study) if key_of(study, r) not in done]
     stages = _stages(study, todo)
     shared = sum(len(s) for s in stages)
@@ -28,11 +34,11 @@ def run_study(study: Study, results: Path, *, jobs: int = 1) -> list[dict[str, A
     )
     for stage in stages:
         # One that fails is tried again, and its reason noted, by the runs that need it.
-        for _ in outcomes(stage, jobs):
+        for _ in outcomes(stage, jobs, prepare):
             finished += 1
             print(f"[shared {finished}/{shared}, {_minutes(began)} so far]", flush=True)
     began, calls = time.monotonic(), [(run_one, study, run) for run in todo]
-    for finished, (index, result) in enumerate(outcomes(calls, jobs), 1):
+    for finished, (index, result) in enumerate(outcomes(calls, jobs, prepare), 1):
         if isinstance(result, BaseException):
             result = failed(study, todo[index], result)
         append(results, result)
@@ -42,10 +48,10 @@ def run_study(study: Study, results: Path, *, jobs: int = 1) -> list[dict[str, A
             f"[{finished}/{total}, {left / 60:.0f} min left] {todo[index].title}: {said}",
             flush=True,
         )
-    return read_results(results)
+    return read_lines(results)
 
 
-def _figures(study: Study, result: dict[str, Any]) -> str:
+def _figures(study: Study, result: Line) -> str:
     found = {METRICS[m]: METRICS[m].of(result) for m in study.metrics}
     return ", ".join(
         f"{m.label} {value:{'+' if m.signed else ''}.{m.digits}f}"

@@ -13,6 +13,7 @@ from hlora.errors import InputError, refuse_unknown
 from hlora.files import sha256
 from hlora.run.build import build
 from hlora.run.settings import EvalSettings, RecordSettings, TuneSettings
+from hlora.study.lines import groups_of_text
 from hlora.study.methods import METHODS, Method
 from hlora.study.metrics import FORGETTING, METRICS
 
@@ -62,7 +63,7 @@ class Study:
 
     @property
     def unseen(self) -> list[str]:
-        return [k for k in self.held_out if k not in self.general]
+        return groups_of_text(list(self.held_out), list(self.general))["unseen"]
 
     def where(self, spec: str) -> str:
         """A text or task as the commands take it."""
@@ -139,7 +140,8 @@ def read_study(path: Path) -> Study:
         refuse_unknown(study.phi, sweeping, f"{path}: phi names no method that has one:")
     for run in runs_of(study):  # refuse now what a command would refuse in hours
         record_settings(study, run.method, run.seed)
-        tune_settings(study, run, Path("nu"))
+        if METHODS[run.method].tune is not None:
+            tune_settings(study, run, Path("nu"))
         eval_settings(study, run.task)
     return study
 
@@ -196,7 +198,7 @@ def tune_settings(study: Study, run: Run, nu: Path) -> TuneSettings:
         "model": study.model, "importance": str(nu), "seed": run.seed, "resume": True,
         "task": study.where(study.tasks[run.task]["train"]),
         "output": str(Path(study.work) / "mu" / key_of(study, run)), **study.tune,
-        **METHODS[run.method].tune,
+        **(METHODS[run.method].tune or {}),
     }  # fmt: skip
     if run.phi is not None:
         values["phi"] = run.phi

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hlora.files import size
 from hlora.study.claims import MISSING, Verdict, difference, named_with_tasks
 from hlora.study.cost import Cost
-from hlora.study.html import Table
 from hlora.study.metrics import METRICS, forgetting_on
 from hlora.study.paper import COST, TABLE_1, TABLE_2, TASKS, Score, e_perplexity
 from hlora.study.rows import Results, Row, mean_se, shown
 from hlora.study.stats import independent, p_text
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are shown. The first column is text, the others are figures."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    strong: str = ""
+    """The first cell of the row to point out."""
+    prose: bool = False
+    """The first column holds sentences."""
+
+    def markdown(self) -> list[str]:
+        """Its lines: figures to the right, and all to the left where there is prose."""
+        align = ["---", *(["---" if self.prose else "---:"] * (len(self.headings) - 1))]
+        rows = [self.headings, align, *self.rows]
+        return ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
+
 
 PAPER_NAMES = {"ewc-original": "ewc"}
 """Where the paper has one row for what is two methods here."""

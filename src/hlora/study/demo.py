@@ -1,0 +1,199 @@
+"""The built-in study on a small model, `demo.yaml`, and the page of its one seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from hlora.data.tasks import Example, load_task
+from hlora.errors import InputError
+from hlora.files import size
+from hlora.run.build import command_line
+from hlora.run.evaluate import TextScore, pooled_forgetting
+from hlora.run.settings import DemoSettings
+from hlora.study import figures
+from hlora.study.claims import mean_norms
+from hlora.study.lines import Line
+from hlora.study.metrics import perplexity
+from hlora.study.page import Part, write
+from hlora.study.rows import Results
+from hlora.study.spec import (
+    Study,
+    nu_folder,
+    read_study,
+    record_settings,
+    runs_of,
+    tune_settings,
+)
+from hlora.study.tables import Table
+
+TITLE = "LoRA that does not forget"
+PLAIN, OURS = "lora-nu-mu", "hlora"
+QUICK: dict[str, dict[str, Any]] = {
+    "record": {"max_steps": 2}, "tune": {"max_steps": 2},
+    "eval": {"text_blocks": 2, "task_rows": 8},
+}  # fmt: skip
+"""Sizes that only show that it runs."""
+ASKED = 8
+"""Questions that the page shows."""
+
+
+def demo_study(settings: DemoSettings) -> Study:
+    """`demo.yaml` for a model, seed, φ and output folder."""
+    with as_file(files("hlora.study").joinpath("demo.yaml")) as path:
+        study = read_study(path)
+    common = {"device": settings.device, "dtype": settings.dtype}
+    changed = {
+        name: {**getattr(study, name), **common, **(QUICK[name] if settings.quick else {})}
+        for name in QUICK
+    }
+    return replace(
+        study, model=settings.model, seeds=[settings.seed], phi={OURS: [settings.phi]},
+        work=str(Path(settings.output) / "work"),
+        record=changed["record"], tune=changed["tune"], eval=changed["eval"],
+    )  # fmt: skip
+
+
+def refuse_another(study: Study, results: Results) -> None:
+    """Raise InputError where the results are of a demo with other settings."""
+    for line in [*results.lines, *results.failed]:
+        runs = [(r.method, r.seed, r.phi) for r in runs_of(study)]
+        of = line["run"]
+        if line["study"] != study.settings() or (of["method"], of["seed"], of["phi"]) not in runs:
+            raise InputError(
+                "The output is of a demo with other settings: choose another --output, or start "
+                "anew with --overwrite."
+            )
+
+
+def summary(results: Results) -> Table:
+    """One row a model: the domain, the general text, the cost, each with its own error."""
+    kinds = list(results.lines[0]["text"])
+    unseen = results.lines[0]["unseen"]
+    headings = [
+        "model", "accuracy %", "NLL", *(f"PPL {k}" + ("*" if k in unseen else "") for k in kinds),
+        "forgot, seen", "forgot, unseen*", "seconds", "importance",
+    ]  # fmt: skip
+    return Table(headings, [_cells(line, kinds) for line in results.lines], strong="HLoRA")
+
+
+def _cells(line: Line, kinds: list[str]) -> list[str]:
+    task, spent = line["task"], line.get("seconds", {})
+    general = line["run"]["method"] not in ("base", "lora-mu")
+    seconds = ((general and spent.get("record")) or 0.0) + (spent.get("tune") or 0.0)
+    held = line["run"]["method"] == OURS
+    forgot = [line["forgetting"][w] for w in ("seen", "unseen")]
+    return [
+        line["label"],
+        f"{100 * task['acc']:.1f} ± {100 * task['acc_se']:.1f}",
+        f"{task['nll']:.2f} ± {task['nll_se']:.2f}",
+        *(f"{perplexity(line, [k]):.2f}" for k in kinds),
+        *(
+            "0" if line["run"]["method"] == "base" else f"{f['nats']:+.3f} ± {f['se']:.3f}"
+            for f in forgot
+        ),
+        f"{seconds:.0f}" if seconds else "–",
+        size(line["importance_bytes"]) if held else "–",
+    ]
+
+
+def note(results: Results) -> str:
+    """What the table's columns mean, and how much stands behind them."""
+    line = results.lines[0]
+    [unseen] = line["unseen"]
+    return (
+        f"One seed ({line['run']['seed']}). Accuracy and NLL (nats, of the right answer) over "
+        f"{line['task']['n']} chemistry questions in words that training did not use. Perplexity "
+        f"over {line['text'][unseen]['tokens']:,} tokens of each kind. Forgot: loss on general "
+        "text minus the base model's, nats per token; below zero, the text was learned. ± is one "
+        f"standard error. * {unseen} is in no training text: what is lost there is general "
+        "ability. Seconds of training, the general phase included where there is one."
+    )
+
+
+def verdict(results: Results) -> str:
+    """What this run found, whichever way it went."""
+    ours, plain = (next(r for r in results.lines if r["run"]["method"] == m) for m in (OURS, PLAIN))
+    parts = []
+    [unseen] = ours["unseen"]
+    kinds = {"seen": [k for k in ours["text"] if k != unseen], "unseen": [unseen]}
+    for which, text in (("seen", "text like that of the general phase"), ("unseen", unseen)):
+        saved = pooled_forgetting([(score_of(ours, k), score_of(plain, k)) for k in kinds[which]])
+        nats, se = saved.nats, saved.se
+        if abs(nats) < 2 * se or not nats:
+            parts.append(f"as much as LoRA(ν+μ) on {text}, within the noise")
+        else:
+            word = "less" if nats > 0 else "MORE"
+            parts.append(f"{abs(nats):.3f} ± {se:.3f} nats per token {word} on {text}")
+    a, b = ours["task"], plain["task"]
+    return (
+        f"With the penalty (HLoRA) the model forgot {', and '.join(parts)}, compared with the same "
+        f"training without it (LoRA(ν+μ)). Accuracy on chemistry: {100 * a['acc']:.1f} % and "
+        f"{100 * b['acc']:.1f} %, ± {100 * a['acc_se']:.1f}; NLL of the right answer: "
+        f"{a['nll']:.2f} and {b['nll']:.2f}."
+    )
+
+
+def score_of(line: Line, kind: str) -> TextScore:
+    t = line["text"][kind]
+    return TextScore(t["loss"], t["loss_se"], t["perplexity"], t["tokens"], t["blocks"])
+
+
+def commands(study: Study) -> list[str]:
+    """What the demo ran, as commands to copy."""
+    by_method = {r.method: r for r in runs_of(study)}
+    [seed] = study.seeds
+    nu = nu_folder(study, OURS, seed)
+    found = [command_line("record", record_settings(study, OURS, seed))]
+    for method in ("lora-mu", PLAIN, OURS):
+        found.append(command_line("tune", tune_settings(study, by_method[method], nu)))
+    return found
+
+
+def _questions(results: Results, examples: list[Example]) -> Table:
+    """The first questions, with each model's answer."""
+    models = [r for r in results.lines if r["run"]["method"] != "nu"]
+    rows = []
+    for i, e in enumerate(examples[:ASKED]):
+        given = [(e.bare[r["answers"][i]], r["answers"][i] == e.answer) for r in models]
+        marked = [answer + (" ✓" if right else "") for answer, right in given]
+        rows.append([e.prompt, e.bare[e.answer], *marked])
+    return Table(["question", "right", *(r["label"] for r in models)], rows, prose=True)
+
+
+def write_page(path: Path, study: Study, results: Results) -> list[Path]:
+    """The self-contained page of the demo, its figures beside it."""
+    ours = next(r for r in results.rows if r.method == OURS)
+    line = results.of(ours)[0]
+    versions = ", ".join(f"{k} {v}" for k, v in line["versions"].items() if v)
+    machine = line["machine"]
+    asked = load_task(study.tasks["chemistry"]["test"], limit=ASKED).examples
+    return write(
+        [
+            Part("Results", note(results), summary(results), [
+                ("forgetting", figures.forgetting_bars(results, ours),
+                 "Change of the loss on each kind of text against the base model, ± one standard "
+                 "error. Right of zero is forgotten."),
+            ]),
+            Part("Training", figures=[
+                ("losses", figures.losses(results, ours),
+                 "HLoRA's loss and φR (the paper's Fig. 4): φR is zero at the recorded weights and "
+                 "rises as the task pulls them away."),
+            ]),
+            Part("What the general phase remembered",
+                 "‖Ω‖₂ of each target matrix: bright ones are held where the general phase left "
+                 "them.", figures=[
+                ("norms", figures.heatmap(mean_norms(results, ours)),
+                 "Log scale (the paper's Fig. 7)."),
+            ]),
+            Part("Some questions of the test",
+                 "The answer with the highest likelihood of four; ✓ is right.",
+                 _questions(results, asked)),
+            Part("How this was made",
+                 f"{versions}; {machine['threads']} threads on {machine['device']}. The demo ran "
+                 "these commands; φ = 0 is plain LoRA.", code="\n".join(commands(study))),
+        ],
+        path, title=TITLE, lead=verdict(results),
+    )  # fmt: skip
