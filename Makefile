@@ -1,6 +1,7 @@
-# Everything makes its own environment in .venv.
+# Every target sets up its own virtual environment in .venv.
 #   make demo    the whole story on a small model, and a page to look at
 #   make test    lint, types, tests
+#   make mutants break the method in many places and see that a test notices each
 #   make quick   the tests that need no real model
 #   make bench   what it costs: docs/cost.md anew, on this machine
 #   make format  format the code
@@ -10,7 +11,7 @@ TORCH ?= 2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest quick format lint bench clean
+.PHONY: demo test test-oldest quick format lint bench mutants clean
 
 demo: .venv/.demo
 	$(BIN)/hlora demo --output demo --overwrite
@@ -29,6 +30,9 @@ bench: .venv/.dev
 	$(BIN)/python -m benchmarks.host
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.page
+
+mutants: .venv/.dev
+	$(BIN)/python -m tests.mutants
 
 quick: lint
 	$(BIN)/python -m pytest -m "not slow"

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import cost, kernels, targets
 from hlora.files import size, write_whole
-from hlora.study.html import Table
+from hlora.study.tables import Table
 
 INTRO = """# What it costs
 

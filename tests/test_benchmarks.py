@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import host, importance, kinds, page, shapes, step, storage, targets
+from benchmarks import host, importance, page, shapes, step, storage, targets
 from hlora.core import store
 from hlora.core.importance.dense import Dense
 from hlora.core.importance.factored import Factored
@@ -136,17 +136,3 @@ def test_the_peers_compute_the_same(monkeypatch):
         expected = 2 * 0.5 * g.s * by_A
         for pair, dB in zip(g.pairs, expected, strict=True):
             torch.testing.assert_close(pair.B.grad, dB, rtol=1e-3, atol=1e-6)
-
-
-def test_the_kinds_study_runs_and_goes_on(tiny, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("mendeleev")
-    monkeypatch.chdir(tmp_path)
-    argv = ["--model", tiny, "--quick", "--results", "k.jsonl", "--work", "w"]
-    run(kinds, monkeypatch, *argv, "--seeds", 0)
-    before = (tmp_path / "k.jsonl").read_text()
-    run(kinds, monkeypatch, *argv, "--seeds", 0, 1, "--page", "kinds.md")
-    after = (tmp_path / "k.jsonl").read_text()
-    assert after.startswith(before)
-    assert len(after.splitlines()) == 2 * len(kinds.ROWS)
-    assert "| factored − dense |" in capsys.readouterr().out
-    assert "| factored − dense |" in (tmp_path / "kinds.md").read_text()

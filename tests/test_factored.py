@@ -1,5 +1,7 @@
 """Rows × columns: exact sums, the k × k penalty, and no (m, n) memory."""
 
+import copy
+
 import pytest
 import torch
 
@@ -54,10 +56,11 @@ def test_consolidation_has_the_sums_of_the_dense_one(L, m, n, r, tile, monkeypat
     assert error(new_columns, expected.sum(1)) < 1e-12
 
 
-def record(tmp_path, name="nu", model=None, **settings):
+def record(tmp_path, name="nu", model=None, training=None, **settings):
     model = model or lora_model(dtype=torch.float64)
     callback = hlora.Record(tmp_path / name, kind="factored", **settings)
-    trainer = make_trainer(model, tmp_path / f"run-{name}", [callback])
+    training = {"max_grad_norm": 0, **(training or {})}
+    trainer = make_trainer(model, tmp_path / f"run-{name}", [callback], **training)
     spy = Spy(model)
     trainer.create_optimizer()
     spy.watch(trainer.optimizer)
@@ -70,8 +73,15 @@ def rank_one(rows, columns):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gptj"])
-def test_it_is_the_rank_one_matrix_with_the_dense_sums(tmp_path, architecture):
-    _, spy, model = record(tmp_path, model=lora_model(architecture, dtype=torch.float64))
+@pytest.mark.parametrize(
+    "training",
+    [{}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.01}],
+    ids=["adamw", "accumulated", "clipped"],
+)
+def test_it_is_the_rank_one_matrix_with_the_dense_sums(tmp_path, architecture, training):
+    model = lora_model(architecture, dtype=torch.float64)
+    callback, spy, model = record(tmp_path, model=model, training=training)
+    assert callback.summary["clipped_share"] == (1.0 if "max_grad_norm" in training else 0.0)
     stored = store.load(tmp_path / "nu").importance
     norms, totals = stored.norms(), stored.totals()
     for i, pair in enumerate(find_pairs(model)):
@@ -89,11 +99,62 @@ def test_it_is_the_rank_one_matrix_with_the_dense_sums(tmp_path, architecture):
 
 
 def test_it_adds_up_over_two_tasks(tmp_path):
+    """The second task's own sums are what is added: recorded alone, from the same start."""
     _, _, model = record(tmp_path, "one")
-    first = store.load(tmp_path / "one").importance.totals()
+    again = copy.deepcopy(model)
     record(tmp_path, "two", model, previous=tmp_path / "one")
-    both = store.load(tmp_path / "two").importance.totals()
-    assert all(both[n] > first[n] > 0 for n in first)
+    record(tmp_path, "alone", again)
+    one, two, alone = (
+        store.load(tmp_path / n).importance.tensors() for n in ("one", "two", "alone")
+    )
+    for name in one:
+        torch.testing.assert_close(two[name], one[name] + alone[name], rtol=1e-5, atol=1e-9)
+        assert alone[name].max() > 0
+
+
+def trace_of(omega):
+    """A trace whose ω is that of one made-up step, and its group."""
+    model = lora_model(dtype=torch.float64)
+    [g] = groups = [g for g in group(find_pairs(model)) if g.m == 8]
+    trace = Factored.trace(groups, None)
+    zero = LowRank(torch.zeros(2, 8, 1).double(), torch.zeros(2, 1, 16).double())
+    trace.omega[g.names] = (omega.sum(2), omega.sum(1))
+    return trace, g, zero
+
+
+def test_negative_sums_count_as_zero_and_are_counted():
+    omega = rand(2, 8, 16).abs() + 0.5
+    omega[:, :2] *= -1  # rows that sum to less than zero
+    omega[:, :, 3] = -1.0  # and a column
+    assert (omega.sum(1) < 0).any()
+    trace, g, delta = trace_of(omega)
+    negative = trace.consolidate(g, delta, torch.tensor(0.5).double(), last=True)
+    assert int(negative) == int((omega.sum(2) < 0).sum()) * 16 > 0
+    rows, columns = omega.sum(2).clamp(min=0), omega.sum(1).clamp(min=0)
+    total = (rows.sum(1) * columns.sum(1)).sqrt()
+    Omega = rows[:, :, None] * columns[:, None] / total[:, None, None] / 0.5
+    found = trace.Omega[g.names]
+    torch.testing.assert_close(found[0], Omega.sum(2))
+    torch.testing.assert_close(found[1], Omega.sum(1))
+    assert all((t >= 0).all() for t in found)
+
+
+@pytest.mark.parametrize(("optim", "rate"), [("sgd", 0.02), ("adamw_torch", 1e-4)])
+def test_the_projected_path_integral_is_the_loss_drop(tmp_path, optim, rate):
+    """Eq. 3, as for dense importance: the total of the sums is that of the elements."""
+    rows = token_rows(8)
+    settings = {
+        "rows": rows, "optim": optim, "learning_rate": rate, "max_steps": 60,
+        "per_device_train_batch_size": 8, "max_grad_norm": 0, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    found = {}
+    for kind in ("dense", "factored"):
+        callback = hlora.Record(tmp_path / kind, kind=kind, estimator="projected")
+        model = lora_model(dtype=torch.float64)
+        make_trainer(model, tmp_path / "run", [callback], **settings).train()
+        found[kind] = callback.summary["path_integral"]
+    assert found["factored"] == pytest.approx(found["dense"], rel=1e-9)
+    assert found["factored"] > 1e-4
 
 
 def test_a_resumed_recording_ends_bit_for_bit(tmp_path):

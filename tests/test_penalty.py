@@ -13,6 +13,7 @@ from hlora.core.layers import effective_number, layer_weights
 from hlora.core.steps import steps_of
 from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model, make_trainer, perturb, token_rows
+from tests.reference import equivalent_gradient
 from tests.reference import penalty as dense_penalty
 
 
@@ -206,6 +207,113 @@ def test_the_recorder_sees_the_task_s_gradient_alone(nu, tmp_path):
 
     first, second = importance("rp", "a"), importance("pr", "b")
     assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_with_a_penalty_the_recorder_sees_what_it_sees_alone(nu, tmp_path):
+    """Away from the anchor the penalty pulls at the first step already."""
+    model = lora_model(dtype=torch.float64)
+    perturb(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    penalty, recorder = hlora.Penalty(nu, phi=50.0), hlora.Record(tmp_path / "r", kind="dense")
+    penalty.start(model, optimizer)
+    recorder.start(model, optimizer)
+    rows = token_rows(4)
+    model(**{k: torch.tensor([r[k] for r in rows]) for k in rows[0]}).loss.backward()
+    pairs = find_pairs(model)
+    before = [
+        (p.B.detach().clone(), p.A.detach().clone(), p.B.grad.clone(), p.A.grad.clone())
+        for p in pairs
+    ]
+    optimizer.step()
+    assert any(not torch.equal(p.B.grad, b[2]) for p, b in zip(pairs, before, strict=True))
+    trace = recorder._recorder.trace
+    omega = {n: o for names, t in trace.omega.items() for n, o in zip(names, t, strict=True)}
+    for p, (B, A, gB, gA) in zip(pairs, before, strict=True):
+        gradient = equivalent_gradient(B, A, gB, gA, 1e-2)
+        expected = -gradient * p.s * (p.B @ p.A - B @ A).detach()
+        torch.testing.assert_close(omega[p.name], expected, rtol=1e-6, atol=1e-15)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_gradient_scaler_s_factor_is_heeded(nu, fused):
+    """torch's scaler leaves its factor on the gradients that a fused optimizer gets."""
+
+    def trained(scaler):
+        model = lora_model()
+        perturb(model)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused
+        )
+        hlora.Penalty(nu, phi=20.0).start(model, optimizer)
+        rows = token_rows(4)
+        batch = {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
+        for _ in range(3):
+            loss = model(**batch).loss
+            if scaler is None:
+                loss.backward()
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+        return model
+
+    scaled = trained(torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    for p, q in zip(scaled.parameters(), trained(None).parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+def test_a_retried_or_trained_twice_penalty_adds_once(nu, tmp_path):
+    """As auto_find_batch_size does it: training begins again with the same optimizer."""
+    gradients = []
+    for starts in (1, 3):
+        model = lora_model(dtype=torch.float64)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        callback = hlora.Penalty(nu, phi=5.0)
+        for _ in range(starts):
+            callback.start(model, optimizer)
+        perturb(model)
+        steps_of(optimizer).regularize(optimizer)
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert any(a.any() for a in gradients[0])
+
+
+def test_phi_may_change_while_training_and_is_restored(nu, tmp_path):
+    class Steer(transformers.TrainerCallback):
+        def __init__(self, penalty):
+            self.penalty = penalty
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.penalty.phi = 2.0 * (state.global_step + 1)
+
+    settings = {"save_strategy": "steps", "save_steps": 3, "rows": token_rows(seed=2)}
+    penalty = hlora.Penalty(nu, phi=1.0)
+    model = lora_model(dtype=torch.float64)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    penalty.start(model, optimizer)
+    perturb(model)
+    pulls = []
+    for phi in (1.0, 3.0):
+        penalty.phi = phi
+        optimizer.zero_grad()
+        steps_of(optimizer).regularize(optimizer)
+        pulls.append(find_pairs(model)[0].B.grad.clone())
+    torch.testing.assert_close(pulls[1], 3 * pulls[0])
+    with pytest.raises(hlora.InputError, match="phi"):
+        penalty.phi = -1.0
+    penalty.finish()
+
+    penalty = hlora.Penalty(nu, phi=1.0)
+    make_trainer(lora_model(), tmp_path, [Steer(penalty), penalty], **settings).train()
+    assert penalty.phi == 12.0
+    resumed = hlora.Penalty(nu, phi=1.0)
+    trainer = make_trainer(lora_model(), tmp_path, [resumed], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.phi == 6.0
+    entry = [e for e in trainer.state.log_history if "R" in e][-1]
+    assert entry["penalty"] == pytest.approx(6.0 * entry["R"])
 
 
 def test_a_penalty_too_weak_to_act_warns(nu, tmp_path, caplog):

@@ -212,8 +212,9 @@ def test_xi_relative_to_the_mean_squared_change(tmp_path):
         torch.testing.assert_close(stored[pair.name].double(), expected, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["dense", "factored"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_skipped_fp16_step_leaves_no_nan(fused, tmp_path):
+def test_a_skipped_fp16_step_leaves_no_nan(fused, kind, tmp_path):
     """torch's scaler skips the first step, whose gradients overflow, and fused AdamW unscales
     inside its own step."""
     model = lora_model()
@@ -221,13 +222,13 @@ def test_a_skipped_fp16_step_leaves_no_nan(fused, tmp_path):
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused
     )
-    callback = hlora.Record(tmp_path / "nu", kind="dense")
+    callback = hlora.Record(tmp_path / "nu", kind=kind)
     callback.start(model, optimizer)
     plain = lora_model()
     plain_optimizer = torch.optim.AdamW(
         [p for p in plain.parameters() if p.requires_grad], lr=1e-2, fused=fused
     )
-    expected = hlora.Record(tmp_path / "plain", kind="dense")
+    expected = hlora.Record(tmp_path / "plain", kind=kind)
     expected.start(plain, plain_optimizer)
     rows = token_rows(4)
     batch = {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
@@ -252,8 +253,9 @@ def test_a_skipped_fp16_step_leaves_no_nan(fused, tmp_path):
     assert max(float(t.max()) for t in ours.values()) > 0
 
 
-def test_bf16_training_is_recorded(tmp_path):
-    record(tmp_path, bf16=True)
+@pytest.mark.parametrize("kind", ["dense", "factored"])
+def test_bf16_training_is_recorded(kind, tmp_path):
+    record(tmp_path, rule={"kind": kind}, bf16=True)
     stored = store.load(tmp_path / "nu").importance
     assert all(v > 0 for v in stored.norms().values())
 
@@ -345,6 +347,51 @@ def test_making_a_record_touches_no_disk(tmp_path):
 def test_bad_settings_are_named(tmp_path, rule, message):
     with pytest.raises(hlora.InputError, match=message):
         hlora.Record(tmp_path / "nu", **rule)
+
+
+def test_pairs_of_one_shape_take_their_own_learning_rate(tmp_path):
+    """η of Eq. 11, where the optimizer's groups cut through pairs of one shape."""
+    model = lora_model(dtype=torch.float64)
+    rates = {p.name: 1e-2 * (i + 1) for i, p in enumerate(find_pairs(model))}
+    optimizer = torch.optim.SGD(
+        [{"params": [p.A, p.B], "lr": rates[p.name]} for p in find_pairs(model)]
+    )
+    callback = hlora.Record(tmp_path / "nu", kind="dense")
+    callback.start(model, optimizer)
+    rows = token_rows(4)
+    batch = {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
+    seen = {}
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        before = {p.name: (p.s * p.B @ p.A).detach() for p in find_pairs(model)}
+        optimizer.step()
+        for p in find_pairs(model):
+            moved = (p.s * p.B @ p.A).detach() - before[p.name]
+            squared = moved**2 / (rates[p.name] * p.s)  # under SGD g̃ is −Δθ/(ηs)
+            seen[p.name] = seen.get(p.name, 0) + squared
+    callback.finish(model)
+    stored = store.load(tmp_path / "nu").importance.tensors()
+    for p in find_pairs(model):
+        expected = seen[p.name] / ((p.s * p.B @ p.A).detach() ** 2 + 1e-3)
+        torch.testing.assert_close(stored[p.name].double(), expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["dense", "factored"])
+def test_a_retried_or_repeated_training_is_recorded_once(kind, tmp_path):
+    """As auto_find_batch_size does it: training begins again with the same optimizer."""
+    model = lora_model()
+    callback = hlora.Record(tmp_path / "nu", kind=kind)
+    trainer = make_trainer(model, tmp_path / "run", [callback])
+    trainer.create_optimizer()
+    callback.start(model, trainer.optimizer)
+    callback.start(model, trainer.optimizer)
+    trainer.train()
+    assert callback.summary["steps"] == 6
+    plain, other = lora_model(), hlora.Record(tmp_path / "once", kind=kind)
+    make_trainer(plain, tmp_path / "run", [other]).train()
+    one, two = (load_file(tmp_path / n / store.TENSORS) for n in ("once", "nu"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 def test_groups_hold_all_pairs_of_a_shape():

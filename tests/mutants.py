@@ -1,0 +1,228 @@
+"""Does a test fail when the method is broken? `make mutants`
+
+Each mutant is one change of the sources that makes the method wrong. It is applied to a copy of the
+project, and the fast tests named beside it must fail. A mutant that no test notices is MISSED, and
+the command ends with an error.
+
+    python -m tests.mutants [WORD ...]     only the mutants whose name has one of these words
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, which stands once in `file`, becomes `new`; `tests` are pytest's arguments."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+OPS, RECORD, FACTORED = "tests/test_ops.py", "tests/test_record.py", "tests/test_factored.py"
+PENALTY, STORE, FISHER = "tests/test_penalty.py", "tests/test_store.py", "tests/test_fisher.py"
+STORAGE, REGULARIZER, PAIRS = (
+    "tests/test_storage.py", "tests/test_regularizer.py", "tests/test_pairs.py"
+)  # fmt: skip
+
+C, I, H = "core/", "core/importance/", "hf/"
+
+MUTANTS = [
+    # Eq. 10-12
+    Mutant("Eq. 11 without η g^B g^A", C + "estimators.py", "B - eta * gB", "B", OPS),
+    Mutant("Eq. 11 with the wrong sign of η", C + "estimators.py", "B - eta * gB", "B + eta * gB",
+           OPS),
+    Mutant("Eq. 10 from the new A to the new A", C + "lowrank.py",
+           "torch.cat([A1, A1 - A0], dim=1)", "torch.cat([A1, A0 - A1], dim=1)", OPS),
+    Mutant("Eq. 10 without s on the second half", C + "lowrank.py",
+           "torch.cat([s * (B1 - B0), s * B0], dim=2)", "torch.cat([s * (B1 - B0), B0], dim=2)",
+           OPS),
+    Mutant("Eq. 12 adds in place of subtracting", C + "ops/reference.py", "value=-1.0)",
+           "value=1.0)", OPS),
+    Mutant("the row sums of the path integral have the wrong sign", I + "factored.py",
+           "sums -= of_step", "sums += of_step", FACTORED + " -k rank_one"),
+    Mutant("marginals without Q₁Q₂ᵀ of the columns", C + "lowrank.py",
+           "columns = (((other.P.mT @ self.P) @ self.Q) * other.Q).sum(dim=1)",
+           "columns = (((self.P.mT @ other.P) @ self.Q) * other.Q).sum(dim=1)", FACTORED),
+    Mutant("the projection forgets the overlap", C + "estimators.py",
+           "left = gB_A - B_inv @ (B.mT @ gB_A)", "left = gB_A", OPS),
+    Mutant("the projection is not divided by s", C + "estimators.py",
+           "torch.cat([left, B_inv], dim=2) / s", "torch.cat([left, B_inv], dim=2)", OPS),
+    # Eq. 13
+    Mutant("ω is not clamped at zero", C + "ops/reference.py", "tile.clamp_(min=0).div_",
+           "tile.div_", OPS),
+    Mutant("ξ is left out", C + "ops/reference.py", "div_(d.square_().add_(xi).to(omega.dtype))",
+           "div_(d.square_().add_(1e-12).to(omega.dtype))", OPS),
+    Mutant("Δ counts from zero, not from the start", C + "recorder.py",
+           "LowRank.moved(*self._start.get(g.names, g.factors()), *g.factors(), g.s)",
+           "LowRank.moved(*(0 * f for f in g.factors()), *g.factors(), g.s)",
+           RECORD + " -k counts_from_the_start"),
+    Mutant("a negative row sum counts", I + "factored.py", "rows.clamp(min=0), columns",
+           "rows, columns", FACTORED + " -k negative"),
+    Mutant("a negative column sum counts", I + "factored.py", "columns.clamp(min=0), delta",
+           "columns, delta", FACTORED + " -k negative"),
+    Mutant("the negative share of factored is always zero", I + "factored.py",
+           "negative = (rows < 0).sum() * group.n", "negative = (rows < 0).sum() * 0",
+           FACTORED + " -k negative"),
+    Mutant("Ω of a second task counts three times (dense)", I + "dense.py",
+           "self.Omega[group.names].add_(omega)", "self.Omega[group.names].add_(omega, alpha=3)",
+           RECORD + " -k two_tasks"),
+    Mutant("Ω of a second task counts three times (factored)", I + "factored.py",
+           "(before[0] + sums[0], before[1] + sums[1])",
+           "(before[0] + 3 * sums[0], before[1] + 3 * sums[1])", FACTORED + " -k two_tasks"),
+    Mutant("epochs are not consolidated one by one", H + "callbacks.py",
+           'self.rule.every == "epoch"', 'self.rule.every == "never"', RECORD + " -k official"),
+    Mutant("ω is not clamped after each step", C + "recorder.py",
+           'clamp=self.rule.clamp == "step"', "clamp=False", RECORD + " -k official"),
+    Mutant("ξ relative to the sum, not the mean", C + "recorder.py",
+           "xi * squares / self._elements()", "xi * squares", RECORD + " -k relative"),
+    # The recorder around a step
+    Mutant("every pair takes the first pair's η", C + "recorder.py",
+           "found.append(rates[id(factor)])",
+           "found.append(next(iter(rates.values())))", RECORD + " -k own_learning_rate"),
+    Mutant("the scaler's factor stays on the recorded gradient", C + "recorder.py",
+           "gB, gA = gB / scale.to(gB), gA / scale.to(gA)", "pass", RECORD + " -k fp16"),
+    Mutant("infinite gradients reach ω", C + "pairs.py",
+           "g.to(self.dtype).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)", "g.to(self.dtype)",
+           RECORD + " -k fp16"),
+    Mutant("the penalty adds before the recorder looks", C + "steps.py",
+           """        for watcher in list(self.observers):
+            watcher(optimizer)
+        self.regularize(optimizer)""",
+           """        self.regularize(optimizer)
+        for watcher in list(self.observers):
+            watcher(optimizer)""", PENALTY + " -k alone"),
+    Mutant("clipped steps are not counted", C + "recorder.py", ">= 0.999 * self.max_grad_norm",
+           "< 0", RECORD + " -k 'summary'"),
+    Mutant("counts are not restored at a resume", C + "recorder.py", "count.fill_(notes[k])",
+           "pass", RECORD + " -k resumed"),
+    Mutant("the start is not restored at a resume", C + "recorder.py",
+           "            self._start[g.names] = (\n", "            self._lost = (\n",
+           RECORD + " -k resumed"),
+    Mutant("Ω is not restored at a resume", I + "factored.py",
+           'if f"{which}.{group.names[0]}{ROWS}" in state:', "if False:", FACTORED + " -k resumed"),
+    # Eq. 14-16
+    Mutant("the penalty's gradient is halved", C + "quadratic.py", "(2 * self.phi * c)",
+           "(self.phi * c)", PENALTY + " -k autograd"),
+    Mutant("the penalty's gradient lacks s", C + "quadratic.py", "reshape(-1, 1, 1) * g.s",
+           "reshape(-1, 1, 1)", PENALTY + " -k autograd"),
+    Mutant("dB and dA of the rank-one penalty lack u", C + "lowrank.py",
+           "uP @ (Qv @ right.mT)", "self.P @ (Qv @ right.mT)", FACTORED),
+    Mutant("the softmax is not scaled", C + "layers.py", "math.exp(scale * (v - top))",
+           "math.exp(v - top)", PENALTY + " -k 'all_the_weight or official'"),
+    Mutant("the softmax is uniform", C + "layers.py",
+           "raw = [math.exp(scale * (v - top)) for v in values]", "raw = [1.0 for v in values]",
+           PENALTY + " -k eq_15"),
+    Mutant("apart is dropped", C + "layers.py", 'name.rsplit(".", 1)[-1] if apart else ""', '""',
+           PENALTY + " -k sum_to_one"),
+    Mutant("importance is not normalized", C + "quadratic.py", "scale = 1.0 / mean", "scale = 1.0",
+           PENALTY + " -k autograd"),
+    Mutant("φ is read once", C + "quadratic.py", "(2 * self.phi * c)", "(2 * self.rule.phi * c)",
+           PENALTY + " -k phi_may_change"),
+    Mutant("the scaler's factor is ignored by the penalty", C + "steps.py",
+           "total = [(dB * scale.to(dB), dA * scale.to(dA)) for dB, dA in total]", "pass",
+           PENALTY + " -k scaler"),
+    Mutant("the logged R is not divided by the steps", C + "steps.py",
+           'float(self._R) / self._taken, "penalty"', 'float(self._R), "penalty"',
+           REGULARIZER + " -k phi_may_change"),
+    Mutant("the logged penalty lacks φ", C + "steps.py", "regularizer.phi * R", "R",
+           REGULARIZER + " -k phi_may_change"),
+    Mutant("a penalty is added again at each start", H + "callbacks.py",
+           "        self.finish()\n        self._groups = self.prepare",
+           "        self._groups = self.prepare", PENALTY + " -k trained_twice"),
+    Mutant("a recording is added again at each start", H + "callbacks.py",
+           "        self.stop()\n        earlier =", "        earlier =", RECORD + " -k repeated"),
+    Mutant("a new adapter does not take ν's weights", H + "callbacks.py",
+           "g.set_factors(B_nu, A_nu)", "pass", PENALTY + " -k huge_phi"),
+    Mutant("base is the start, B = 0 or not", H + "callbacks.py",
+           "(B, A) if self._keeps_anchor else (torch.zeros_like(B), A)", "(torch.zeros_like(B), A)",
+           PENALTY + " -k mutated_base"),
+    Mutant("φ is not restored at a resume", H + "callbacks.py",
+           'self.phi = float(notes["phi"])', "pass", PENALTY + " -k phi_may_change"),
+    Mutant("what depends on data grows with accumulation", H + "attach.py",
+           "(1 if divided else micro_batches)", "1", REGULARIZER + " -k accumulation"),
+    Mutant("the logged loss takes the penalty in", H + "attach.py", "value - value.detach()",
+           "value", REGULARIZER + " -k logged_loss"),
+    # Kinds, storage, store
+    Mutant("the Fisher is a sum, not a mean", I + "fisher.py", "s / len(blocks) for n, s",
+           "s for n, s", FISHER + " -k squared_gradient"),
+    Mutant("labels are the corpus' own, not sampled", I + "fisher.py",
+           'ids[:, 1:] if labels == "corpus" else', 'ids[:, 1:] if True else', FISHER + " -k seed"),
+    Mutant("squares of sums over sequences", C + "ops/reference.py",
+           "(delta[:, :, rows].mT @ x).square_().sum(dim=0)",
+           "(delta[:, :, rows].mT @ x).sum(dim=0).square_()", FISHER + " -k squared"),
+    Mutant("8-bit codes are off by one", C + "logcodes.py", ".clamp(0, 254) + 1", ".clamp(0, 254)",
+           STORAGE + " -k codes"),
+    Mutant("another base model is accepted", C + "store.py",
+           "differs = (a - b).abs() > 0.008", "differs = (a - b).abs() > 800.0", STORE),
+    Mutant("another rank is accepted", C + "pairs.py",
+           '("m", "n", "r", "s") if ranks else ("m", "n")', '("m", "n")', STORE),
+    Mutant("a changed file is accepted", C + "store.py", 'if sha256(path) != noted["sha256"]:',
+           "if False:", STORE),
+    Mutant("negative importance is accepted", I + "dense.py", "(not codes and (values < 0).any())",
+           "False", STORE),
+    Mutant("a trained bias is accepted", H + "peft.py",
+           'if getattr(config, "bias", "none") != "none":', "if False:", PAIRS),
+]  # fmt: skip
+
+
+def source(mutant: Mutant, root: Path = ROOT) -> Path:
+    return root / "src" / "hlora" / mutant.file
+
+
+def caught(mutant: Mutant) -> bool:
+    """Whether its tests fail on a copy of the project that has the mutant."""
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place)
+        for folder in ("src", "tests"):
+            shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.pyc"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        path = source(mutant, copy)
+        text = path.read_text("utf-8")
+        if text.count(mutant.old) != 1:
+            raise SystemExit(f"{mutant.name}: {mutant.file} has its text {text.count(mutant.old)}×")
+        path.write_text(text.replace(mutant.old, mutant.new), "utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, *_words(mutant.tests)], cwd=copy, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1"},
+            check=False,
+        )  # fmt: skip
+        if done.returncode not in (0, 1):  # 2: not collected, 5: no test of that name
+            raise SystemExit(f"{mutant.name}: its tests did not run.\n{done.stdout[-2000:]}")
+        return done.returncode == 1
+
+
+def _words(tests: str) -> list[str]:
+    import shlex
+
+    return shlex.split(tests)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    chosen = [m for m in MUTANTS if not words or any(w in m.name for w in words)]
+    missed = 0
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for mutant, found in zip(chosen, pool.map(caught, chosen), strict=True):
+            missed += not found
+            print(f"{'caught' if found else 'MISSED'}  {mutant.name}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} mutants caught.")
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
