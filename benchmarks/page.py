@@ -168,7 +168,7 @@ def _importance(rows: list[dict[str, Any]]) -> str:
 
 def plot(step: dict[str, Any], path: Path) -> None:
     """Time added against the elements of the target matrices."""
-    from hlora.study.plots import STYLES, load_pyplot, save_figure
+    from hlora.study.figures import STYLES, load_pyplot, save_figure
 
     figure, axes = load_pyplot().subplots(figsize=(5.6, 3.2), layout="constrained")
     first = step["rows"][0]
