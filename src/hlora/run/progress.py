@@ -12,7 +12,6 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from hlora.hf.distributed import is_main
-from hlora.run.quiet import quiet_libraries as quiet_libraries  # study/pool, cli/demo
 
 
 def watched() -> bool:
