@@ -80,14 +80,14 @@ def test_the_real_tasks_are_here():
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("medmcqa", {"cop": 4}, "label '4' is out of range: there are 4 choices"),
-        ("medmcqa", {"cop": -1}, "label '-1' is out of range"),
-        ("piqa", {"label": 2}, "label '2' is out of range: there are 2 choices"),
-        ("arc_easy", {"answerKey": "C"}, "label 'C' is none of 1, 2"),
-        ("choices", {"answer": "x"}, "label 'x' is out of range"),
-        ("choices", {"choices": "yes"}, "'choices' is not a list"),
-        ("choices", {"choices": ["", "b"]}, "an empty prompt or choice"),
-        ("openbookqa", {"choices": ["hot"]}, r"no column 'choices\.text'"),
+        ("medmcqa", {"cop": 4}, "'4'.*4 choices"),
+        ("medmcqa", {"cop": -1}, "'-1'"),
+        ("piqa", {"label": 2}, "'2'.*2 choices"),
+        ("arc_easy", {"answerKey": "C"}, "'C'.*1, 2"),
+        ("choices", {"answer": "x"}, "'x'"),
+        ("choices", {"choices": "yes"}, "'choices'"),
+        ("choices", {"choices": ["", "b"]}, "empty"),
+        ("openbookqa", {"choices": ["hot"]}, r"'choices\.text'"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, name, change, message):
@@ -96,17 +96,17 @@ def test_a_bad_row_is_named(tmp_path, name, change, message):
 
 
 def test_wrong_places_names_and_columns_are_one_sentence(tmp_path):
-    with pytest.raises(hlora.InputError, match="no task or file 'sciqq'; did you mean sciq"):
+    with pytest.raises(hlora.InputError, match=r"'sciqq'.*did you mean sciq"):
         load_task("sciqq")
-    with pytest.raises(hlora.InputError, match=r"no task or file '.*nowhere\.jsonl'"):
+    with pytest.raises(hlora.InputError, match=r"nowhere\.jsonl"):
         load_task(str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(hlora.InputError, match="is a folder"):
+    with pytest.raises(hlora.InputError, match="folder"):
         load_task(str(tmp_path))
-    with pytest.raises(hlora.InputError, match="has no rows"):
+    with pytest.raises(hlora.InputError, match="no rows"):
         load_task(str(write_rows(tmp_path / "t.jsonl", [])))
-    with pytest.raises(hlora.InputError, match=r"columns of .* \(a, b\) are no known task's"):
+    with pytest.raises(hlora.InputError, match="a, b"):
         one(tmp_path, {"a": 1, "b": 2})
-    with pytest.raises(hlora.InputError, match="did you mean choices"):
+    with pytest.raises(hlora.InputError, match="choices"):
         one(tmp_path, ROWS["choices"], format="choice")
 
 
@@ -118,13 +118,13 @@ def test_a_task_can_be_defined_in_a_file(tmp_path):
     task = one(tmp_path, row, format=str(tmp_path / "mine.yaml"))
     assert (task.examples[0].prompt, task.examples[0].choices) == ("Q: 2 + 2?", (" 4", " 5"))
     (tmp_path / "mine.yaml").write_text("promt: x\n")
-    with pytest.raises(hlora.InputError, match="unknown key 'promt'"):
+    with pytest.raises(hlora.InputError, match="'promt'"):
         one(tmp_path, row, format=str(tmp_path / "mine.yaml"))
     (tmp_path / "mine.yaml").write_text("prompt: '{{nothing}}'\nchoices: [a, b]\nanswer: 0\n")
-    with pytest.raises(hlora.InputError, match="'nothing' is undefined; its columns are q, right"):
+    with pytest.raises(hlora.InputError, match=r"'nothing'.*q, right"):
         one(tmp_path, row, format=str(tmp_path / "mine.yaml"))
     (tmp_path / "mine.yaml").write_text("prompt: '{{'\nchoices: [a, b]\nanswer: 0\n")
-    with pytest.raises(hlora.InputError, match=r"template '\{\{' is wrong"):
+    with pytest.raises(hlora.InputError, match=r"'\{\{'"):
         one(tmp_path, row, format=str(tmp_path / "mine.yaml"))
 
 
@@ -147,6 +147,10 @@ def test_a_hub_task_goes_through_the_hub_s_loader(tmp_path, monkeypatch):
     assert len(load_task("piqa").examples) == 3
     assert len(load_task("piqa", split="test").examples) == 2
     assert len(load_task("piqa", limit=1).examples) == 1
+
+
+def plain(rows):
+    return [{k: v.tolist() for k, v in rows[i].items()} for i in range(len(rows))]
 
 
 def test_loss_is_on_the_answer_only(tmp_path):

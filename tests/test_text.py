@@ -73,7 +73,7 @@ def test_a_data_set_goes_through_the_hub_s_loader(tmp_path, words):
 
 def test_a_hub_data_set_that_is_not_there_is_one_sentence():
     pytest.importorskip("datasets")
-    with pytest.raises(hlora.InputError, match="nobody/nothing is no file here and cannot be"):
+    with pytest.raises(hlora.InputError, match="nobody/nothing"):
         next(Source.parse("nobody/nothing").documents())
 
 
@@ -98,7 +98,7 @@ def test_a_kind_is_named_after_its_file_without_the_split(tmp_path):
 
 @pytest.mark.parametrize("missing", ["missing.txt", "/no/such/folder/at/all", "a b"])
 def test_a_missing_path_is_named(missing):
-    with pytest.raises(hlora.InputError, match=f"There is no text at {missing}"):
+    with pytest.raises(hlora.InputError, match=missing):
         Source.parse(missing)
 
 
@@ -107,36 +107,36 @@ def test_the_text_column_is_found_or_asked_for(tmp_path, words):
     write_rows(path, [{"id": 1, "body": "abcdefgh"}])
     assert len(read(path, words)) == 1
     write_rows(path, [{"title": "x", "body": "abcdefgh"}])
-    with pytest.raises(hlora.InputError, match=r"columns title, body: name the one.*--text-column"):
+    with pytest.raises(hlora.InputError, match=r"title, body.*--text-column"):
         read(path, words)
     assert len(read(path, words, column="body")) == 1
-    with pytest.raises(hlora.InputError, match="no text column 'bodi'; its columns are title, bo"):
+    with pytest.raises(hlora.InputError, match=r"'bodi'.*title, body"):
         read(path, words, column="bodi")
 
 
 def test_empty_short_and_broken_files_are_told_apart(tmp_path, words):
     path = tmp_path / "a.txt"
     path.write_text(" \n")
-    with pytest.raises(hlora.InputError, match=r"a\.txt is empty"):
+    with pytest.raises(hlora.InputError, match=r"a\.txt.*empty"):
         read(path, words)
     path.write_text("abc")
-    with pytest.raises(hlora.InputError, match="has 4 tokens, less than one block of 8"):
+    with pytest.raises(hlora.InputError, match=r"4 tokens.*block of 8"):
         read(path, words)
     path.write_bytes(b"abc\xff\xfe")
-    with pytest.raises(hlora.InputError, match="not UTF-8 text \\(byte 3\\)"):
+    with pytest.raises(hlora.InputError, match=r"UTF-8.*byte 3"):
         read(path, words)
     rows = tmp_path / "b.jsonl"
     rows.write_text('{"text": "fine"}\n{"text": \n')
-    with pytest.raises(hlora.InputError, match=r"b\.jsonl, line 2: not JSON"):
+    with pytest.raises(hlora.InputError, match=r"b\.jsonl, line 2"):
         read(rows, words)
     rows.write_text("[1]\n")
-    with pytest.raises(hlora.InputError, match="line 1: not a JSON object"):
+    with pytest.raises(hlora.InputError, match=r"line 1.*object"):
         read(rows, words)
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
-    with pytest.raises(hlora.InputError, match="cannot be read as parquet"):
+    with pytest.raises(hlora.InputError, match=r"c\.parquet"):
         read(tmp_path / "c.parquet", words)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(hlora.InputError, match="holds no text"):
+    with pytest.raises(hlora.InputError, match="empty"):
         read(tmp_path / "empty", words)
 
 
@@ -170,7 +170,7 @@ def test_weights_are_shares_and_no_block_comes_twice():
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [([1], "1 numbers for 2 kinds"), ([1, 0], "must be positive")]
+    ("weights", "message"), [([1], "--text-weights.*2 kinds"), ([1, 0], "--text-weights.*positive")]
 )
 def test_weights_that_do_not_fit_are_refused(weights, message):
     with pytest.raises(hlora.InputError, match=message):
@@ -204,13 +204,13 @@ def test_python_comes_with_text_of_its_own():
 
 @pytest.mark.parametrize("where", ["python-cod", "python-code@dev"])
 def test_misspelt_python_text_is_refused(where):
-    with pytest.raises(hlora.InputError, match="built in are python-docs"):
+    with pytest.raises(hlora.InputError, match="python-docs"):
         Source.parse(where)
 
 
 def test_columns_may_be_joined(tmp_path):
     path = write_rows(tmp_path / "t.jsonl", [{"q": "one?", "a": "two.", "n": "3"}])
     assert list(Source.parse(f"{path}#q+a").documents()) == ["one?\ntwo."]
-    with pytest.raises(hlora.InputError, match=r"no text column 'q\+b'; its columns are q, a, n"):
+    with pytest.raises(hlora.InputError, match=r"'q\+b'.*q, a, n"):
         list(Source.parse(f"{path}#q+b").documents())
     assert Source.parse("owner/name:config@split#q+a").column == "q+a"

@@ -11,7 +11,7 @@ from rich.table import Table as Shown
 
 from hlora.errors import InputError
 from hlora.files import check_space
-from hlora.run.progress import quiet_libraries
+from hlora.run.quiet import quiet_libraries
 from hlora.run.settings import DemoSettings
 from hlora.study.demo import demo_study, note, refuse_another, summary, verdict, write_page
 from hlora.study.figures import load_pyplot
@@ -25,7 +25,6 @@ NEEDED = 300 << 20
 
 def run(settings: DemoSettings) -> None:
     """Run the demo's study, print its table, write its page."""
-    quiet_libraries()
     load_pyplot()  # missing, it should be missed now and not after the training
     output = Path(settings.output)
     _make_room(output, settings.overwrite)

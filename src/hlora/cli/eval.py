@@ -9,14 +9,12 @@ from rich.table import Table
 
 from hlora.run.evaluate import TaskScore, TextScore, forgetting
 from hlora.run.harness import HarnessScore
-from hlora.run.progress import quiet_libraries
 from hlora.run.scoring import Scores, evaluate
 from hlora.run.settings import EvalSettings
 
 
 def run(settings: EvalSettings) -> None:
     """Print one table of text and one of tasks."""
-    quiet_libraries()
     _show(evaluate(settings))
     if settings.json:
         print(f"Written to {settings.json}.")

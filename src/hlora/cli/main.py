@@ -1,4 +1,4 @@
-"""The commands. Each is one call into the library; heavy imports wait until it is made."""
+"""The command line. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from hlora.run import settings as config
 COMMANDS = {
     "record": (
         config.RecordSettings,
-        "learn general text and record what matters for it (phase ν)",
+        "general phase: train on general text, record what matters for it",
     ),
-    "tune": (config.TuneSettings, "learn a domain without forgetting it (phase μ)"),
-    "eval": (config.EvalSettings, "perplexity, accuracy, and how much was forgotten"),
-    "inspect": (config.InspectSettings, "what is in an importance folder"),
-    "convert": (config.ConvertSettings, "write an importance folder in another form"),
+    "tune": (config.TuneSettings, "domain phase: learn a domain without forgetting"),
+    "eval": (config.EvalSettings, "measure perplexity, accuracy and forgetting"),
+    "inspect": (config.InspectSettings, "show what an importance folder contains"),
+    "convert": (config.ConvertSettings, "convert an importance folder to another form"),
     "study": (config.StudySettings, "run a grid of methods, tasks, seeds and φ"),
-    "report": (config.ReportSettings, "tables and figures of a study, the paper's claims judged"),
-    "demo": (config.DemoSettings, "the whole story on a small model"),
+    "report": (
+        config.ReportSettings,
+        "tables and figures of a study, a check of the paper's claims",
+    ),
+    "demo": (config.DemoSettings, "both phases and an evaluation on a small model"),
 }
 
 
@@ -33,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     except HloraError as error:
         return _complain(str(error), 2)
     except KeyboardInterrupt as stop:
-        return _complain(str(stop) or "Stopped. Nothing that was finished is lost.", 130)
+        return _complain(str(stop) or "Stopped. Finished work is kept.", 130)
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0
@@ -41,11 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         from hlora.files import is_full_disk
 
         if is_full_disk(error):
-            return _complain(f"The disk is full ({error}). Free some space and --resume.", 1)
+            return _complain(f"The disk is full ({error}). Free some space and use --resume.", 1)
         if "out of memory" in str(error).lower():
             return _complain(
                 "Out of memory on the device: lower --batch-size and raise "
-                "--gradient-accumulation by as much.",
+                "--gradient-accumulation by the same factor.",
                 1,
             )
         raise
@@ -65,9 +68,12 @@ def _run(argv: list[str]) -> int:
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     from hlora.cli.options import parse
+    from hlora.run.quiet import quiet_libraries
 
     settings: object = parse(COMMANDS[name][0], rest, f"hlora {name}")
-    import_module(f"hlora.cli.{name}").run(settings)
+    command = import_module(f"hlora.cli.{name}")
+    quiet_libraries()
+    command.run(settings)
     if "RANK" in os.environ:
         from hlora.hf.distributed import leave_together
 
@@ -78,7 +84,7 @@ def _run(argv: list[str]) -> int:
 def _overview() -> str:
     lines = ["LoRA fine-tuning that does not forget.", "", "usage: hlora COMMAND [options]", ""]
     lines += [f"  {name:<9}{what}" for name, (_, what) in COMMANDS.items()]
-    lines += ["", "hlora COMMAND --help explains each setting."]
+    lines += ["", "Run hlora COMMAND --help for its settings."]
     return "\n".join(lines)
 
 

@@ -6,13 +6,11 @@ from hlora.core.recorder import describe_summary
 from hlora.files import size
 from hlora.hf.distributed import is_main
 from hlora.run.phases import GeneralPhase
-from hlora.run.progress import quiet_libraries
 from hlora.run.settings import RecordSettings
 
 
 def run(settings: RecordSettings) -> None:
     """Record, and print what was found."""
-    quiet_libraries()
     phase = GeneralPhase(settings)
     if settings.dry_run:
         print(phase.plan())

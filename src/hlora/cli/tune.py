@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from hlora.run.phases import DomainPhase
-from hlora.run.progress import quiet_libraries
 from hlora.run.settings import TuneSettings
 
 
 def run(settings: TuneSettings) -> None:
     """Tune, and print how it went."""
-    quiet_libraries()
     phase = DomainPhase(settings)
     if settings.dry_run:
         print(phase.plan())

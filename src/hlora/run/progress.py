@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,22 +12,6 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from hlora.hf.distributed import is_main
-
-
-def quiet_libraries() -> None:
-    """Only our own voice in the terminal: libraries speak in errors, not in chatter."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry of a request
-    warnings.filterwarnings("ignore")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("hlora: %(levelname)s: %(message)s"))
-    handler.setLevel(logging.WARNING if is_main() else logging.CRITICAL)
-    logger = logging.getLogger("hlora")
-    logger.handlers = [handler]
-    logger.propagate = False
 
 
 def watched() -> bool:

@@ -13,8 +13,10 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from hlora.core.regularizer import Regularizer
 from hlora.errors import InputError, StoreError, suggest
 from hlora.files import write_json
+from hlora.hf.attach import attach
 from hlora.hf.distributed import is_main, refuse_sharded, wait_for_all
 from hlora.run.models import pick_device, pick_dtype
 from hlora.run.progress import Interruptible, Progress
@@ -100,7 +102,7 @@ def train(
     settings: TrainSettings,
     model: nn.Module,
     data: Any,
-    callbacks: Sequence[TrainerCallback],
+    parts: Sequence[TrainerCallback | Regularizer],
     *,
     what: str,
     collate: Callable | None = None,
@@ -110,6 +112,7 @@ def train(
     """Train, from the last checkpoint if the settings say so.
 
     Args:
+        parts: recordings and regularizers, see `hlora.attach`.
         what: the label of the progress bar.
         state: the file that the callbacks add to a checkpoint; one without it is not whole.
         resume_with: the advice after Ctrl-C.
@@ -127,8 +130,7 @@ def train(
         trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=collate)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise InputError(f"Trainer refuses these settings: {_one_line(error)}") from None
-    # First, so that the reporters (report_to) find R in the logs that they are handed.
-    trainer.callback_handler.callbacks[:0] = callbacks
+    attach(trainer, *parts)
     for default in list(trainer.callback_handler.callbacks):
         if type(default).__name__ == "PrinterCallback":
             trainer.remove_callback(default)
