@@ -6,7 +6,7 @@ import pytest
 
 import hlora
 from hlora.cli import main as cli
-from hlora.data.chemistry import TEST, TRAIN
+from hlora.data.chemistry import wordings
 from hlora.data.pythontext import python_text
 from hlora.data.tasks import load_task
 from hlora.run.settings import DemoSettings
@@ -82,7 +82,8 @@ def test_the_chemistry_test_asks_in_other_words():
     assert len(test.examples) > 400
     asked = {e.prompt for e in train.examples}
     assert not asked & {e.prompt for e in test.examples}
-    assert not {w for ws in TRAIN.values() for w in ws} & {w for ws in TEST.values() for w in ws}
+    train_words, test_words = ({w for ws in of.values() for w in ws} for of in wordings().values())
+    assert not train_words & test_words
     for example in (*train.examples, *test.examples):
         assert len(set(example.choices)) == 4
     positions = [e.answer for e in test.examples]

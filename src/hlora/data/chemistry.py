@@ -9,7 +9,10 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
+
+import yaml
 
 from hlora.errors import InputError
 
@@ -18,47 +21,6 @@ LONGEST = 110
 CHOICES = 4
 WORDINGS_PER_FACT = 2
 """How many of the training wordings each fact is asked in."""
-
-TRAIN = {
-    "uses": (
-        "Question: Which element has these uses? {fact}\nAnswer:",
-        "What it is used for: {fact}\nThe element is",
-        "Chemistry quiz. Name the element with this application: {fact}\nElement:",
-    ),
-    "sources": (
-        "Question: Which element comes from here? {fact}\nAnswer:",
-        "Where it is found or how it is made: {fact}\nThe element is",
-        "Chemistry quiz. Name the element with this occurrence: {fact}\nElement:",
-    ),
-    "name_origin": (
-        "Question: Which element has a name of this origin? {fact}\nAnswer:",
-        "Its name comes from: {fact}\nThe element is",
-        "Chemistry quiz. Name the element with this etymology: {fact}\nElement:",
-    ),
-    "group": (
-        "Question: To which group of elements does {fact} belong?\nAnswer:",
-        "In the periodic table, {fact} is one of the",
-        "Chemistry quiz. Name the family of the element {fact}.\nFamily:",
-    ),
-}
-TEST = {
-    "uses": (
-        "People put this element to work as follows. {fact}\nWhich one is it? It is",
-        "Industry note: {fact}\nQ: Which chemical element is the note about?\nA:",
-    ),
-    "sources": (
-        "A student asks which element one gets this way. {fact}\nThe teacher says:",
-        "Mining note: {fact}\nQ: Which chemical element is the note about?\nA:",
-    ),
-    "name_origin": (
-        "Somebody named an element after this. {fact}\nThat element is called",
-        "Word history: {fact}\nQ: Which chemical element got its name so?\nA:",
-    ),
-    "group": (
-        "A chemist who sorts the elements puts {fact} with the",
-        "Q: What kind of element is {fact}?\nA: It belongs to the",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -76,18 +38,23 @@ def chemistry_rows(side: str, seed: int = 0) -> list[dict[str, Any]]:
     Raises:
         InputError: the package mendeleev is not installed.
     """
-    facts = _facts()
+    facts, asked = _facts(), wordings()
     draw = random.Random(seed)
-    for of, wordings, count in (("train", TRAIN, WORDINGS_PER_FACT), ("test", TEST, 1)):
+    for of, count in (("train", WORDINGS_PER_FACT), ("test", 1)):
         rows = [
             _row(fact, wording, facts, draw)
             for fact in facts
-            for wording in draw.sample(wordings[fact.about], count)
+            for wording in draw.sample(asked[of][fact.about], count)
         ]
         draw.shuffle(rows)
         if of == side:  # both sides are drawn in one go, whichever is asked for
             return rows
     raise InputError(f"The chemistry task has no {side!r}: there are chemistry@train and @test.")
+
+
+def wordings() -> dict[str, dict[str, list[str]]]:
+    """Those of `train` and `test`, by what is asked."""
+    return yaml.safe_load(files("hlora.data").joinpath("chemistry.yaml").read_text("utf-8"))
 
 
 def _row(fact: Fact, wording: str, facts: list[Fact], draw: random.Random) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""Task formats as data: which columns, how a row reads as a prompt, what the choices are.
-
-Prompts and choices are those of lm-evaluation-harness, so that accuracies are comparable.
-Templates are jinja2 over the row's columns.
-"""
+"""How rows of a task read as prompts with choices. The built-in ones are in `formats.yaml`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from typing import Any
+
+import yaml
 
 
 @dataclass(frozen=True)
@@ -36,79 +36,23 @@ class Format:
     delimiter: str = " "
 
 
-_QUESTION = "Question: {{question}}\nAnswer:"
+def format_of(name: str, values: dict[str, Any]) -> Format:
+    """A format from the values of a YAML file.
+
+    Raises:
+        TypeError, ValueError: a key that no format has, or one that is missing.
+    """
+    known = [f.name for f in fields(Format)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}, known: {', '.join(known)}")
+    lists = {k: tuple(map(str, v)) for k, v in values.items() if isinstance(v, list)}
+    return Format(**{"name": name, "columns": (), **values, **lists})
+
 
 FORMATS = {
-    f.name: f
-    for f in (
-        Format(
-            name="sciq",
-            columns=("question", "distractor1", "distractor2", "distractor3", "correct_answer"),
-            prompt="{{(support | default('', true)).lstrip()}}\n" + _QUESTION,
-            choices=("{{distractor1}}", "{{distractor2}}", "{{distractor3}}", "{{correct_answer}}"),
-            answer=3,
-            hub="allenai/sciq",
-        ),
-        Format(
-            name="piqa",
-            columns=("goal", "sol1", "sol2", "label"),
-            prompt="Question: {{goal}}\nAnswer:",
-            choices=("{{sol1}}", "{{sol2}}"),
-            answer="{{label}}",
-            hub="baber/piqa",
-            test_split="validation",
-        ),
-        Format(
-            name="medmcqa",
-            columns=("question", "opa", "opb", "opc", "opd", "cop"),
-            prompt="Question: {{question}}\nChoices:\nA. {{opa}}\nB. {{opb}}\nC. {{opc}}\n"
-            "D. {{opd}}\nAnswer:",
-            choices=("A", "B", "C", "D"),
-            answer="{{cop}}",
-            hub="openlifescienceai/medmcqa",
-            test_split="validation",
-        ),
-        Format(
-            name="openbookqa",
-            columns=("question_stem", "choices", "answerKey"),
-            prompt="{{question_stem}}",
-            choices="choices.text",
-            answer="{{answerKey.strip()}}",
-            labels="choices.label",
-            hub="allenai/openbookqa:main",
-        ),
-        Format(
-            name="arc_easy",
-            columns=("question", "choices", "answerKey"),
-            prompt=_QUESTION,
-            choices="choices.text",
-            answer="{{answerKey}}",
-            labels="choices.label",
-            hub="allenai/ai2_arc:ARC-Easy",
-        ),
-        Format(
-            name="arc_challenge",
-            columns=("question", "choices", "answerKey"),
-            prompt=_QUESTION,
-            choices="choices.text",
-            answer="{{answerKey}}",
-            labels="choices.label",
-            hub="allenai/ai2_arc:ARC-Challenge",
-        ),
-        Format(
-            name="choices",
-            columns=("prompt", "choices", "answer"),
-            prompt="{{prompt}}",
-            choices="choices",
-            answer="{{answer}}",
-        ),
-        Format(
-            name="completion",
-            columns=("prompt", "completion"),
-            prompt="{{prompt}}",
-            choices=("{{completion}}",),
-            answer=0,
-            delimiter="",
-        ),
-    )
+    name: format_of(name, values)
+    for name, values in yaml.safe_load(
+        files("hlora.data").joinpath("formats.yaml").read_text("utf-8")
+    ).items()
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from hlora.data.chemistry import chemistry_rows
-from hlora.data.formats import FORMATS, Format
+from hlora.data.formats import FORMATS, Format, format_of
 from hlora.data.read import ROWS, load_hub, read_rows
 from hlora.data.rows import IGNORED, Row, Rows
 from hlora.errors import InputError, suggest
@@ -124,16 +124,8 @@ def _format(name: str) -> Format:
         listed = f": there are {', '.join(FORMATS)}."
         raise InputError(f"Unknown --task-format {name!r}" + suggest(name, FORMATS, listed))
     try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-        known = {f.name for f in fields(Format)}
-        unknown = data.keys() - known
-        if unknown:
-            raise InputError(f"{path}: unknown key {sorted(unknown)[0]!r}, known: {sorted(known)}.")
-        for key in ("columns", "choices", "labels"):
-            if isinstance(data.get(key), list):
-                data[key] = tuple(str(v) for v in data[key])
-        return Format(**{"name": path.stem, "columns": (), **data})
-    except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
+        return format_of(path.stem, dict(yaml.safe_load(path.read_text("utf-8"))))
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
         raise InputError(f"The task format {path} cannot be read: {error}") from None
 
 
