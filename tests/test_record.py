@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import hlora
 from hlora.core import store
 from hlora.core.pairs import group
+from hlora.core.steps import steps_of
 from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model, make_trainer, token_rows
 
@@ -291,20 +292,21 @@ def test_the_summary_is_printed_and_stored(tmp_path, capsys):
     assert "effective" not in capsys.readouterr().out
 
 
-def test_a_resumed_recording_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize("kind", ["dense", "factored"])
+def test_a_resumed_recording_ends_bit_for_bit_like_an_uninterrupted_one(kind, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 3}
     whole = lora_model(lora_dropout=0.1)
-    make_trainer(
-        whole, tmp_path / "a", [hlora.Record(tmp_path / "nu-a", kind="dense")], **settings
-    ).train()
+    first, second = (hlora.Record(tmp_path / f"nu-{x}", kind=kind) for x in "ab")
+    make_trainer(whole, tmp_path / "a", [first], **settings).train()
     resumed = lora_model(lora_dropout=0.1, seed=5)  # its weights come from the checkpoint
     resumed.base_model.model.load_state_dict(
         lora_model(lora_dropout=0.1).base_model.model.state_dict()
     )
-    trainer = make_trainer(
-        resumed, tmp_path / "a", [hlora.Record(tmp_path / "nu-b", kind="dense")], **settings
-    )
+    trainer = make_trainer(resumed, tmp_path / "a", [second], **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    one, two = ({**c.summary, "seconds": 0} for c in (first, second))
+    assert one == two
+    assert one["steps"] == 6
     a, b = (load_file(tmp_path / f"nu-{x}" / store.TENSORS) for x in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
     for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
@@ -386,6 +388,8 @@ def test_a_retried_or_repeated_training_is_recorded_once(kind, tmp_path):
     trainer.create_optimizer()
     callback.start(model, trainer.optimizer)
     callback.start(model, trainer.optimizer)
+    steps = steps_of(trainer.optimizer)
+    assert (len(steps.observers), len(steps.after)) == (1, 1)
     trainer.train()
     assert callback.summary["steps"] == 6
     plain, other = lora_model(), hlora.Record(tmp_path / "once", kind=kind)

@@ -10,14 +10,14 @@ from hlora.hf.distributed import leave_together
 from tests.conftest import lora_model, make_trainer, token_rows
 
 
-def main(folder: Path, batch: int) -> None:
+def main(folder: Path, batch: int, kind: str) -> None:
     settings = {
         "per_device_train_batch_size": batch, "max_steps": 4, "ddp_backend": "gloo",
         "ddp_find_unused_parameters": False,
     }  # fmt: skip
     model = lora_model(dtype=torch.float64)
     make_trainer(
-        model, folder / "run", [hlora.Record(folder / "nu", kind="dense")], **settings
+        model, folder / "run", [hlora.Record(folder / "nu", kind=kind)], **settings
     ).train()
     model = lora_model(dtype=torch.float64)
     trainer = make_trainer(
@@ -31,4 +31,4 @@ def main(folder: Path, batch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -5,25 +5,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder, batch, processes):
+def run(folder, batch, processes, kind):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-         str(processes), "-m", "tests.end_to_end.ddp_worker", str(folder), str(batch)],
+         str(processes), "-m", "tests.end_to_end.ddp_worker", str(folder), str(batch), kind],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_equal_one(tmp_path):
-    run(tmp_path / "one", 8, 1)
-    run(tmp_path / "two", 4, 2)
+@pytest.mark.parametrize("kind", ["dense", "factored"])
+def test_two_processes_equal_one(tmp_path, kind):
+    run(tmp_path / "one", 8, 1, kind)
+    run(tmp_path / "two", 4, 2, kind)
     for file in ("nu/importance.safetensors", "nu/adapter_model.safetensors",
                  "mu/adapter_model.safetensors"):  # fmt: skip
         one, two = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)

@@ -201,6 +201,9 @@ def check_unfinished(settings: TrainSettings) -> None:
         raise StoreError(f"{work / 'settings.json'} is missing or damaged: start again.") from None
     now = asdict(settings)
     for key, value in now.items():
+        if key == "anchor" and "nu" in (value, before.get(key)):
+            value = value or before[key]  # not given is nu
+            before[key] = before[key] or value
         if key not in _MAY_DIFFER and before.get(key, value) != value:
             raise InputError(
                 f"Cannot resume: --{key.replace('_', '-')} was {before[key]} and is {value} now."
