@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 
 from hlora.core.regularizer import Regularizer
 from hlora.errors import InputError
-from hlora.hf.callbacks import Regularization
 from hlora.hf.distributed import refuse_sharded
+from hlora.hf.regularize import Regularization
 
 
 def attach(trainer: Any, *parts: TrainerCallback | Regularizer) -> None:
