@@ -154,8 +154,8 @@ MUTANTS = [
            'self.phi = float(notes["phi"])', "pass", PENALTY + " -k phi_may_change"),
     Mutant("what depends on data grows with accumulation", H + "attach.py",
            "(1 if divided else micro_batches)", "1", REGULARIZER + " -k accumulation"),
-    Mutant("the logged loss takes the penalty in", H + "attach.py", "value - value.detach()",
-           "value", REGULARIZER + " -k logged_loss"),
+    Mutant("the logged loss takes the penalty in", H + "attach.py", "(added - added.detach())",
+           "added", REGULARIZER + " -k logged_loss"),
     # Kinds, storage, store
     Mutant("the Fisher is a sum, not a mean", I + "fisher.py", "s / len(blocks) for n, s",
            "s for n, s", FISHER + " -k squared_gradient"),

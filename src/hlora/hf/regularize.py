@@ -44,14 +44,9 @@ class Regularization(Attached):
     """
 
     def __init__(self, regularizer: Regularizer | None = None, name: str = "penalty") -> None:
-        self._regularizer, self.name = regularizer, name
+        self.regularizer = regularizer or Regularizer()
+        self.name = name
         self._groups: list[Group] = []
-
-    @property
-    def regularizer(self) -> Regularizer:
-        if self._regularizer is None:
-            raise InputError("The penalty has not started: call start(model, optimizer) first.")
-        return self._regularizer
 
     @property
     def phi(self) -> float | Tensor:
@@ -61,10 +56,6 @@ class Regularization(Attached):
     @phi.setter
     def phi(self, value: float | Tensor) -> None:
         self.regularizer.phi = value
-
-    @property
-    def running(self) -> bool:
-        return self.steps is not None
 
     # ---------------------------------------------------------------- in any training loop
 
@@ -90,11 +81,6 @@ class Regularization(Attached):
         if self.steps is not None:
             self.steps.drop(self.regularizer)
         self.steps, self._groups = None, []
-
-    def tally(self, R: Tensor, share: float) -> None:
-        """Count a micro-batch's R in the logs."""
-        if self.steps is not None:
-            self.steps.tally(self.regularizer, R, share)
 
     @torch.no_grad()
     def value(self) -> Tensor:
@@ -138,7 +124,7 @@ class Regularization(Attached):
         self.check_reached(state)
         ratio, phi = self.steps.largest_ratio, float(self.phi)
         self.finish()
-        if 0 < ratio < WEAK and phi > 0:
+        if ratio is not None and ratio < WEAK and phi > 0:
             logger.warning(
                 "The penalty did next to nothing: its gradient was at most %.1e of the task's. "
                 "Raise phi (now %g)%s.", ratio, phi, self.remedy(),
@@ -212,17 +198,17 @@ class Penalty(Regularization):
         self.rule: PenaltyRule = choose(PENALTY_PRESETS, preset, phi=phi, **rule)
         self.anchor = anchor
         self.stored = store.load(importance)
+        self.regularizer.phi = self.rule.phi
 
     @property
     def phi(self) -> float | Tensor:
-        return self.rule.phi if self._regularizer is None else self._regularizer.phi
+        return self.regularizer.phi
 
     @phi.setter
     def phi(self, value: float | Tensor) -> None:
         if not isinstance(value, Tensor):
             self.rule = replace(self.rule, phi=float(value))  # refuses what is no φ
-        if self._regularizer is not None:
-            self._regularizer.phi = value
+        self.regularizer.phi = value
 
     def prepare(self, model: nn.Module, *, fresh: bool) -> list[Group]:
         pairs = find_pairs(model)
@@ -230,7 +216,7 @@ class Penalty(Regularization):
         groups = group(pairs)
         self._keeps_anchor = self.anchor == "base" and not starts_at_base(model)
         anchor = self._find_anchor(model, groups, fresh=fresh)
-        self._regularizer = Quadratic(self.stored.importance, groups, anchor, self.rule)
+        self.regularizer = Quadratic(self.stored.importance, groups, anchor, self.rule)
         return groups
 
     def _find_anchor(self, model: nn.Module, groups: list[Group], *, fresh: bool) -> Anchor:
@@ -264,10 +250,10 @@ class Penalty(Regularization):
         """θ^ν is in its folder; a base that the initialization moved is nowhere else."""
         if self.anchor != "base":
             return {}
-        assert isinstance(self._regularizer, Quadratic)
+        assert isinstance(self.regularizer, Quadratic)
         return {
             f"{which}.{name}": t
-            for names, both in self._regularizer.anchor.items()
+            for names, both in self.regularizer.anchor.items()
             for which, stacked in zip("BA", both, strict=True)
             for name, t in zip(names, stacked, strict=True)
         }
@@ -275,10 +261,10 @@ class Penalty(Regularization):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         if not self._keeps_anchor:
             return
-        assert isinstance(self._regularizer, Quadratic)
+        assert isinstance(self.regularizer, Quadratic)
         for g in self._groups:
             B, A = (g.stack({n: tensors[f"{which}.{n}"] for n in g.names}) for which in "BA")
-            self._regularizer.anchor[g.names] = (B, A)
+            self.regularizer.anchor[g.names] = (B, A)
 
     def remedy(self) -> str:
         return "" if self.rule.normalize else ", or normalize the importance (normalize=True)"
