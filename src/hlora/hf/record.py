@@ -161,7 +161,8 @@ class Record(Attached):
 
     def write(self, model: nn.Module, importance: Importance) -> None:
         """Write the folder: the adapter as it is now, and the importance. One process calls it."""
-        recording = {"preset": self.preset, "storage": self.storage, **vars(self.rule)}
+        rule = {k: v for k, v in vars(self.rule).items() if k != "kind"}
+        recording = {"preset": self.preset, "storage": self.storage, **rule}
         notes = {
             "recording": recording,
             **self.notes,
