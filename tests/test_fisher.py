@@ -101,6 +101,10 @@ def test_the_command_and_the_penalty_from_the_base(tiny, tmp_path, capsys):
         ["convert", str(tmp_path / "f"), "--to", "int8", "--output", str(tmp_path / "f8")]
     ) == 0  # fmt: skip
     assert store.load(tmp_path / "f8").info["kind"] == "fisher"
+    factored = ["convert", str(tmp_path / "f"), "--to", "factored", "--output"]
+    assert cli.main([*factored, str(tmp_path / "ff")]) == 0
+    assert cli.main(["inspect", str(tmp_path / "ff")]) == 0
+    assert "Fisher information of 6 sequences" in capsys.readouterr().out
     with pytest.raises(hlora.InputError, match="fisher"):
         hlora.Record(tmp_path / "new", previous=tmp_path / "f").check_folders()
     with pytest.raises(hlora.InputError, match="--kind fisher"):

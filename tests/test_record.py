@@ -331,6 +331,17 @@ def test_an_output_with_a_result_is_refused(nu):
         make_trainer(lora_model(), nu.parent / "again", [hlora.Record(nu)]).train()
 
 
+def test_training_again_replaces_its_own_result(tmp_path):
+    model, callback = lora_model(), hlora.Record(tmp_path / "nu", preset="official")
+    trainer = make_trainer(model, tmp_path / "run", [callback], max_steps=2)
+    trainer.train()
+    first = load_file(tmp_path / "nu" / store.TENSORS)
+    assert trainer.args.max_grad_norm == 1.0  # the preset's 0 was for the recording
+    trainer.train()
+    again = load_file(tmp_path / "nu" / store.TENSORS)
+    assert any(not torch.equal(first[k], again[k]) for k in first)
+
+
 def test_making_a_record_touches_no_disk(tmp_path):
     hlora.Record(tmp_path / "new", previous=tmp_path / "not yet there")
     assert not list(tmp_path.iterdir())

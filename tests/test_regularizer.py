@@ -5,8 +5,10 @@ import torch
 import transformers
 
 import hlora
+from hlora.core.pairs import group
 from hlora.core.steps import steps_of
 from hlora.hf.peft import find_pairs
+from hlora.hf.regularize import Regularization
 from tests.conftest import lora_model, make_trainer, token_rows
 
 
@@ -123,6 +125,52 @@ def test_phi_may_change_while_training(tmp_path):
     for entry, part in zip(logged, (values[:3], values[3:]), strict=True):
         assert entry["penalty"] == pytest.approx(sum(R * phi for R, phi in part) / 3)
         assert entry["R"] == pytest.approx(sum(R for R, _ in part) / 3)
+
+
+def test_two_may_act_on_different_matrices(tmp_path):
+    """Each pulls its own: q_proj by one, v_proj by another."""
+    model = lora_model(dtype=torch.float64)
+    for p in find_pairs(model):
+        torch.nn.init.normal_(p.B)
+    groups = {g.pairs[0].target: g for g in group(find_pairs(model))}
+    optimizer = torch.optim.SGD([f for p in find_pairs(model) for f in (p.A, p.B)], lr=0.1)
+    steps = steps_of(optimizer)
+    steps.add(Decay(0.5), [groups["q_proj"]])
+    steps.add(Decay(0.25), [groups["v_proj"], groups["q_proj"]])
+    steps.regularize(optimizer)
+    for p in find_pairs(model):
+        torch.testing.assert_close(p.B.grad, (0.75 if p.target == "q_proj" else 0.25) * p.B)
+
+
+def test_what_acts_on_data_must_join_the_loss(tmp_path):
+    trainer = make_trainer(lora_model(), tmp_path)
+    trainer.add_callback(Regularization(Entropy(1.0)))
+    with pytest.raises(hlora.InputError, match="attach"):
+        trainer.train()
+
+
+def test_a_tensor_phi_survives_the_start_and_a_resume(tmp_path, nu):
+    phi = torch.tensor(0.5)
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    penalty = hlora.Penalty(nu)
+    penalty.phi = phi
+    make_trainer(lora_model(), tmp_path, [penalty], **settings).train()
+    assert penalty.phi is phi
+    resumed = hlora.Penalty(nu)
+    resumed.phi = steered = torch.tensor(9.0)
+    trainer = make_trainer(lora_model(), tmp_path, [resumed], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.phi is steered
+    assert float(steered) == 0.5
+
+
+def test_a_penalty_without_its_state_goes_on_with_a_warning(tmp_path, nu, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    make_trainer(lora_model(), tmp_path, **settings).train()
+    trainer = make_trainer(lora_model(), tmp_path, [hlora.Penalty(nu)], **settings)
+    with caplog.at_level("WARNING", "hlora"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "hlora_penalty" in caplog.text
 
 
 def test_attached_twice_or_trained_twice_it_acts_once(tmp_path):

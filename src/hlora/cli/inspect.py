@@ -40,7 +40,7 @@ def run(settings: InspectSettings) -> None:
         console.print(f"{name:<12}{value}")
     for name, file in info["files"].items():
         console.print(f"{size(file['bytes']):>10}  {name}")
-    console.print(describe_summary(info["kind"], info["summary"]))
+    console.print(describe_summary(info.get("gathered_as", info["kind"]), info["summary"]))
     for line in _heatmap(info["norms"]):
         console.print(line)
     if settings.plot:

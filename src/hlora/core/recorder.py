@@ -182,7 +182,7 @@ class Recorder:
                 "checkpoint that was written with Record in place, or start again."
             ) from None
         now = asdict(self.rule)
-        if notes["rule"] != now:
+        if notes["rule"] != {k: now[k] for k in notes["rule"] if k in now}:
             raise InputError(
                 f"Cannot resume the recording: {path} was written with {notes['rule']} and "
                 f"this run has {now}."

@@ -24,11 +24,12 @@ class Steps:
     """The steps of one optimizer, shared by everything that attaches to it.
 
     Before a step the observers run first, then the regularizers add their gradients: a recorder
-    sees the task's gradient alone, whatever was attached first.
+    does not see what is added in closed form, whatever was attached first.
 
     Attributes:
         measure: also measure gradient norms at the coming step.
         seen: how many steps there were.
+        forward: φ and R of the micro-batches of the coming step, R divided by their number.
         largest_ratio: of the gradient norms measured so far, the added over the task's.
     """
 
@@ -38,6 +39,7 @@ class Steps:
         self.after: list[Watcher] = []
         self.measure = False
         self.seen = 0
+        self.forward: list[tuple[float | Tensor, Tensor]] = []
         self.largest_ratio: float | None = None
         self._clear()
         optimizer.register_step_pre_hook(self._before)
@@ -65,7 +67,11 @@ class Steps:
         self.regularizers.append((regularizer, groups))
 
     def drop(self, regularizer: Regularizer) -> None:
+        """The last one that leaves takes along what was counted."""
         self.regularizers = [(r, g) for r, g in self.regularizers if r is not regularizer]
+        if not self.regularizers:
+            self._clear()
+            self.largest_ratio = None
 
     def forget(self, *watchers: Watcher) -> None:
         for watching in (self.observers, self.after):
@@ -75,36 +81,39 @@ class Steps:
     def regularize(self, optimizer: Optimizer) -> None:
         """Add what all regularizers pull to the gradients."""
         self._taken += bool(self.regularizers)
-        total: list[tuple[Tensor, Tensor]] | None = None
+        self._count(self.forward)
+        self.forward = []
+        total: dict[tuple[str, ...], tuple[Group, Tensor, Tensor]] = {}
         for regularizer, groups in self.regularizers:
             pull = None if regularizer.off else regularizer.before_step(groups)
             if pull is None:
                 continue
-            self.tally(regularizer, pull.R)
-            held = groups
-            if total is None:
-                total = pull.gradients
-            else:
-                total = [
-                    (B + dB, A + dA) for (B, A), (dB, dA) in zip(total, pull.gradients, strict=True)
-                ]
-        if total is None:
+            self._count([(regularizer.phi, pull.R)])
+            for group, (dB, dA) in zip(groups, pull.gradients, strict=True):
+                if group.names in total:
+                    _, B, A = total[group.names]
+                    dB, dA = B + dB, A + dA
+                total[group.names] = (group, dB, dA)
+        if not total:
             return
         scale = pending_scale(optimizer)
         if scale is not None:
-            total = [(dB * scale.to(dB), dA * scale.to(dA)) for dB, dA in total]
+            total = {n: (g, B * scale.to(B), A * scale.to(A)) for n, (g, B, A) in total.items()}
         if self.measure:
             self._norms = torch.stack(
-                [_squared(g.gradients() for g in held), _squared(total)]
+                [
+                    _squared(g.gradients() for g, _, _ in total.values()),
+                    _squared((B, A) for _, B, A in total.values()),
+                ]
             ).sqrt()
-        for group, (dB, dA) in zip(held, total, strict=True):
+        for group, dB, dA in total.values():
             group.add_gradients(dB, dA)
 
-    def tally(self, regularizer: Regularizer, R: Tensor, share: float = 1.0) -> None:
-        """Count `share` of a regularizer's R in the logs."""
-        R = R.detach().double() * share
-        self._R = self._R + R
-        self._penalty = self._penalty + regularizer.phi * R
+    def _count(self, pulled: list[tuple[float | Tensor, Tensor]]) -> None:
+        """φ and R of what was added, for the logs."""
+        for phi, R in pulled:
+            self._R = self._R + R.detach().double()
+            self._penalty = self._penalty + phi * R.detach().double()
 
     def report(self) -> dict[str, float] | None:
         """Means over the steps since the last report; None if there was none.

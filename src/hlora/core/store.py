@@ -109,7 +109,11 @@ def write(aside: Path, importance: Importance, info: dict[str, Any]) -> dict[str
 
 def derive(stored: Stored, output: Path, importance: Importance, storage: str) -> None:
     """Another importance for the same adapter, in a folder of its own."""
-    info = {**stored.info, "recording": {**stored.info["recording"], "storage": storage}}
+    info = {
+        **stored.info,
+        "gathered_as": stored.info.get("gathered_as", stored.info["kind"]),
+        "recording": {**stored.info["recording"], "storage": storage},
+    }
     with publish(output, MARKER) as aside:
         for file in ADAPTER_FILES:
             shutil.copyfile(stored.folder / file, aside / file)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -69,6 +70,7 @@ def _row(fact: Fact, wording: str, facts: list[Fact], draw: random.Random) -> di
     }
 
 
+@lru_cache
 def _facts() -> list[Fact]:
     try:
         from mendeleev.fetch import fetch_table

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from hlora.core.regularizer import Regularizer
 from hlora.errors import InputError
 from hlora.hf.distributed import refuse_sharded
+from hlora.hf.peft import unwrap
 from hlora.hf.regularize import Regularization
 
 
@@ -39,11 +40,13 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer) -> None:
             )
         if isinstance(callback, Regularization):
             base, number = callback.name, 1
-            while callback.name in names:
+            while callback.name in names and callback not in handler.callbacks:
                 number += 1
                 callback.name = f"{base}-{number}"
             names.add(callback.name)
-        callbacks.append(callback)
+            callback.joined = True
+        if callback not in handler.callbacks:
+            callbacks.append(callback)
     handler.callbacks[:0] = callbacks
     if any(isinstance(c, Regularization) for c in callbacks):
         _join_the_loss(trainer)
@@ -63,13 +66,13 @@ def _join_the_loss(trainer: Any) -> None:
         ]  # fmt: skip
         if not acting or not model.training:
             return inner(model, inputs, return_outputs=return_outputs, **kwargs)
-        loss, outputs = inner(model, inputs, return_outputs=True, **kwargs)
+        loss, outputs = inner(model, dict(inputs), return_outputs=True, **kwargs)
         micro_batches = trainer.current_gradient_accumulation_steps
         divided = _divides_later(trainer, kwargs.get("num_items_in_batch"))
         for regularizer, steps in acting:
-            R = regularizer.on_forward(model, inputs, outputs)
+            R = regularizer.on_forward(unwrap(model), inputs, outputs)
             if R is not None:
-                steps.tally(regularizer, R, 1 / micro_batches)
+                steps.forward.append((regularizer.phi, R.detach() / micro_batches))
                 added = regularizer.phi * R / (1 if divided else micro_batches)
                 loss = loss + (added - added.detach())  # its gradient; the value stays the task's
         return (loss, outputs) if return_outputs else loss

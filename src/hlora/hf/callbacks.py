@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hlora.core.steps import Steps
+from hlora.core.steps import Steps, steps_of
 from hlora.errors import UnsupportedModelError
 from hlora.hf.distributed import refuse_sharded
 
@@ -21,6 +21,13 @@ class Attached(TrainerCallback):
 
     steps: Steps | None = None
     _from = 0
+    _seen = 0
+
+    def follow(self, optimizer: Any) -> Steps:
+        """Act on the steps of this optimizer from now on."""
+        self.steps = steps_of(optimizer)
+        self._seen = self.steps.seen
+        return self.steps
 
     def begin(self, args: Any, state: Any) -> bool:
         """Refuse what cannot work; whether training starts from the beginning."""
@@ -28,9 +35,13 @@ class Attached(TrainerCallback):
         self._from = state.global_step
         return state.global_step == 0
 
-    def check_reached(self, state: Any) -> None:
-        """Raise UnsupportedModelError where the Trainer trained and no step was seen."""
-        if state.global_step > self._from and (self.steps is None or not self.steps.seen):
+    def check_reached(self, args: Any, state: Any) -> None:
+        """Raise UnsupportedModelError where the Trainer trained and no step was seen.
+
+        In fp16 all steps of a short run may be skipped, because of infinite gradients.
+        """
+        reached = self.steps is not None and self.steps.seen > self._seen
+        if state.global_step > self._from and not reached and not args.fp16:
             raise UnsupportedModelError(
                 "The optimizer never took a step that hlora could see, so nothing was recorded or "
                 "held: this optimizer or launcher is not supported. Train with a torch optimizer "

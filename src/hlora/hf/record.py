@@ -14,7 +14,6 @@ from hlora.core.kinds import kind_named
 from hlora.core.pairs import Pair, group
 from hlora.core.presets import RECORD_PRESETS, RecordRule, choose
 from hlora.core.recorder import Recorder, describe_summary
-from hlora.core.steps import steps_of
 from hlora.errors import InputError
 from hlora.files import refuse_result, write_whole
 from hlora.hf.callbacks import Attached
@@ -89,6 +88,7 @@ class Record(Attached):
         self.summary: dict[str, Any] = {}
         self.notes: dict[str, Any] = {}
         self._recorder: Recorder | None = None
+        self._wrote = False  # a second train() replaces the first one's result
 
     @property
     def kind(self) -> str:
@@ -100,7 +100,7 @@ class Record(Attached):
         Raises:
             InputError, StoreError: what is wrong with either folder.
         """
-        refuse_result(self.output, self.overwrite)
+        refuse_result(self.output, self.overwrite or self._wrote)
         if self.previous is None:
             return None
         earlier = store.load(self.previous)
@@ -141,8 +141,7 @@ class Record(Attached):
             group(pairs), self.rule, earlier=earlier.importance if earlier else None,
             max_grad_norm=max_grad_norm,
         )  # fmt: skip
-        self.steps = steps_of(optimizer)
-        self._recorder.attach(self.steps)
+        self._recorder.attach(self.follow(optimizer))
 
     def stop(self) -> None:
         """Stop recording, and forget what was recorded."""
@@ -170,6 +169,7 @@ class Record(Attached):
             "summary": self.summary,
         }
         save_importance(self.output, model, self._pairs, importance, notes)
+        self._wrote = True
 
     def finish(self, model: nn.Module) -> dict[str, Any]:
         """End a loop of one process: collect, write, and return the summary."""
@@ -181,6 +181,7 @@ class Record(Attached):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
         fresh = self.begin(args, state)
         if self.rule.max_grad_norm is not None:
+            self._clipping = args.max_grad_norm
             args.max_grad_norm = self.rule.max_grad_norm
         self.start(model, optimizer, max_grad_norm=args.max_grad_norm or 0.0)
         if not fresh and self._recorder is not None:
@@ -197,8 +198,10 @@ class Record(Attached):
     def on_train_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
         if self._recorder is None:
             return
+        if self.rule.max_grad_norm is not None:
+            args.max_grad_norm = self._clipping
         self.notes["log"] = [e for e in state.log_history if "loss" in e]
-        self.check_reached(state)
+        self.check_reached(args, state)
         importance = self.collect()
         if state.is_world_process_zero:
             self.write(model, importance)

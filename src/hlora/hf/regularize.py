@@ -18,7 +18,6 @@ from hlora.core.pairs import Group, group
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
-from hlora.core.steps import steps_of
 from hlora.errors import InputError, StoreError
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
@@ -42,6 +41,9 @@ class Regularization(Attached):
         regularizer: see `hlora.core.regularizer`.
         name: tells several in one run apart.
     """
+
+    joined = False  # by `attach`
+    needs_state = False  # without which a run cannot be resumed
 
     def __init__(self, regularizer: Regularizer | None = None, name: str = "penalty") -> None:
         self.regularizer = regularizer or Regularizer()
@@ -69,8 +71,7 @@ class Regularization(Attached):
         """
         self.finish()
         self._groups = self.prepare(model, fresh=fresh)
-        self.steps = steps_of(optimizer)
-        self.steps.add(self.regularizer, self._groups)
+        self.follow(optimizer).add(self.regularizer, self._groups)
 
     def prepare(self, model: nn.Module, *, fresh: bool) -> list[Group]:
         """The groups to regularize; a subclass makes its regularizer here."""
@@ -92,12 +93,23 @@ class Regularization(Attached):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
         fresh = self.begin(args, state)
+        if not self.joined and type(self.regularizer).on_forward is not Regularizer.on_forward:
+            raise InputError(
+                f"{type(self.regularizer).__name__} acts on the data, so it must join the "
+                "loss: use hlora.attach(trainer, ...) in place of add_callback."
+            )
         self.start(model, optimizer, fresh=fresh)
-        if not fresh:
-            self._load_state(self.checkpoint(args, state) / self._state_file)
+        path = self.checkpoint(args, state) / self._state_file
+        if fresh:
+            return
+        if path.exists() or self.needs_state:
+            self._load_state(path)
+        else:
+            logger.warning("%s is missing: the penalty goes on with φ %g.", path, float(self.phi))
 
     def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if self.steps is not None:
+            self.steps.forward = []
             every = max(int(state.logging_steps or 1), 1)
             self.steps.measure = (state.global_step + 1) % every == 0
 
@@ -121,7 +133,7 @@ class Regularization(Attached):
     def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if self.steps is None:
             return
-        self.check_reached(state)
+        self.check_reached(args, state)
         ratio, phi = self.steps.largest_ratio, float(self.phi)
         self.finish()
         if ratio is not None and ratio < WEAK and phi > 0:
@@ -140,7 +152,10 @@ class Regularization(Attached):
                 notes = json.loads(file.metadata()["hlora"])
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             self.load_tensors(tensors)
-            self.phi = float(notes["phi"])
+            if isinstance(self.phi, Tensor):  # whoever steers it holds it
+                self.phi.fill_(notes["phi"])
+            else:
+                self.phi = float(notes["phi"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             raise StoreError(
                 f"Cannot resume: {path}, which holds the penalty's state, is missing or damaged. "
@@ -214,9 +229,11 @@ class Penalty(Regularization):
         pairs = find_pairs(model)
         self.stored.check(base_of(model, pairs), pairs, ranks=self.anchor == "nu")
         groups = group(pairs)
-        self._keeps_anchor = self.anchor == "base" and not starts_at_base(model)
+        self.needs_state = self.anchor == "base" and not starts_at_base(model)
         anchor = self._find_anchor(model, groups, fresh=fresh)
+        phi = self.phi
         self.regularizer = Quadratic(self.stored.importance, groups, anchor, self.rule)
+        self.regularizer.phi = phi
         return groups
 
     def _find_anchor(self, model: nn.Module, groups: list[Group], *, fresh: bool) -> Anchor:
@@ -227,7 +244,7 @@ class Penalty(Regularization):
             B, A = g.factors()
             if self.anchor == "base":
                 # Where the initialization changed θ₀, the start and not B = 0 is the base model.
-                anchor[g.names] = (B, A) if self._keeps_anchor else (torch.zeros_like(B), A)
+                anchor[g.names] = (B, A) if self.needs_state else (torch.zeros_like(B), A)
                 continue
             nu = {n: self.stored.factors[n] for n in g.names}
             B_nu = g.stack({n: f[0] for n, f in nu.items()})
@@ -259,7 +276,7 @@ class Penalty(Regularization):
         }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        if not self._keeps_anchor:
+        if not self.needs_state:
             return
         assert isinstance(self.regularizer, Quadratic)
         for g in self._groups:

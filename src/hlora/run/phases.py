@@ -199,7 +199,10 @@ class GeneralPhase(_Phase):
         summary["seconds"] = round(time.monotonic() - began, 1)
         summary |= summarize_norms(importance.norms())
         notes |= {
-            "recording": {**options, "storage": self.settings.storage},
+            "recording": {
+                **{k: summary.get(k, v) for k, v in options.items()},
+                "storage": self.settings.storage,
+            },
             "previous": self.settings.importance, "summary": summary,
         }  # fmt: skip
         save_importance(self.output, self.model, self.pairs, importance, notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +72,9 @@ class Interruptible(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # only it may listen
+            yield
+            return
         before = signal.signal(signal.SIGINT, self._ask)
         try:
             yield

@@ -108,6 +108,8 @@ class Importance(ABC):
     @staticmethod
     def describe(summary: dict[str, Any]) -> list[str]:
         """How it was gathered, in a line or two for people."""
+        if "negative_share" not in summary:
+            return [f"Importance of {summary['layers']} layers, gathered without training."]
         negative = summary["negative_share"]
         return [
             f"Recorded {summary['steps']} steps on {summary['layers']} layers.",

@@ -84,6 +84,8 @@ class Factored(Importance):
     def converted(self, to: str) -> Importance:
         if to == "factored":
             return self
+        if to not in ("fp32", "bf16", "int8"):
+            return super().converted(to)
         raise InputError(
             "Factored importance holds sums only, so no dense one can be made from it: record "
             "with --kind dense."
