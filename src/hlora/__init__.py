@@ -10,21 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hlora.core.regularizer import Pull, Regularizer
-    from hlora.core.store import Stored, load
-    from hlora.errors import (
-        HloraError,
-        InputError,
-        MismatchError,
-        StoreError,
-        UnsupportedModelError,
-    )
-    from hlora.hf.attach import attach
-    from hlora.hf.record import Record
-    from hlora.hf.regularize import Penalty
+    from hlora.core.regularizer import Pull as Pull
+    from hlora.core.regularizer import Regularizer as Regularizer
+    from hlora.core.store import Stored as Stored
+    from hlora.core.store import load as load
+    from hlora.errors import *  # noqa: F403
+    from hlora.hf.attach import attach as attach
+    from hlora.hf.record import Record as Record
+    from hlora.hf.regularize import Penalty as Penalty
 
 __version__ = "0.1.0"
 
+_ERRORS = ("HloraError", "InputError", "MismatchError", "StoreError", "UnsupportedModelError")
 _WHERE = {
     "Penalty": "hlora.hf.regularize",
     "Pull": "hlora.core.regularizer",
@@ -33,26 +30,10 @@ _WHERE = {
     "Stored": "hlora.core.store",
     "attach": "hlora.hf.attach",
     "load": "hlora.core.store",
-    **dict.fromkeys(
-        ("HloraError", "InputError", "MismatchError", "StoreError", "UnsupportedModelError"),
-        "hlora.errors",
-    ),
+    **dict.fromkeys(_ERRORS, "hlora.errors"),
 }
 
-__all__ = [
-    "HloraError",
-    "InputError",
-    "MismatchError",
-    "Penalty",
-    "Pull",
-    "Record",
-    "Regularizer",
-    "StoreError",
-    "Stored",
-    "UnsupportedModelError",
-    "attach",
-    "load",
-]
+__all__ = list(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

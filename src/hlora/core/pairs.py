@@ -134,6 +134,17 @@ def group(pairs: Iterable[Pair]) -> list[Group]:
     return [Group(ps) for ps in by_shape.values()]
 
 
+def unstack(
+    names: tuple[str, ...], stacked: Iterable[Tensor], keys: Iterable[str] = ("{}",)
+) -> dict[str, Tensor]:
+    """Stacks (L, ...) of a group as rows by name; `keys` gives each stack's key, `{}` the name."""
+    return {
+        key.format(name): row
+        for key, stack in zip(keys, stacked, strict=True)
+        for name, row in zip(names, stack, strict=True)
+    }
+
+
 def describe(pairs: Iterable[Pair]) -> dict[str, dict[str, float]]:
     """What an importance folder notes of each pair: m, n, r and s."""
     return {p.name: {"m": p.shape[0], "n": p.shape[1], "r": p.shape[2], "s": p.s} for p in pairs}

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,10 +16,11 @@ from hlora.core.importance import Importance
 from hlora.core.kinds import kind_named
 from hlora.core.layers import effective_number, layer_weights
 from hlora.core.lowrank import LowRank
-from hlora.core.pairs import Group
+from hlora.core.pairs import Group, unstack
 from hlora.core.presets import RecordRule
+from hlora.core.statefile import pack, read
 from hlora.core.steps import Steps, pending_scale
-from hlora.errors import InputError, StoreError
+from hlora.errors import InputError
 
 
 class Recorder:
@@ -150,9 +148,8 @@ class Recorder:
     def state(self) -> bytes:
         """Everything that a resumed recording needs, as a safetensors file."""
         tensors = dict(self.trace.state())
-        for names, (B, A) in self._start.items():
-            for name, b, a in zip(names, B, A, strict=True):
-                tensors |= {f"B0.{name}": b, f"A0.{name}": a}
+        for names, both in self._start.items():
+            tensors |= unstack(names, both, ("B0.{}", "A0.{}"))
         notes = {
             **{k: float(v) for k, v in self._counts.items()},
             "consolidations": self._consolidations,
@@ -160,10 +157,7 @@ class Recorder:
             "seconds": self._elapsed(),
             "rule": asdict(self.rule),
         }
-        return save(
-            {k: t.detach().cpu().contiguous() for k, t in tensors.items()},
-            metadata={"hlora": json.dumps(notes)},
-        )
+        return pack(tensors, notes)
 
     def load_state(self, path: Path) -> None:
         """Go on from what `state` gave.
@@ -172,15 +166,7 @@ class Recorder:
             StoreError: the file is missing or damaged.
             InputError: it was recorded with other settings.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                notes = json.loads(file.metadata()["hlora"])
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            raise StoreError(
-                f"Cannot resume the recording: {path} is missing or damaged. Resume from a "
-                "checkpoint that was written with Record in place, or start again."
-            ) from None
+        tensors, notes = read(path, "recording")
         now = asdict(self.rule)
         if notes["rule"] != {k: now[k] for k in notes["rule"] if k in now}:
             raise InputError(

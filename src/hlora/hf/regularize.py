@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from hlora.core import store
-from hlora.core.pairs import Group, group
+from hlora.core.pairs import Group, group, unstack
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
-from hlora.errors import InputError, StoreError
+from hlora.core.statefile import pack, read
+from hlora.errors import InputError
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.peft import base_of, find_pairs, starts_at_base
@@ -126,8 +124,7 @@ class Regularization(Attached):
 
     def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if self.steps is not None and state.is_world_process_zero:
-            tensors = {k: t.detach().cpu().contiguous() for k, t in self.state_tensors().items()}
-            content = save(tensors, metadata={"hlora": json.dumps({"phi": float(self.phi)})})
+            content = pack(self.state_tensors(), {"phi": float(self.phi)})
             write_whole(self.checkpoint(args, state) / self._state_file, content)
 
     def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
@@ -147,21 +144,12 @@ class Regularization(Attached):
         return f"hlora_{self.name}.safetensors"
 
     def _load_state(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                notes = json.loads(file.metadata()["hlora"])
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-            self.load_tensors(tensors)
-            if isinstance(self.phi, Tensor):  # whoever steers it holds it
-                self.phi.fill_(notes["phi"])
-            else:
-                self.phi = float(notes["phi"])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            raise StoreError(
-                f"Cannot resume: {path}, which holds the penalty's state, is missing or damaged. "
-                "Resume from a checkpoint that was written with the penalty in place, or start "
-                "again."
-            ) from None
+        tensors, notes = read(path, "penalty")
+        self.load_tensors(tensors)
+        if isinstance(self.phi, Tensor):  # whoever steers it holds it
+            self.phi.fill_(notes["phi"])
+        else:
+            self.phi = float(notes["phi"])
 
     # ---------------------------------------------------------------- for subclasses
 
@@ -268,12 +256,10 @@ class Penalty(Regularization):
         if self.anchor != "base":
             return {}
         assert isinstance(self.regularizer, Quadratic)
-        return {
-            f"{which}.{name}": t
-            for names, both in self.regularizer.anchor.items()
-            for which, stacked in zip("BA", both, strict=True)
-            for name, t in zip(names, stacked, strict=True)
-        }
+        found: dict[str, Tensor] = {}
+        for names, both in self.regularizer.anchor.items():
+            found |= unstack(names, both, ("B.{}", "A.{}"))
+        return found
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         if not self.needs_state:

@@ -12,7 +12,7 @@ from hlora.core import ops
 from hlora.core.importance import Importance
 from hlora.core.logcodes import LogCodes
 from hlora.core.lowrank import LowRank
-from hlora.core.pairs import Group
+from hlora.core.pairs import Group, unstack
 
 SCALE = ".scale"
 STORAGES = ("fp32", "bf16", "int8")
@@ -175,22 +175,18 @@ class DenseTrace:
 
     def importance(self) -> Dense:
         """Ω as float32, for the store."""
-        return Dense(
-            {
-                name: row.to(torch.float32)
-                for names, stacked in self.Omega.items()
-                for name, row in zip(names, stacked, strict=True)
-            }
-        )
+        rows: dict[str, Tensor] = {}
+        for names, stacked in self.Omega.items():
+            rows |= unstack(names, [stacked.to(torch.float32)])
+        return Dense(rows)
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint: the running tensors by `omega.NAME` and `Omega.NAME`."""
-        return {
-            f"{which}.{name}": row
-            for which in ("omega", "Omega")
-            for names, stacked in getattr(self, which).items()
-            for name, row in zip(names, stacked, strict=True)
-        }
+        found: dict[str, Tensor] = {}
+        for which in ("omega", "Omega"):
+            for names, stacked in getattr(self, which).items():
+                found |= unstack(names, [stacked], (which + ".{}",))
+        return found
 
     def load_state(self, groups: Iterable[Group], state: dict[str, Tensor]) -> None:
         for group in groups:
