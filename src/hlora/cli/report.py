@@ -38,9 +38,9 @@ def run(settings: ReportSettings) -> None:
     )
     print(page.about(results))
     for task in results.tasks:
-        _show(tables.by_task(results, task, settings.metrics), task)
+        _show(tables.means(results, [task], settings.metrics), task)
     if len(results.tasks) > 1:
-        _show(tables.over_tasks(results, settings.metrics), "all tasks")
+        _show(tables.means(results, results.tasks, settings.metrics), "all tasks")
     print(f"Written: {', '.join(map(str, written))}")
 
 

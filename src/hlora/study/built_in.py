@@ -8,6 +8,6 @@ from typing import Any
 import yaml
 
 
-def built_in(name: str) -> dict[str, Any]:
+def built_in(name: str) -> Any:
     """A YAML file of this folder."""
     return yaml.safe_load(files("hlora.study").joinpath(name).read_text("utf-8"))

@@ -128,7 +128,7 @@ def phi_curves(
     )
     for metric, at in zip(metrics, panels, strict=True):
         for index, (method, rows) in enumerate(sweeps.items()):
-            points = [mean_se(results.over_tasks(metric, r, tasks).values()) for r in rows]
+            points = [mean_se(results.values(metric, r, *tasks).values()) for r in rows]
             at.errorbar(
                 [r.phi for r in rows], [m for m, _ in points],
                 yerr=[0 if math.isnan(e) else e for _, e in points], capsize=2, linewidth=1.2,
@@ -136,7 +136,7 @@ def phi_curves(
                 label=METHODS[method].label,
             )  # fmt: skip
         if plain in results.rows:
-            level = mean_se(results.over_tasks(metric, plain, tasks).values())[0]
+            level = mean_se(results.values(metric, plain, *tasks).values())[0]
             at.axhline(level, color="black", linewidth=0.8, linestyle=":", label="no penalty (ν+μ)")
         at.set_xscale("log")
         values = sorted({r.phi for rows in sweeps.values() for r in rows if r.phi})

@@ -48,7 +48,7 @@ def parts(
         Part("All tasks", "Means over tasks ± one standard error over seeds. NLL is that of the "
              "right answer, in nats; forgetting is loss on general text minus the base model's, "
              "nats per token: below zero, the text was learned.",
-             tables.over_tasks(results, metrics)),
+             tables.means(results, results.tasks, metrics)),
         *_claims(results, ours),
         Part(
             "Table 1, beside the paper's",
@@ -60,7 +60,7 @@ def parts(
         ),
         *(
             Part(f"{task}", "Mean ± one standard error over seeds.",
-                 tables.by_task(results, task, metrics))
+                 tables.means(results, [task], metrics))
             for task in results.tasks
         ),
         Part(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,27 +90,11 @@ class Results:
         )  # fmt: skip
         return table.drop_duplicates(["row", "task", "seed"], keep="last").sort_values("seed")
 
-    @cached_property
-    def _by_row(self) -> dict[str, Any]:
-        """The frame of each row, by its label: (task, seed) → measures."""
-        indexed = self.frame.set_index(["task", "seed"])
-        return dict(iter(indexed.groupby("row")))
-
-    def values(self, metric: str, row: Row, task: str) -> dict[int, float]:
-        """A measure on one task, by seed."""
-        of = self._by_row.get(row.label)
-        if of is None or task not in of.index.levels[0]:
-            return {}
-        found = of[metric].astype(float).dropna()
-        return found[found.index.get_level_values("task") == task].droplevel("task").to_dict()
-
-    def over_tasks(self, metric: str, row: Row, tasks: Sequence[str]) -> dict[int, float]:
-        """The mean over tasks by seed, for the seeds that have them all."""
-        of = self._by_row.get(row.label)
-        if of is None:
-            return {}
-        wide = of[metric].astype(float).unstack("task").reindex(columns=list(tasks)).dropna()
-        return wide.mean(axis=1).to_dict()
+    def values(self, metric: str, row: Row, *tasks: str) -> dict[int, float]:
+        """By seed, the mean over these tasks, for the seeds that have them all."""
+        of = self.frame[self.frame["row"] == row.label]
+        wide = of.pivot(index="seed", columns="task", values=metric).astype(float)
+        return wide.reindex(columns=list(tasks)).dropna().mean(axis=1).to_dict()
 
 
 def _pandas() -> Any:
@@ -187,10 +172,9 @@ def _differences(lines: list[Line]) -> list[str]:
     found = [_flat(r) for r in lines]
     differ = []
     for key in dict.fromkeys(k for f in found for k in f):
-        values = sorted({f.get(key, "not given") for f in found})
-        if len(values) > 1:
-            counts = [sum(f.get(key, "not given") == v for f in found) for v in values]
-            parts = (f"{v} in {n}" for v, n in zip(values, counts, strict=True))
+        counts = Counter(f.get(key, "not given") for f in found)
+        if len(counts) > 1:
+            parts = (f"{v} in {n}" for v, n in sorted(counts.items()))
             differ.append(f"{key} is {', '.join(parts)}")
     return differ
 
