@@ -14,7 +14,8 @@ from hlora.study import claims, tables
 from hlora.study.cost import costs
 from hlora.study.metrics import METRICS, perplexity
 from hlora.study.paper import TABLE_1, TABLE_2, e_perplexity
-from hlora.study.rows import Results, Row, mean_se, read, shown
+from hlora.study.rows import Results, Row, read
+from hlora.study.stats import mean_se, shown
 from tests.results_lines import line, study
 
 

@@ -11,10 +11,11 @@ from typing import Any
 from hlora.core.layers import layer_grid
 from hlora.errors import InputError
 from hlora.study.cost import Cost
+from hlora.study.extras import extra
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS
-from hlora.study.rows import Results, Row, mean_se
-from hlora.study.stats import independent, p_equals
+from hlora.study.rows import Results, Row
+from hlora.study.stats import independent, mean_se, p_equals
 
 STYLES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p", "d", "8")
@@ -215,10 +216,7 @@ def forgetting_bars(results: Results, ours: Row | None) -> Any:
 
 
 def load_pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("Figures need matplotlib: pip install 'hlora[report]'.") from None
+    matplotlib = extra("matplotlib", "Figures")
     matplotlib.use("agg")
     matplotlib.rcParams.update(
         {

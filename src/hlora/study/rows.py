@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hlora.errors import InputError
+from hlora.study.extras import extra
 from hlora.study.lines import Line, read_lines
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS, forgetting_on
@@ -76,8 +75,7 @@ class Results:
     @cached_property
     def frame(self) -> Any:
         """A pandas frame: row, task, seed, every metric, and forgetting by kind of text."""
-        pandas = _pandas()
-        table = pandas.DataFrame(
+        table = extra("pandas", "Reports").DataFrame(
             [
                 {
                     "row": Row(line["run"]["method"], line["run"]["phi"]).label,
@@ -95,14 +93,6 @@ class Results:
         of = self.frame[self.frame["row"] == row.label]
         wide = of.pivot(index="seed", columns="task", values=metric).astype(float)
         return wide.reindex(columns=list(tasks)).dropna().mean(axis=1).to_dict()
-
-
-def _pandas() -> Any:
-    try:
-        import pandas
-    except ImportError:
-        raise InputError("Reports need pandas: pip install 'hlora[report]'.") from None
-    return pandas
 
 
 def read(path: Path, where: Iterable[str] = (), *, mixed: bool = False) -> Results:
@@ -177,24 +167,3 @@ def _differences(lines: list[Line]) -> list[str]:
             parts = (f"{v} in {n}" for v, n in sorted(counts.items()))
             differ.append(f"{key} is {', '.join(parts)}")
     return differ
-
-
-def mean_se(values: Iterable[float]) -> tuple[float, float]:
-    """The mean, and its standard error over seeds: NaN for a single one."""
-    values = list(values)
-    if not values:
-        return math.nan, math.nan
-    if len(values) == 1:
-        return values[0], math.nan
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def shown(values: Iterable[float], digits: int, signed: bool = False) -> str:
-    """`mean ± standard error`, or the value of one seed, which is said."""
-    values = list(values)
-    if not values:
-        return "–"
-    mean, se = mean_se(values)
-    sign = "+" if signed else ""
-    text = f"{mean:{sign}.{digits}f}"
-    return f"{text} (n = 1)" if len(values) == 1 else f"{text} ± {se:.{digits}f}"

@@ -11,8 +11,8 @@ from hlora.study.claims import MISSING, Verdict, difference, named_with_tasks
 from hlora.study.cost import Cost
 from hlora.study.metrics import METRICS, forgetting_on
 from hlora.study.paper import COST, TABLE_1, TABLE_2, TASKS, Score, e_perplexity
-from hlora.study.rows import Results, Row, mean_se, shown
-from hlora.study.stats import independent, p_text
+from hlora.study.rows import Results, Row
+from hlora.study.stats import independent, mean_se, p_text, shown
 
 
 @dataclass(frozen=True)
