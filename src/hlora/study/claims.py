@@ -20,6 +20,8 @@ from hlora.study.stats import Paired, p_equals, paired
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "does not hold", "not decided", "not measured"
 ALIKE = "no difference seen"
+JUDGED = ("hlora", "hlora-factored", "hlora-paper", "hlora-official")
+"""The methods whose rows the claims are judged for."""
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,12 @@ def verdicts(by_row: dict[Row, list[Verdict]]) -> Table:
     return Table(["claim", *(r.label for r in by_row)], cells, prose=True)
 
 
+def evidence(judged: list[Verdict]) -> Table:
+    """The figures behind the verdicts on one row."""
+    cells = [[v.claim, v.word, v.evidence] for v in judged if v.word != MISSING]
+    return Table(["claim", "verdict", "difference ± standard error"], cells, prose=True)
+
+
 def table_1(results: Results) -> Table:
     return beside_the_paper(results, results.rows, TABLE_1)
 
