@@ -25,8 +25,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        of = METHODS.get(self.method)
-        name = of.label if of else self.method
+        name = METHODS[self.method].label if self.method in METHODS else self.method
         return name if self.phi is None else f"{name}, φ {self.phi:g}"
 
 
@@ -47,14 +46,12 @@ class Results:
     @property
     def rows(self) -> list[Row]:
         """In the order of `hlora.study.methods`, then of φ."""
-        order = list(METHODS)
+        place = {method: i for i, method in enumerate(METHODS)}
         found = {Row(r["run"]["method"], r["run"]["phi"]) for r in self.lines}
-
-        def place(row: Row) -> tuple[int, float]:
-            known = order.index(row.method) if row.method in order else len(order)
-            return known, -1.0 if row.phi is None else row.phi
-
-        return sorted(found, key=place)
+        return sorted(
+            found,
+            key=lambda r: (place.get(r.method, len(place)), -1.0 if r.phi is None else r.phi),
+        )
 
     @property
     def tasks(self) -> list[str]:
