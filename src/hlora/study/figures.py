@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p", "d", "8")
 OURS, RIVAL = "#0072b2", "#e69f00"
 
 
-def violins(
-    results: Results,
-    ours: Row,
-    rival: Row,
-    metrics: Sequence[str] = ("ppl_seen", "ppl_unseen", "acc"),
-) -> Any:
+def violins(results: Results, ours: Row, rival: Row) -> Any:
     """Fig. 3: two rows over their seeds, with Welch's t-test. Every run is a point."""
+    metrics = ("ppl_seen", "ppl_unseen", "acc")
     tasks = results.tasks
     size = (2.4 * len(tasks) + 0.6, 1.9 * len(metrics))
     figure, axes = _panels(len(metrics), len(tasks), size)
@@ -95,11 +90,9 @@ def cost_bars(found: dict[str, Cost]) -> Any:
     return figure
 
 
-def phi_curves(
-    results: Results,
-    metrics: Sequence[str] = ("forgetting_seen", "forgetting_unseen", "nll", "acc"),
-) -> Any | None:
+def phi_curves(results: Results) -> Any | None:
     """Fig. 6: each measure against φ, the mean over tasks, ± one standard error over seeds."""
+    metrics = ("forgetting_seen", "forgetting_unseen", "nll", "acc")
     sweeps: dict[str, list[Row]] = {}
     for row in results.rows:
         if row.phi is not None and row.phi > 0:
@@ -132,8 +125,9 @@ def phi_curves(
     return _with_legend(figure, panels[0], columns=3)
 
 
-def frontier(results: Results, across: str = "nll", up: str = "forgetting_unseen") -> Any:
+def frontier(results: Results) -> Any:
     """What the domain costs the rest: lower left is better. One panel a task, mean over seeds."""
+    across, up = "nll", "forgetting_unseen"
     rows = [r for r in results.rows if METHODS[r.method].record is not None]
     tasks = results.tasks
     figure, [panels] = _panels(1, len(tasks), (max(7.4, 2.9 * len(tasks) + 0.5), 3.9))
