@@ -10,8 +10,8 @@ from benchmarks import host, importance, page, shapes, step, storage, targets
 from hlora.core import store
 from hlora.core.importance.dense import Dense
 from hlora.core.importance.factored import Factored
-from hlora.hf.callbacks import save_importance
 from hlora.hf.peft import find_pairs
+from hlora.hf.record import save_importance
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::SyntaxWarning"

@@ -10,8 +10,8 @@ from hlora.core import ops, store
 from hlora.core.importance import fisher_original
 from hlora.core.importance.fisher import Fisher
 from hlora.core.ops import reference as tiled
-from hlora.hf.callbacks import save_importance
 from hlora.hf.peft import find_pairs
+from hlora.hf.record import save_importance
 from tests.conftest import lora_model, make_trainer, perturb
 from tests.test_ops import error, rand
 from tests.tiny import write_text

@@ -237,3 +237,10 @@ def test_the_page_in_the_docs_is_that_of_the_results_in_the_repository(tmp_path)
         for path in (tmp_path / "results.md", root / "docs" / "results.md")
     )
     assert made == kept
+
+
+def test_the_fisher_s_sequences_are_those_that_are_gathered():
+    from hlora.core.importance.fisher_original import SEQUENCES
+    from hlora.study.paper import EWC_SEQUENCES
+
+    assert EWC_SEQUENCES == SEQUENCES

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from hlora.hf.attach import attach
-    from hlora.hf.callbacks import Penalty, Record
+    from hlora.hf.record import Record
+    from hlora.hf.regularize import Penalty
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Penalty": "hlora.hf.callbacks",
+    "Penalty": "hlora.hf.regularize",
     "Pull": "hlora.core.regularizer",
-    "Record": "hlora.hf.callbacks",
+    "Record": "hlora.hf.record",
     "Regularizer": "hlora.core.regularizer",
     "Stored": "hlora.core.store",
     "attach": "hlora.hf.attach",

@@ -16,7 +16,7 @@ from typing import Any
 from hlora.errors import InputError
 
 RESULTS = ("importance.json", "tune.json", "adapter_config.json")
-"""A folder with one of these holds a result: of a phase, or an adapter of somebody's."""
+"""A folder with one of these files holds a result: of a phase, or another adapter."""
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

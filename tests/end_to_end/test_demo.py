@@ -33,13 +33,16 @@ def test_the_demo_ends_in_a_table_and_a_page(tiny, tmp_path, capsys):
     assert [len(r["answers"]) for r in results] == [8] * 5
     assert all(len(r["text"]["code"]["blocks"]) == 2 for r in results)
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert "hlora tune" in page
     assert "✓" in page
 
     assert demo(tiny, tmp_path / "demo") == 2
     assert "holds a finished demo" in capsys.readouterr().err
-    assert demo(tiny, tmp_path / "demo", "--overwrite") == 0
+    (tmp_path / "demo" / "report.html").unlink()
+    assert demo(tiny, tmp_path / "demo", "--phi", "0.5") == 2
+    assert "other settings" in capsys.readouterr().err
+    assert demo(tiny, tmp_path / "demo", "--overwrite", "--phi", "0.5") == 0
 
 
 def test_its_commands_run_as_they_stand(tiny, tmp_path, monkeypatch):

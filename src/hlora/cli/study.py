@@ -7,7 +7,6 @@ from pathlib import Path
 from hlora.errors import InputError
 from hlora.run.quiet import quiet_libraries
 from hlora.run.settings import StudySettings
-from hlora.study.runner import run_study
 from hlora.study.spec import read_study, runs_of
 
 
@@ -19,6 +18,8 @@ def run(settings: StudySettings) -> None:
             print(one.title)
         print(f"{len(runs_of(study))} runs.")
         return
+    from hlora.study.runner import run_study  # torch, which a dry run does not need
+
     results = Path(settings.results or Path("results") / f"{Path(settings.file).stem}.jsonl")
     found = run_study(study, results, jobs=settings.jobs, prepare=quiet_libraries)
     latest = {r["key"]: r for r in found}  # a run that failed once may have been made since

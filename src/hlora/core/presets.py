@@ -99,7 +99,7 @@ Rule = TypeVar("Rule", RecordRule, PenaltyRule)
 
 
 def choose(presets: dict[str, Rule], preset: str | None, **overrides: Any) -> Rule:
-    """A preset with the given values (those that are not None) in place of its own."""
+    """A preset, with the values that are not None in place of its own."""
     one_of("preset", preset or "default", presets)
     rule = presets[preset or "default"]
     known = {f.name for f in fields(rule)}

@@ -29,6 +29,7 @@ class Steps:
     Attributes:
         measure: also measure gradient norms at the coming step.
         seen: how many steps there were.
+        largest_ratio: of the gradient norms measured so far, the added over the task's.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -37,7 +38,7 @@ class Steps:
         self.after: list[Watcher] = []
         self.measure = False
         self.seen = 0
-        self.largest_ratio = 0.0
+        self.largest_ratio: float | None = None
         self._clear()
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
@@ -118,7 +119,7 @@ class Steps:
             task, ours = self._norms.tolist()
             if task > 0:
                 entry["penalty_grad_ratio"] = ours / task
-                self.largest_ratio = max(self.largest_ratio, ours / task)
+                self.largest_ratio = max(self.largest_ratio or 0.0, ours / task)
         self._clear()
         return entry
 

@@ -1,4 +1,4 @@
-"""General text that every Python has: its documentation, its docstrings, its source.
+"""General text that ships with Python: its documentation, its docstrings, its source.
 
 As text for `--text`: `python-docs`, `python-docstrings` and `python-code`, `@train` or `@test`.
 """
@@ -20,7 +20,7 @@ CHARACTERS = 400_000
 
 
 def is_name(where: str) -> bool:
-    """Whether this is meant as text of ours and not as a data set of somebody's."""
+    """Whether this names such text, and not a data set on the hub."""
     return where.startswith(PREFIX) and "/" not in where
 
 

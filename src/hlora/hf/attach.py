@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 
 from hlora.core.regularizer import Regularizer
 from hlora.errors import InputError
-from hlora.hf.callbacks import Regularization
 from hlora.hf.distributed import refuse_sharded
+from hlora.hf.regularize import Regularization
 
 
 def attach(trainer: Any, *parts: TrainerCallback | Regularizer) -> None:
@@ -57,8 +57,8 @@ def _join_the_loss(trainer: Any) -> None:
 
     def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         acting = [
-            c for c in trainer.callback_handler.callbacks
-            if isinstance(c, Regularization) and c.running
+            (c.regularizer, c.steps) for c in trainer.callback_handler.callbacks
+            if isinstance(c, Regularization) and c.steps is not None and not c.regularizer.off
             and type(c.regularizer).on_forward is not Regularizer.on_forward
         ]  # fmt: skip
         if not acting or not model.training:
@@ -66,21 +66,16 @@ def _join_the_loss(trainer: Any) -> None:
         loss, outputs = inner(model, inputs, return_outputs=True, **kwargs)
         micro_batches = trainer.current_gradient_accumulation_steps
         divided = _divides_later(trainer, kwargs.get("num_items_in_batch"))
-        for callback in acting:
-            R = callback.regularizer.on_forward(model, inputs, outputs)
-            if R is not None and not callback.regularizer.off:
-                callback.tally(R, 1 / micro_batches)
-                added = callback.phi * R / (1 if divided else micro_batches)
-                loss = loss + _gradient_only(added)
+        for regularizer, steps in acting:
+            R = regularizer.on_forward(model, inputs, outputs)
+            if R is not None:
+                steps.tally(regularizer, R, 1 / micro_batches)
+                added = regularizer.phi * R / (1 if divided else micro_batches)
+                loss = loss + (added - added.detach())  # its gradient; the value stays the task's
         return (loss, outputs) if return_outputs else loss
 
     compute_loss.joined_by_hlora = True  # type: ignore[attr-defined]
     trainer.compute_loss = compute_loss
-
-
-def _gradient_only(value: Tensor) -> Tensor:
-    """Zero with the gradient of `value`: Trainer logs the loss, and that stays the task's."""
-    return value - value.detach()
 
 
 def _divides_later(trainer: Any, num_items: Tensor | int | None) -> bool:

@@ -43,7 +43,7 @@ def _commit() -> str | None:
         return run.stdout.strip() if run.returncode == 0 else ""
 
     try:
-        if not git("ls-files", "--error-unmatch", __file__):  # somebody else's repository
+        if not git("ls-files", "--error-unmatch", __file__):  # another repository
             return None
         changed = git("status", "--porcelain", "--untracked-files=no", "--", str(here))
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
@@ -72,7 +72,7 @@ def processor() -> str:
 
 
 def reset_peak() -> None:
-    """Start the count of peak memory anew, on the GPU or (Linux) of this process."""
+    """Restart the count of peak memory, on the GPU or (Linux) of this process."""
     import torch
 
     if torch.cuda.is_available():

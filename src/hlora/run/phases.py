@@ -26,9 +26,10 @@ from hlora.data.tasks import answer_rows, load_task
 from hlora.data.text import Source, block_rows, blocks, mix
 from hlora.errors import InputError
 from hlora.files import check_space, publish, refuse_result, write_json
-from hlora.hf.callbacks import RECORD_STATE, Penalty, Record, save_importance
 from hlora.hf.distributed import is_main
 from hlora.hf.peft import base_of, find_pairs, save_adapter
+from hlora.hf.record import RECORD_STATE, Record, save_importance
+from hlora.hf.regularize import Penalty
 from hlora.run import dry_run
 from hlora.run.models import load, load_adapter, new_adapter, pick_device, pick_dtype
 from hlora.run.progress import bar
@@ -173,7 +174,7 @@ class GeneralPhase(_Phase):
             train(
                 self.settings, self.model, self.rows, [self.recorder], what="general phase",
                 state=RECORD_STATE, collate=self.collate,
-                resume_with=f"Go on with: hlora record ... --output {self.output} --resume",
+                resume_with=f"Continue with: hlora record ... --output {self.output} --resume",
             )  # fmt: skip
             clean_up(self.settings)
             summary = self.recorder.summary
@@ -221,7 +222,7 @@ def _recorder(settings: RecordSettings) -> Record | None:
 
 
 def _options(settings: RecordSettings) -> dict[str, Any]:
-    """What a kind that is gathered by passes over text is told."""
+    """The options of a kind that is gathered by passes over text."""
     return {
         f.name.removeprefix("fisher_"): getattr(settings, f.name)
         for f in fields(settings)
@@ -273,7 +274,7 @@ class DomainPhase(_Phase):
         trained = train(
             self.settings, self.model, self.rows, self.regularizers,
             what=f"domain phase, {self.task.name}", collate=self.collate,
-            resume_with=f"Go on with: hlora tune ... --output {self.output} --resume",
+            resume_with=f"Continue with: hlora tune ... --output {self.output} --resume",
         )  # fmt: skip
         if is_main():
             self._write(trained)

@@ -37,7 +37,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Scores]:
     if settings.json and Path(settings.json).exists() and not settings.overwrite:
         raise InputError(f"{settings.json} exists already: choose another, or --overwrite it.")
     named = [t for spec in settings.lm_eval for t in spec.split(",") if t]
-    zoo = harness.prepare(named) if named else None  # before the model: a misspelt task is told
+    zoo = harness.prepare(named) if named else None  # checked before the model loads
     model, tokenizer, kinds, tasks = prepare(settings)
 
     def all_scores(of: nn.Module) -> Scores:

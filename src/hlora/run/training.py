@@ -125,7 +125,7 @@ def train(
     note_settings(settings)
     if args.gradient_checkpointing:  # else a frozen base has no path for gradients
         model.enable_input_require_grads()  # type: ignore[operator]
-    stop = Interruptible(resume_with or "Go on with --resume.")
+    stop = Interruptible(resume_with or "Continue with --resume.")
     try:
         trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=collate)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:

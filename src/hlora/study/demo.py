@@ -167,6 +167,8 @@ def write_page(path: Path, study: Study, results: Results) -> list[Path]:
                  "error. Right of zero is forgotten."),
             ]),
             Part("Training", figures=[
+                ("task", figures.task_losses(results),
+                 "The task's loss. All three take the same steps on the same rows."),
                 ("losses", figures.losses(results, ours),
                  "HLoRA's loss and φR (the paper's Fig. 4): φR is zero at the recorded weights and "
                  "rises as the task pulls them away."),

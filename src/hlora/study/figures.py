@@ -153,6 +153,18 @@ def frontier(results: Results) -> Any:
     return _with_legend(figure, panels[0], columns=4)
 
 
+def task_losses(results: Results) -> Any:
+    """The task's loss over the steps of one seed's runs."""
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(figsize=(5.2, 3.0), layout="constrained")
+    logs = {r["label"]: r["log"] for r in results.lines if r.get("log")}
+    for (label, log), style in zip(logs.items(), STYLES, strict=False):
+        axes.plot([e["step"] for e in log], [e["loss"] for e in log], linestyle=style, label=label)
+    axes.set(xlabel="optimizer step", ylabel="task loss (nats)")
+    axes.legend(frameon=False)
+    return figure
+
+
 def forgetting_bars(results: Results, ours: Row | None) -> Any:
     """One seed's forgetting by kind of text, ± the error over its blocks; our bars are filled."""
     lines = [r for r in results.lines if r["run"]["method"] != "base"]

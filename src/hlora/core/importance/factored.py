@@ -159,7 +159,7 @@ class FactoredTrace:
         """Add the sums of max(ω, 0)/(Δ² + ξ) to those of Ω and reset ω.
 
         Returns:
-            The number of elements in rows whose sum is negative, those that count as zero.
+            The number of elements in rows whose sum is negative, which count as zero.
         """
         rows, columns = self.omega[group.names]
         negative = (rows < 0).sum() * group.n

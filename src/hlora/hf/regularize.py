@@ -1,0 +1,270 @@
+"""Regularizers as callbacks: `hlora.attach(trainer, hlora.Penalty("nu", phi=0.01))`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from hlora.core import store
+from hlora.core.pairs import Group, group
+from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
+from hlora.core.quadratic import Anchor, Quadratic
+from hlora.core.regularizer import Regularizer
+from hlora.core.steps import steps_of
+from hlora.errors import InputError, StoreError
+from hlora.files import write_whole
+from hlora.hf.callbacks import Attached
+from hlora.hf.peft import base_of, find_pairs, starts_at_base
+
+logger = logging.getLogger(__name__)
+
+ANCHORS = ("nu", "base")
+WEAK = 1e-3
+"""Below this share of the task's gradient a penalty does nothing."""
+
+
+class Regularization(Attached):
+    """A regularizer under a Trainer: started, logged, and saved with its φ in checkpoints.
+
+    Trainer's own `loss` stays the task's. At each logging step `R` (Eq. 15), `penalty` (Σ φ R) and
+    `total_loss`, each a mean over the steps since the last one, and `penalty_grad_ratio` (the norm
+    of the added gradient over the task's) join the logs, summed over all regularizers.
+
+    Args:
+        regularizer: see `hlora.core.regularizer`.
+        name: tells several in one run apart.
+    """
+
+    def __init__(self, regularizer: Regularizer | None = None, name: str = "penalty") -> None:
+        self.regularizer = regularizer or Regularizer()
+        self.name = name
+        self._groups: list[Group] = []
+
+    @property
+    def phi(self) -> float | Tensor:
+        """φ, read at every step: it may change while training."""
+        return self.regularizer.phi
+
+    @phi.setter
+    def phi(self, value: float | Tensor) -> None:
+        self.regularizer.phi = value
+
+    # ---------------------------------------------------------------- in any training loop
+
+    def start(self, model: nn.Module, optimizer: Any, *, fresh: bool = True) -> None:
+        """Begin to regularize. `on_train_begin` calls this; a loop of your own may call it.
+
+        Args:
+            model: a PEFT model with one active LoRA adapter.
+            optimizer: a torch optimizer, also inside accelerate's wrapper.
+            fresh: training starts here; otherwise it is resumed and no weight is touched.
+        """
+        self.finish()
+        self._groups = self.prepare(model, fresh=fresh)
+        self.steps = steps_of(optimizer)
+        self.steps.add(self.regularizer, self._groups)
+
+    def prepare(self, model: nn.Module, *, fresh: bool) -> list[Group]:
+        """The groups to regularize; a subclass makes its regularizer here."""
+        return group(find_pairs(model))
+
+    def finish(self) -> None:
+        """Stop regularizing."""
+        if self.steps is not None:
+            self.steps.drop(self.regularizer)
+        self.steps, self._groups = None, []
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """R at the present weights; 0 where it depends on data."""
+        pull = self.regularizer.before_step(self._groups)
+        return torch.zeros(()) if pull is None else pull.R
+
+    # ---------------------------------------------------------------- under a Trainer
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
+        fresh = self.begin(args, state)
+        self.start(model, optimizer, fresh=fresh)
+        if not fresh:
+            self._load_state(self.checkpoint(args, state) / self._state_file)
+
+    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if self.steps is not None:
+            every = max(int(state.logging_steps or 1), 1)
+            self.steps.measure = (state.global_step + 1) % every == 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        if self.steps is None or logs is None or "loss" not in logs:
+            return
+        entry = self.steps.report()
+        if entry is None:  # another regularizer of this run has told it
+            return
+        entry["total_loss"] = logs["loss"] + entry["penalty"]
+        logs.update(entry)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(entry)
+
+    def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if self.steps is not None and state.is_world_process_zero:
+            tensors = {k: t.detach().cpu().contiguous() for k, t in self.state_tensors().items()}
+            content = save(tensors, metadata={"hlora": json.dumps({"phi": float(self.phi)})})
+            write_whole(self.checkpoint(args, state) / self._state_file, content)
+
+    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if self.steps is None:
+            return
+        self.check_reached(state)
+        ratio, phi = self.steps.largest_ratio, float(self.phi)
+        self.finish()
+        if ratio is not None and ratio < WEAK and phi > 0:
+            logger.warning(
+                "The penalty did next to nothing: its gradient was at most %.1e of the task's. "
+                "Raise phi (now %g)%s.", ratio, phi, self.remedy(),
+            )  # fmt: skip
+
+    @property
+    def _state_file(self) -> str:
+        return f"hlora_{self.name}.safetensors"
+
+    def _load_state(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                notes = json.loads(file.metadata()["hlora"])
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            self.load_tensors(tensors)
+            self.phi = float(notes["phi"])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            raise StoreError(
+                f"Cannot resume: {path}, which holds the penalty's state, is missing or damaged. "
+                "Resume from a checkpoint that was written with the penalty in place, or start "
+                "again."
+            ) from None
+
+    # ---------------------------------------------------------------- for subclasses
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside φ."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """From a checkpoint."""
+
+    def remedy(self) -> str:
+        """What else helps a penalty that is too weak."""
+        return ""
+
+
+class Penalty(Regularization):
+    """Adds φ · Σ_l w_l Σ_i Ω_i (θ_i − θ_i^ν)² to what a Trainer minimizes (Eq. 14-16).
+
+    The penalty does not depend on the batch, so its gradient is added once per optimizer step, in
+    closed form, after accumulation and clipping: the same for SFT and DPO and on every rank.
+
+    Args:
+        importance: an importance folder.
+        phi: φ of Eq. 16; 0.01 on normalized importance unless the preset says otherwise. The
+            attribute may be set while training.
+        preset: `default`, `paper` (Eq. 14-16 to the letter) or `official` (the authors' code).
+        anchor: `nu` starts from the recorded adapter and holds θ to it; `base` starts from the
+            base model and holds θ to that, the recorded adapter serving for its importance only.
+        rule: fields of `hlora.core.presets.PenaltyRule` in place of the preset's:
+            normalize, layer_weights, softmax_scale, apart.
+
+    Raises:
+        InputError, StoreError: an unusable setting or importance folder.
+        MismatchError: when training starts, for a model that the importance does not belong to.
+    """
+
+    def __init__(
+        self,
+        importance: str | Path,
+        *,
+        phi: float | None = None,
+        preset: str | None = None,
+        anchor: str = "nu",
+        **rule: Any,
+    ) -> None:
+        super().__init__()
+        if anchor not in ANCHORS:
+            raise InputError(f"anchor must be one of {', '.join(ANCHORS)}, not {anchor!r}.")
+        self.rule: PenaltyRule = choose(PENALTY_PRESETS, preset, phi=phi, **rule)
+        self.anchor = anchor
+        self.stored = store.load(importance)
+        self.regularizer.phi = self.rule.phi
+
+    @property
+    def phi(self) -> float | Tensor:
+        return self.regularizer.phi
+
+    @phi.setter
+    def phi(self, value: float | Tensor) -> None:
+        if not isinstance(value, Tensor):
+            self.rule = replace(self.rule, phi=float(value))  # refuses what is no φ
+        self.regularizer.phi = value
+
+    def prepare(self, model: nn.Module, *, fresh: bool) -> list[Group]:
+        pairs = find_pairs(model)
+        self.stored.check(base_of(model, pairs), pairs, ranks=self.anchor == "nu")
+        groups = group(pairs)
+        self._keeps_anchor = self.anchor == "base" and not starts_at_base(model)
+        anchor = self._find_anchor(model, groups, fresh=fresh)
+        self.regularizer = Quadratic(self.stored.importance, groups, anchor, self.rule)
+        return groups
+
+    def _find_anchor(self, model: nn.Module, groups: list[Group], *, fresh: bool) -> Anchor:
+        """B and A of the anchor by group; for `nu` an untrained adapter takes ν's weights."""
+        anchor = {}
+        moved = False
+        for g in groups:
+            B, A = g.factors()
+            if self.anchor == "base":
+                # Where the initialization changed θ₀, the start and not B = 0 is the base model.
+                anchor[g.names] = (B, A) if self._keeps_anchor else (torch.zeros_like(B), A)
+                continue
+            nu = {n: self.stored.factors[n] for n in g.names}
+            B_nu = g.stack({n: f[0] for n, f in nu.items()})
+            A_nu = g.stack({n: f[1] for n, f in nu.items()})
+            anchor[g.names] = (B_nu, A_nu)
+            if fresh:
+                if not B.any():
+                    g.set_factors(B_nu, A_nu)
+                else:
+                    moved |= not (torch.equal(B, B_nu) and torch.equal(A, A_nu))
+        if moved:
+            logger.warning(
+                "The adapter is neither new nor the one in %s: training starts where it is and is "
+                "pulled towards θ^ν. Start from a new adapter, or from that folder.",
+                self.stored.folder,
+            )
+        return anchor
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """θ^ν is in its folder; a base that the initialization moved is nowhere else."""
+        if self.anchor != "base":
+            return {}
+        assert isinstance(self.regularizer, Quadratic)
+        return {
+            f"{which}.{name}": t
+            for names, both in self.regularizer.anchor.items()
+            for which, stacked in zip("BA", both, strict=True)
+            for name, t in zip(names, stacked, strict=True)
+        }
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        if not self._keeps_anchor:
+            return
+        assert isinstance(self.regularizer, Quadratic)
+        for g in self._groups:
+            B, A = (g.stack({n: tensors[f"{which}.{n}"] for n in g.names}) for which in "BA")
+            self.regularizer.anchor[g.names] = (B, A)
+
+    def remedy(self) -> str:
+        return "" if self.rule.normalize else ", or normalize the importance (normalize=True)"
