@@ -155,8 +155,7 @@ def frontier(results: Results) -> Any:
 
 def task_losses(results: Results) -> Any:
     """The task's loss over the steps of one seed's runs."""
-    pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(figsize=(5.2, 3.0), layout="constrained")
+    figure, [[axes]] = _panels(1, 1, (5.2, 3.0))
     logs = {r["label"]: r["log"] for r in results.lines if r.get("log")}
     for (label, log), style in zip(logs.items(), STYLES, strict=False):
         axes.plot([e["step"] for e in log], [e["loss"] for e in log], linestyle=style, label=label)
