@@ -14,7 +14,8 @@ from hlora.study import claims, tables
 from hlora.study.cost import costs
 from hlora.study.metrics import METRICS, perplexity
 from hlora.study.paper import TABLE_1, TABLE_2, e_perplexity
-from hlora.study.rows import Results, Row, mean_se, read, shown
+from hlora.study.rows import Results, Row, read
+from hlora.study.stats import mean_se, shown
 from tests.results_lines import line, study
 
 
@@ -55,11 +56,11 @@ def test_values_are_by_seed_and_over_tasks(whole):
     assert whole.values("forgetting_seen", row, "sciq") == pytest.approx(
         {0: 0.05, 1: 0.064, 2: 0.07}, abs=0.002
     )
-    assert whole.over_tasks("nll", row, whole.tasks) == pytest.approx({0: 4.0, 1: 4.1, 2: 4.2})
+    assert whole.values("nll", row, *whole.tasks) == pytest.approx({0: 4.0, 1: 4.1, 2: 4.2})
     assert [r.label for r in whole.rows][:3] == ["Base", "LoRA(μ)", "LoRA(ν+μ)"]
     # Seeds that lack a task are left out of the mean over tasks.
     short = Results(whole.lines[:-1], [], [])
-    assert list(short.over_tasks("nll", Row("l2", 0.03), whole.tasks)) == [0, 1]
+    assert list(short.values("nll", Row("l2", 0.03), *whole.tasks)) == [0, 1]
 
 
 def test_claims_are_judged_from_the_figures(whole):
@@ -119,7 +120,7 @@ def test_costs_are_scaled_to_the_published_number_of_sequences(whole):
 
 
 def test_tables_hold_every_row(whole):
-    table = tables.by_task(whole, "sciq", USUAL_METRICS)
+    table = tables.means(whole, ["sciq"], USUAL_METRICS)
     assert [r[0] for r in table.rows] == [r.label for r in whole.rows]
     assert all(len(r) == len(table.headings) for r in table.rows)
     first = tables.table_1(whole)

@@ -25,10 +25,9 @@ def _show(scores: dict[str, Scores]) -> None:
     both = "adapter" in scores
     text: dict[str, TextScore] = scores["base"]["text"]
     if text:
-        table = Table(title="General text (perplexity = e^loss; forgetting in nats per token)")
-        table.add_column("kind")
-        for heading in ("tokens", "base", *(("adapter", "forgetting") if both else ())):
-            table.add_column(heading, justify="right")
+        title = "General text (perplexity = e^loss; forgetting in nats per token)"
+        more = ("adapter", "forgetting") if both else ()
+        table = _table(title, "kind", "tokens", "base", *more)
         for name, base in text.items():
             row = [name, f"{base.tokens:,}", _perplexity(base)]
             if both:
@@ -39,11 +38,8 @@ def _show(scores: dict[str, Scores]) -> None:
         console.print(table)
     tasks: dict[str, TaskScore] = scores["base"]["task"]
     if tasks:
-        table = Table(title="Tasks (± one standard error; NLL of the right answer in nats)")
-        table.add_column("task")
-        table.add_column("model")
-        for heading in ("n", "acc %", "acc_norm %", "NLL"):
-            table.add_column(heading, justify="right")
+        title = "Tasks (± one standard error; NLL of the right answer in nats)"
+        table = _table(title, "task", "model", "n", "acc %", "acc_norm %", "NLL")
         for name in tasks:
             for which, of in scores.items():
                 s: TaskScore = of["task"][name]
@@ -57,9 +53,8 @@ def _show(scores: dict[str, Scores]) -> None:
 
 
 def _show_harness(console: Console, scores: dict[str, Scores]) -> None:
-    table = Table(title="lm-evaluation-harness (± one standard error)")
-    for heading in ("task", "model", "n", "measure", "value"):
-        table.add_column(heading, justify="right" if heading in ("n", "value") else "left")
+    title = "lm-evaluation-harness (± one standard error)"
+    table = _table(title, "task", "model", "n", "measure", "value")
     for name in scores["base"]["lm_eval"]:
         for which, of in scores.items():
             found: HarnessScore = of["lm_eval"][name]
@@ -67,6 +62,14 @@ def _show_harness(console: Console, scores: dict[str, Scores]) -> None:
                 text = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
                 table.add_row(name, which, f"{found.n:,}", measure, text)
     console.print(table)
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        text = heading in ("kind", "task", "model", "measure")
+        table.add_column(heading, justify="left" if text else "right")
+    return table
 
 
 def _perplexity(score: TextScore) -> str:

@@ -96,14 +96,9 @@ def _help(f: Field, kind: type) -> str:
     default = default_of(f)
     if default in (None, [], {}) or kind is bool:
         return text
-    shown = (
-        " ".join(default)
-        if isinstance(default, list)
-        else f"{default:g}"
-        if kind in (int, float)
-        else default
-    )
-    return f"{text} (default: {shown})"
+    if isinstance(default, list):
+        default = " ".join(default)
+    return f"{text} (default: {f'{default:g}' if kind in (int, float) else default})"
 
 
 def _from_yaml(cls: type, file: str | None) -> dict[str, Any]:
@@ -121,9 +116,8 @@ def _from_yaml(cls: type, file: str | None) -> dict[str, Any]:
         raise InputError(f"The settings file {file} must map names to values.")
     values = {str(k).replace("-", "_"): v for k, v in values.items()}
     known = [f.name for f in fields(cls)]
-    for key in values:
-        if key not in known:
-            raise InputError(f"{file}: {unknown_setting(key, known)}")
+    if unknown := [key for key in values if key not in known]:
+        raise InputError(f"{file}: {unknown_setting(unknown[0], known)}")
     return values
 
 

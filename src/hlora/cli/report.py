@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from hlora.errors import InputError, refuse_unknown
+from hlora.run.build import command_line
 from hlora.run.settings import ReportSettings
 from hlora.study import page, tables
 from hlora.study.metrics import METRICS
@@ -29,18 +29,15 @@ def run(settings: ReportSettings) -> None:
     ours, rival = (_row(results, r, optional=usual) for r in settings.compare)
     folder = Path(settings.output or source.with_name(f"{source.stem}-report"))
     found = page.parts(results, ours, rival, settings.metrics)
-    command = shlex.join(_command(settings))
-    written = page.write(
-        [*found, page.Part("How this was made", code=command)],
-        folder / "index.html",
-        command=command,
-        page=Path(settings.page) if settings.page else None,
-    )
+    command = command_line("report", settings)
+    found.append(page.Part("How this was made", code=command))
+    markdown = Path(settings.page) if settings.page else None
+    written = page.write(found, folder / "index.html", command=command, page=markdown)
     print(page.about(results))
     for task in results.tasks:
-        _show(tables.by_task(results, task, settings.metrics), task)
+        _show(tables.means(results, [task], settings.metrics), task)
     if len(results.tasks) > 1:
-        _show(tables.over_tasks(results, settings.metrics), "all tasks")
+        _show(tables.means(results, results.tasks, settings.metrics), "all tasks")
     print(f"Written: {', '.join(map(str, written))}")
 
 
@@ -54,21 +51,11 @@ def _row(results: Results, text: str, *, optional: bool) -> Row | None:
         refuse_unknown([method], [r.method for r in results.rows], "--compare: no run of")
     if not phi:
         return min(rows, key=lambda r: abs((r.phi or 0.0) - DEFAULT_PHI))
-    for row in rows:
-        if row.phi is not None and f"{row.phi:g}" == phi:
-            return row
-    there = ", ".join(f"{r.phi:g}" for r in rows if r.phi is not None) or "none"
-    raise InputError(f"--compare: {method} was not run with φ {phi}; there are {there}.")
-
-
-def _command(settings: ReportSettings) -> list[str]:
-    words = ["hlora", "report", settings.results]
-    usual = ReportSettings(results="")
-    for name in ("output", "page", "metrics", "compare", "where"):
-        value = getattr(settings, name)
-        if value != getattr(usual, name):
-            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
-    return [*words, "--mixed"] if settings.mixed else words
+    by_phi = {f"{r.phi:g}": r for r in rows if r.phi is not None}
+    if phi not in by_phi:
+        there = ", ".join(by_phi) or "none"
+        raise InputError(f"--compare: {method} was not run with φ {phi}; there are {there}.")
+    return by_phi[phi]
 
 
 def _show(table: tables.Table, title: str) -> None:

@@ -102,7 +102,9 @@ def command_line(command: str, settings: Any) -> str:
         if value == default_of(f) or f.name == "training":
             continue
         flag = f"--{f.name.replace('_', '-')}"
-        if isinstance(value, bool):
+        if f.metadata["positional"]:
+            words.append(value)
+        elif isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         else:
             words += [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]

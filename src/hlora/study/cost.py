@@ -61,8 +61,7 @@ def costs(results: Results) -> dict[str, Cost]:
         "hlora": "HLoRA, dense: phase ν",
         "hlora-factored": "HLoRA, factored: phase ν",
     }.items():
-        cost = cost_of(results, method)
-        if cost is not None:
+        if cost := cost_of(results, method):
             suffix = f", {cost.sequences:,} sequences" if cost.sequences else ""
             found[label + suffix] = cost
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -45,23 +45,22 @@ def demo_study(settings: DemoSettings) -> Study:
     with as_file(files("hlora.study").joinpath("demo.yaml")) as path:
         study = read_study(path)
     common = {"device": settings.device, "dtype": settings.dtype}
-    changed = {
-        name: {**getattr(study, name), **common, **(QUICK[name] if settings.quick else {})}
-        for name in QUICK
+    changed: dict[str, Any] = {
+        name: {**getattr(study, name), **common, **(quick if settings.quick else {})}
+        for name, quick in QUICK.items()
     }
+    work = str(Path(settings.output) / "work")
+    phi = {OURS: [settings.phi]}
     return replace(
-        study, model=settings.model, seeds=[settings.seed], phi={OURS: [settings.phi]},
-        work=str(Path(settings.output) / "work"),
-        record=changed["record"], tune=changed["tune"], eval=changed["eval"],
-    )  # fmt: skip
+        study, model=settings.model, seeds=[settings.seed], phi=phi, work=work, **changed
+    )
 
 
 def refuse_another(study: Study, results: Results) -> None:
     """Raise InputError where the results are of a demo with other settings."""
+    runs = [asdict(r) for r in runs_of(study)]
     for line in [*results.lines, *results.failed]:
-        runs = [(r.method, r.seed, r.phi) for r in runs_of(study)]
-        of = line["run"]
-        if line["study"] != study.settings() or (of["method"], of["seed"], of["phi"]) not in runs:
+        if line["study"] != study.settings() or line["run"] not in runs:
             raise InputError(
                 "The output is of a demo with other settings: choose another --output, or start "
                 "anew with --overwrite."
@@ -70,8 +69,7 @@ def refuse_another(study: Study, results: Results) -> None:
 
 def summary(results: Results) -> Table:
     """One row a model: the domain, the general text, the cost, each with its own error."""
-    kinds = list(results.lines[0]["text"])
-    unseen = results.lines[0]["unseen"]
+    kinds, unseen = list(results.lines[0]["text"]), results.lines[0]["unseen"]
     headings = [
         "model", "accuracy %", "NLL", *(f"PPL {k}" + ("*" if k in unseen else "") for k in kinds),
         "forgot, seen", "forgot, unseen*", "seconds", "importance",
@@ -83,19 +81,15 @@ def _cells(line: Line, kinds: list[str]) -> list[str]:
     task, spent = line["task"], line.get("seconds", {})
     general = line["run"]["method"] not in ("base", "lora-mu")
     seconds = ((general and spent.get("record")) or 0.0) + (spent.get("tune") or 0.0)
-    held = line["run"]["method"] == OURS
-    forgot = [line["forgetting"][w] for w in ("seen", "unseen")]
+    forgot = ["{nats:+.3f} ± {se:.3f}".format(**line["forgetting"][w]) for w in ("seen", "unseen")]
     return [
         line["label"],
         f"{100 * task['acc']:.1f} ± {100 * task['acc_se']:.1f}",
         f"{task['nll']:.2f} ± {task['nll_se']:.2f}",
         *(f"{perplexity(line, [k]):.2f}" for k in kinds),
-        *(
-            "0" if line["run"]["method"] == "base" else f"{f['nats']:+.3f} ± {f['se']:.3f}"
-            for f in forgot
-        ),
+        *(["0", "0"] if line["run"]["method"] == "base" else forgot),
         f"{seconds:.0f}" if seconds else "–",
-        size(line["importance_bytes"]) if held else "–",
+        size(line["importance_bytes"]) if line["run"]["method"] == OURS else "–",
     ]
 
 
@@ -120,13 +114,14 @@ def verdict(results: Results) -> str:
     [unseen] = ours["unseen"]
     kinds = {"seen": [k for k in ours["text"] if k != unseen], "unseen": [unseen]}
     for which, text in (("seen", "text like that of the general phase"), ("unseen", unseen)):
-        saved = pooled_forgetting([(score_of(ours, k), score_of(plain, k)) for k in kinds[which]])
-        nats, se = saved.nats, saved.se
-        if abs(nats) < 2 * se or not nats:
+        pairs = [[TextScore(**of["text"][k]) for of in (ours, plain)] for k in kinds[which]]
+        saved = pooled_forgetting([(a, b) for a, b in pairs])
+        if abs(saved.nats) < 2 * saved.se or not saved.nats:
             parts.append(f"as much as LoRA(ν+μ) on {text}, within the noise")
         else:
-            word = "less" if nats > 0 else "MORE"
-            parts.append(f"{abs(nats):.3f} ± {se:.3f} nats per token {word} on {text}")
+            word = "less" if saved.nats > 0 else "MORE"
+            amount = f"{abs(saved.nats):.3f} ± {saved.se:.3f}"
+            parts.append(f"{amount} nats per token {word} on {text}")
     a, b = ours["task"], plain["task"]
     return (
         f"With the penalty (HLoRA) the model forgot {', and '.join(parts)}, compared with the same "
@@ -136,20 +131,14 @@ def verdict(results: Results) -> str:
     )
 
 
-def score_of(line: Line, kind: str) -> TextScore:
-    t = line["text"][kind]
-    return TextScore(t["loss"], t["loss_se"], t["perplexity"], t["tokens"], t["blocks"])
-
-
 def commands(study: Study) -> list[str]:
     """What the demo ran, as commands to copy."""
     by_method = {r.method: r for r in runs_of(study)}
     [seed] = study.seeds
     nu = nu_folder(study, OURS, seed)
-    found = [command_line("record", record_settings(study, OURS, seed))]
-    for method in ("lora-mu", PLAIN, OURS):
-        found.append(command_line("tune", tune_settings(study, by_method[method], nu)))
-    return found
+    tuned = [tune_settings(study, by_method[m], nu) for m in ("lora-mu", PLAIN, OURS)]
+    recorded = command_line("record", record_settings(study, OURS, seed))
+    return [recorded, *(command_line("tune", t) for t in tuned)]
 
 
 def _questions(results: Results, examples: list[Example]) -> Table:

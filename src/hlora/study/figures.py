@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hlora.core.layers import layer_grid
 from hlora.errors import InputError
 from hlora.study.cost import Cost
+from hlora.study.extras import extra
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS
-from hlora.study.rows import Results, Row, mean_se
-from hlora.study.stats import independent, p_equals
+from hlora.study.rows import Results, Row
+from hlora.study.stats import independent, mean_se, p_equals
 
 STYLES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p", "d", "8")
 OURS, RIVAL = "#0072b2", "#e69f00"
 
 
-def violins(
-    results: Results,
-    ours: Row,
-    rival: Row,
-    metrics: Sequence[str] = ("ppl_seen", "ppl_unseen", "acc"),
-) -> Any:
+def violins(results: Results, ours: Row, rival: Row) -> Any:
     """Fig. 3: two rows over their seeds, with Welch's t-test. Every run is a point."""
-    pyplot = load_pyplot()
+    metrics = ("ppl_seen", "ppl_unseen", "acc")
     tasks = results.tasks
-    figure, axes = pyplot.subplots(
-        len(metrics), len(tasks), figsize=(2.4 * len(tasks) + 0.6, 1.9 * len(metrics)),
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
+    size = (2.4 * len(tasks) + 0.6, 1.9 * len(metrics))
+    figure, axes = _panels(len(metrics), len(tasks), size)
     for metric, row in zip(metrics, axes, strict=True):
         for task, at in zip(tasks, row, strict=True):
             samples = [list(results.values(metric, r, task).values()) for r in (ours, rival)]
@@ -52,21 +45,14 @@ def violins(
 
 def losses(results: Results, row: Row) -> Any:
     """Fig. 4: task loss, φR and their sum over the steps of μ, the mean over seeds."""
-    pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(
-        2, len(results.tasks), figsize=(2.4 * len(results.tasks) + 0.8, 3.4), sharex=True,
-        layout="constrained", squeeze=False, height_ratios=(2, 1),
-    )  # fmt: skip
-    for column, task in enumerate(results.tasks):
+    columns = len(results.tasks)
+    size = (2.4 * columns + 0.8, 3.4)
+    figure, axes = _panels(2, columns, size, sharex=True, height_ratios=(2, 1))
+    for task, (above, below) in zip(results.tasks, axes.T, strict=True):
         logs = [r["log"] for r in results.of(row, task)]
-        above, below = axes[0][column], axes[1][column]
-        for style, (key, label, at) in zip(
-            STYLES,
-            [("loss", "task", above), ("total_loss", "total", above), ("penalty", "φR", below)],
-            strict=False,
-        ):
-            steps, means = _mean_curve(logs, key)
-            at.plot(steps, means, linestyle=style, color="black", label=label)
+        curves = [("loss", "task", above), ("total_loss", "total", above), ("penalty", "φR", below)]
+        for style, (key, label, at) in zip(STYLES, curves, strict=False):
+            at.plot(*_mean_curve(logs, key), linestyle=style, color="black", label=label)
         above.set_title(task, loc="left")
         below.set_ylim(bottom=0)
         below.set_xlabel("optimizer step")
@@ -85,15 +71,12 @@ def _mean_curve(logs: list[list[dict[str, float]]], key: str) -> tuple[list[floa
 
 def cost_bars(found: dict[str, Cost]) -> Any:
     """Fig. 5: seconds and bytes of each method's importance, on log scales."""
-    pyplot = load_pyplot()
-    figure, panels = pyplot.subplots(
-        1, 2, figsize=(7.4, 0.4 * len(found) + 0.9), sharey=True, layout="constrained"
-    )
-    seconds = [c.seconds for c in found.values()]
-    mebibytes = [c.bytes / 2**20 for c in found.values()]
-    for at, values, unit in zip(
-        panels, (seconds, mebibytes), ("seconds", "MiB on disk"), strict=True
-    ):
+    figure, [panels] = _panels(1, 2, (7.4, 0.4 * len(found) + 0.9), sharey=True)
+    units = {
+        "seconds": [c.seconds for c in found.values()],
+        "MiB on disk": [c.bytes / 2**20 for c in found.values()],
+    }
+    for at, (unit, values) in zip(panels, units.items(), strict=True):
         bars = at.barh(list(found), values, color="white", edgecolor="black", height=0.6)
         at.bar_label(bars, [f"{v:,.3g}" for v in values], padding=3, fontsize="small")
         at.set_xscale("log")
@@ -107,11 +90,9 @@ def cost_bars(found: dict[str, Cost]) -> Any:
     return figure
 
 
-def phi_curves(
-    results: Results,
-    metrics: Sequence[str] = ("forgetting_seen", "forgetting_unseen", "nll", "acc"),
-) -> Any | None:
+def phi_curves(results: Results) -> Any | None:
     """Fig. 6: each measure against φ, the mean over tasks, ± one standard error over seeds."""
+    metrics = ("forgetting_seen", "forgetting_unseen", "nll", "acc")
     sweeps: dict[str, list[Row]] = {}
     for row in results.rows:
         if row.phi is not None and row.phi > 0:
@@ -122,13 +103,10 @@ def phi_curves(
     if not sweeps:
         return None
     plain = Row("lora-nu-mu", None)
-    pyplot = load_pyplot()
-    figure, panels = pyplot.subplots(
-        1, len(metrics), figsize=(2.3 * len(metrics) + 0.6, 2.9), layout="constrained"
-    )
+    figure, [panels] = _panels(1, len(metrics), (2.3 * len(metrics) + 0.6, 2.9))
     for metric, at in zip(metrics, panels, strict=True):
         for index, (method, rows) in enumerate(sweeps.items()):
-            points = [mean_se(results.over_tasks(metric, r, tasks).values()) for r in rows]
+            points = [mean_se(results.values(metric, r, *tasks).values()) for r in rows]
             at.errorbar(
                 [r.phi for r in rows], [m for m, _ in points],
                 yerr=[0 if math.isnan(e) else e for _, e in points], capsize=2, linewidth=1.2,
@@ -136,7 +114,7 @@ def phi_curves(
                 label=METHODS[method].label,
             )  # fmt: skip
         if plain in results.rows:
-            level = mean_se(results.over_tasks(metric, plain, tasks).values())[0]
+            level = mean_se(results.values(metric, plain, *tasks).values())[0]
             at.axhline(level, color="black", linewidth=0.8, linestyle=":", label="no penalty (ν+μ)")
         at.set_xscale("log")
         values = sorted({r.phi for rows in sweeps.values() for r in rows if r.phi})
@@ -144,25 +122,17 @@ def phi_curves(
         at.minorticks_off()
         at.set_xlabel("φ")
         at.set_title(METRICS[metric].label, loc="left", fontsize="medium")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    return figure
+    return _with_legend(figure, panels[0], columns=3)
 
 
-def frontier(results: Results, across: str = "nll", up: str = "forgetting_unseen") -> Any:
+def frontier(results: Results) -> Any:
     """What the domain costs the rest: lower left is better. One panel a task, mean over seeds."""
-    pyplot = load_pyplot()
+    across, up = "nll", "forgetting_unseen"
     rows = [r for r in results.rows if METHODS[r.method].record is not None]
     tasks = results.tasks
-    figure, panels = pyplot.subplots(
-        1,
-        len(tasks),
-        figsize=(max(7.4, 2.9 * len(tasks) + 0.5), 3.9),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure, [panels] = _panels(1, len(tasks), (max(7.4, 2.9 * len(tasks) + 0.5), 3.9))
     methods = list(dict.fromkeys(r.method for r in rows))
-    for task, at in zip(tasks, panels[0], strict=True):
+    for task, at in zip(tasks, panels, strict=True):
         for method in methods:
             of = [r for r in rows if r.method == method and results.values(up, r, task)]
             points = [
@@ -170,26 +140,22 @@ def frontier(results: Results, across: str = "nll", up: str = "forgetting_unseen
             ]
             if not points:
                 continue
-            mine = method.startswith("hlora")
+            line, fill = (OURS, OURS) if method.startswith("hlora") else ("black", "white")
             at.plot(
-                [p[0] for p in points], [p[1] for p in points], linewidth=0.8, linestyle="-",
-                color=OURS if mine else "black", marker=MARKERS[methods.index(method) % 14],
-                markerfacecolor=OURS if mine else "white", markersize=6,
-                label=METHODS[method].label,
+                *zip(*points, strict=True), linewidth=0.8, linestyle="-", color=line,
+                marker=MARKERS[methods.index(method) % len(MARKERS)], markerfacecolor=fill,
+                markersize=6, label=METHODS[method].label,
             )  # fmt: skip
         at.axhline(0, color="black", linewidth=0.6, linestyle=":")
         at.set_title(task, loc="left")
         at.set_xlabel(METRICS[across].label)
-    panels[0][0].set_ylabel(METRICS[up].label + " (nats per token)")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return figure
+    panels[0].set_ylabel(METRICS[up].label + " (nats per token)")
+    return _with_legend(figure, panels[0], columns=4)
 
 
 def task_losses(results: Results) -> Any:
     """The task's loss over the steps of one seed's runs."""
-    pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(figsize=(5.2, 3.0), layout="constrained")
+    figure, [[axes]] = _panels(1, 1, (5.2, 3.0))
     logs = {r["label"]: r["log"] for r in results.lines if r.get("log")}
     for (label, log), style in zip(logs.items(), STYLES, strict=False):
         axes.plot([e["step"] for e in log], [e["loss"] for e in log], linestyle=style, label=label)
@@ -200,19 +166,15 @@ def task_losses(results: Results) -> Any:
 
 def forgetting_bars(results: Results, ours: Row | None) -> Any:
     """One seed's forgetting by kind of text, ± the error over its blocks; our bars are filled."""
-    pyplot = load_pyplot()
     lines = [r for r in results.lines if r["run"]["method"] != "base"]
     models = [r["label"] for r in lines]
+    colors = [OURS if ours and r["run"]["method"] == ours.method else "white" for r in lines]
     kinds = list(lines[0]["text"])
-    figure, panels = pyplot.subplots(
-        1, len(kinds), figsize=(7.4, 0.36 * len(models) + 0.9), sharey=True, sharex=True,
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
-    for axes, kind in zip(panels[0], kinds, strict=True):
+    size = (7.4, 0.36 * len(models) + 0.9)
+    figure, [panels] = _panels(1, len(kinds), size, sharey=True, sharex=True)
+    for axes, kind in zip(panels, kinds, strict=True):
         values = [r["forgetting"][kind]["nats"] for r in lines]
         errors = [r["forgetting"][kind]["se"] for r in lines]
-        mine = [ours is not None and r["run"]["method"] == ours.method for r in lines]
-        colors = [OURS if m else "white" for m in mine]
         axes.barh(
             models, values, xerr=errors, color=colors, edgecolor="black", height=0.6,
             error_kw={"elinewidth": 1, "capsize": 2},
@@ -221,16 +183,13 @@ def forgetting_bars(results: Results, ours: Row | None) -> Any:
         unseen = " (unseen)" if kind in lines[0]["unseen"] else ""
         axes.set_title(kind + unseen, loc="left")
         axes.tick_params(axis="y", length=0)
-    panels[0][0].invert_yaxis()
+    panels[0].invert_yaxis()
     figure.supxlabel("forgetting (nats per token); left of zero is learned", fontsize="medium")
     return figure
 
 
 def load_pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("Figures need matplotlib: pip install 'hlora[report]'.") from None
+    matplotlib = extra("matplotlib", "Figures")
     matplotlib.use("agg")
     matplotlib.rcParams.update(
         {
@@ -243,25 +202,35 @@ def load_pyplot() -> Any:
     return pyplot
 
 
+def _panels(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> Any:
+    """A figure of this size in inches, and its axes by row and column."""
+    return load_pyplot().subplots(
+        rows, columns, figsize=size, layout="constrained", squeeze=False, **shared
+    )
+
+
+def _with_legend(figure: Any, panel: Any, columns: int) -> Any:
+    """One legend below all panels."""
+    figure.legend(
+        *panel.get_legend_handles_labels(),
+        loc="outside lower center", ncols=columns, frameon=False,
+    )  # fmt: skip
+    return figure
+
+
 def heatmap(norms: dict[str, float]) -> Any:
     """‖Ω_l‖₂ by block and target on a log scale (Fig. 7)."""
-    pyplot = load_pyplot()
-    from matplotlib.colors import LogNorm
-
     targets, blocks, rows = layer_grid(norms)
     values = [[v if v else float("nan") for v in row] for row in rows]
-    figure, axes = pyplot.subplots(
-        figsize=(max(5.0, 0.24 * len(blocks) + 1.8), 0.34 * len(targets) + 1.1),
-        layout="constrained",
-    )
-    shown = axes.imshow(values, norm=LogNorm(), cmap="cividis", aspect="auto")
+    size = (max(5.0, 0.24 * len(blocks) + 1.8), 0.34 * len(targets) + 1.1)
+    figure, [[axes]] = _panels(1, 1, size)
+    shown = axes.imshow(values, norm="log", cmap="cividis", aspect="auto")
     axes.set_yticks(range(len(targets)), targets)
     ticks = range(0, len(blocks), max(1, len(blocks) // 10))
     axes.set_xticks(ticks, [str(blocks[i]) for i in ticks])
     axes.set_xlabel("block")
     axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     figure.colorbar(shown, ax=axes, label="‖Ω‖₂", pad=0.01)
     return figure
 
@@ -291,9 +260,5 @@ def save_both(figure: Any, stem: Path) -> str:
     """
     svg = stem.with_suffix(".svg")
     save_figure(figure, stem.with_suffix(".png"), svg)
-    return _element(svg.read_text("utf-8"))
-
-
-def _element(svg: str) -> str:
-    """Without the head of a file."""
-    return svg[svg.index("<svg") :]
+    text = svg.read_text("utf-8")
+    return text[text.index("<svg") :]

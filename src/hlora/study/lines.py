@@ -11,28 +11,6 @@ from typing import Any, TypedDict
 from hlora.errors import InputError
 
 
-class TextLine(TypedDict, total=False):
-    """Loss on one kind of text; see `hlora.run.evaluate.TextScore`. Older lines lack the blocks."""
-
-    loss: float
-    loss_se: float
-    perplexity: float
-    tokens: int
-    blocks: list[float]
-
-
-class TaskLine(TypedDict):
-    """Scores on the task; see `hlora.run.evaluate.TaskScore`."""
-
-    acc: float
-    acc_se: float
-    acc_norm: float
-    acc_norm_se: float
-    nll: float
-    nll_se: float
-    n: int
-
-
 class RunLine(TypedDict):
     """What a run is."""
 
@@ -46,9 +24,10 @@ class Line(TypedDict, total=False):
     """One run.
 
     Every line has `key` (a hash of all that makes the run what it is), `run`, and `error`: None, or
-    why it failed. One that succeeded also has the scores. `answers` is the choice that the model
-    made for each question. Forgetting is by kind of text, and over all that were `seen` and
-    `unseen`, as {nats, se}.
+    why it failed. One that succeeded also has the scores: `text` by kind, with the fields of
+    `hlora.run.evaluate.TextScore` (older lines lack the blocks), and `task`, with those of
+    `TaskScore`. `answers` is the choice that the model made for each question. Forgetting is by
+    kind of text, and over all that were `seen` and `unseen`, as {nats, se}.
     """
 
     key: str
@@ -71,8 +50,8 @@ class Line(TypedDict, total=False):
     peak_bytes: int | None
     log: list[dict[str, float]]
     norms: dict[str, float]
-    text: dict[str, TextLine]
-    task: TaskLine
+    text: dict[str, dict[str, Any]]
+    task: dict[str, float]
     answers: list[int]
     forgetting: dict[str, dict[str, float]]
 

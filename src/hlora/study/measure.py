@@ -75,7 +75,6 @@ def _heading(study: Study, run: Run) -> dict[str, Any]:
 
 
 def _measured(study: Study, run: Run) -> dict[str, Any]:
-
     method = METHODS[run.method]
     base = base_scores(study, run.task)
     if method.record is None:
@@ -106,7 +105,6 @@ def _measured(study: Study, run: Run) -> dict[str, Any]:
 
 def phase_nu(study: Study, method: str, seed: int) -> Path:
     """The importance folder of a method and seed, made if it is not there yet."""
-
     folder = nu_folder(study, method, seed)
     if not (folder / store.MARKER).exists():
         with _logged(study, f"phase ν of {method}, seed {seed}"):
@@ -135,7 +133,6 @@ def base_scores(study: Study, task: str) -> dict[str, Any]:
 
 def _scores(study: Study, task: str, adapter: Path | None) -> dict[str, Any]:
     """Scores as plain values, the loss of each block of text included."""
-
     settings = eval_settings(study, task)
     model, tokenizer, kinds, tasks = prepare(settings)
     if adapter is not None:
@@ -150,7 +147,6 @@ def _scores(study: Study, task: str, adapter: Path | None) -> dict[str, Any]:
 
 
 def _summary(study: Study, base: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-
     pairs = {
         k: (TextScore(**base["text"][k]), TextScore(**after["text"][k])) for k in study.held_out
     }

@@ -19,14 +19,12 @@ class Metric:
         label: as tables print it.
         of: from a line of the results; None where the run has no such measure.
         digits: behind the point.
-        lower_is_better: None where neither is.
         signed: printed with its sign.
     """
 
     label: str
     of: Measure
     digits: int = 2
-    lower_is_better: bool | None = True
     signed: bool = False
 
 
@@ -57,13 +55,13 @@ def _percent(of: Callable[[Line], float]) -> Measure:
 
 
 METRICS: dict[str, Metric] = {
-    "acc": Metric("accuracy %", _percent(lambda line: line["task"]["acc"]), 1, False),
-    "acc_norm": Metric("acc_norm %", _percent(lambda line: line["task"]["acc_norm"]), 1, False),
+    "acc": Metric("accuracy %", _percent(lambda line: line["task"]["acc"]), 1),
+    "acc_norm": Metric("acc_norm %", _percent(lambda line: line["task"]["acc_norm"]), 1),
     "nll": Metric("NLL", lambda line: line["task"]["nll"], 3),
     "ppl_seen": Metric("PPL, seen", lambda line: perplexity(line, line["seen"])),
     "ppl_unseen": Metric("PPL, unseen", lambda line: perplexity(line, line["unseen"])),
-    "forgetting_seen": Metric("forgot, seen", _forgetting("seen"), 3, True, True),
-    "forgetting_unseen": Metric("forgot, unseen", _forgetting("unseen"), 3, True, True),
+    "forgetting_seen": Metric("forgot, seen", _forgetting("seen"), 3, signed=True),
+    "forgetting_unseen": Metric("forgot, unseen", _forgetting("unseen"), 3, signed=True),
     "seconds_record": Metric("seconds, ν", _seconds("record"), 0),
     "seconds_tune": Metric("seconds, μ", _seconds("tune"), 0),
     "importance_bytes": Metric("importance, bytes", lambda line: line.get("importance_bytes"), 0),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hlora.errors import InputError
+from hlora.study.extras import extra
 from hlora.study.lines import Line, read_lines
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS, forgetting_on
@@ -25,8 +25,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        of = METHODS.get(self.method)
-        name = of.label if of else self.method
+        name = METHODS[self.method].label if self.method in METHODS else self.method
         return name if self.phi is None else f"{name}, φ {self.phi:g}"
 
 
@@ -47,14 +46,12 @@ class Results:
     @property
     def rows(self) -> list[Row]:
         """In the order of `hlora.study.methods`, then of φ."""
-        order = list(METHODS)
+        place = {method: i for i, method in enumerate(METHODS)}
         found = {Row(r["run"]["method"], r["run"]["phi"]) for r in self.lines}
-
-        def place(row: Row) -> tuple[int, float]:
-            known = order.index(row.method) if row.method in order else len(order)
-            return known, -1.0 if row.phi is None else row.phi
-
-        return sorted(found, key=place)
+        return sorted(
+            found,
+            key=lambda r: (place.get(r.method, len(place)), -1.0 if r.phi is None else r.phi),
+        )
 
     @property
     def tasks(self) -> list[str]:
@@ -75,8 +72,7 @@ class Results:
     @cached_property
     def frame(self) -> Any:
         """A pandas frame: row, task, seed, every metric, and forgetting by kind of text."""
-        pandas = _pandas()
-        table = pandas.DataFrame(
+        table = extra("pandas", "Reports").DataFrame(
             [
                 {
                     "row": Row(line["run"]["method"], line["run"]["phi"]).label,
@@ -89,35 +85,11 @@ class Results:
         )  # fmt: skip
         return table.drop_duplicates(["row", "task", "seed"], keep="last").sort_values("seed")
 
-    @cached_property
-    def _by_row(self) -> dict[str, Any]:
-        """The frame of each row, by its label: (task, seed) → measures."""
-        indexed = self.frame.set_index(["task", "seed"])
-        return dict(iter(indexed.groupby("row")))
-
-    def values(self, metric: str, row: Row, task: str) -> dict[int, float]:
-        """A measure on one task, by seed."""
-        of = self._by_row.get(row.label)
-        if of is None or task not in of.index.levels[0]:
-            return {}
-        found = of[metric].astype(float).dropna()
-        return found[found.index.get_level_values("task") == task].droplevel("task").to_dict()
-
-    def over_tasks(self, metric: str, row: Row, tasks: Sequence[str]) -> dict[int, float]:
-        """The mean over tasks by seed, for the seeds that have them all."""
-        of = self._by_row.get(row.label)
-        if of is None:
-            return {}
-        wide = of[metric].astype(float).unstack("task").reindex(columns=list(tasks)).dropna()
-        return wide.mean(axis=1).to_dict()
-
-
-def _pandas() -> Any:
-    try:
-        import pandas
-    except ImportError:
-        raise InputError("Reports need pandas: pip install 'hlora[report]'.") from None
-    return pandas
+    def values(self, metric: str, row: Row, *tasks: str) -> dict[int, float]:
+        """By seed, the mean over these tasks, for the seeds that have them all."""
+        of = self.frame[self.frame["row"] == row.label]
+        wide = of.pivot(index="seed", columns="task", values=metric).astype(float)
+        return wide.reindex(columns=list(tasks)).dropna().mean(axis=1).to_dict()
 
 
 def read(path: Path, where: Iterable[str] = (), *, mixed: bool = False) -> Results:
@@ -187,30 +159,8 @@ def _differences(lines: list[Line]) -> list[str]:
     found = [_flat(r) for r in lines]
     differ = []
     for key in dict.fromkeys(k for f in found for k in f):
-        values = sorted({f.get(key, "not given") for f in found})
-        if len(values) > 1:
-            counts = [sum(f.get(key, "not given") == v for f in found) for v in values]
-            parts = (f"{v} in {n}" for v, n in zip(values, counts, strict=True))
+        counts = Counter(f.get(key, "not given") for f in found)
+        if len(counts) > 1:
+            parts = (f"{v} in {n}" for v, n in sorted(counts.items()))
             differ.append(f"{key} is {', '.join(parts)}")
     return differ
-
-
-def mean_se(values: Iterable[float]) -> tuple[float, float]:
-    """The mean, and its standard error over seeds: NaN for a single one."""
-    values = list(values)
-    if not values:
-        return math.nan, math.nan
-    if len(values) == 1:
-        return values[0], math.nan
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def shown(values: Iterable[float], digits: int, signed: bool = False) -> str:
-    """`mean ± standard error`, or the value of one seed, which is said."""
-    values = list(values)
-    if not values:
-        return "–"
-    mean, se = mean_se(values)
-    sign = "+" if signed else ""
-    text = f"{mean:{sign}.{digits}f}"
-    return f"{text} (n = 1)" if len(values) == 1 else f"{text} ± {se:.{digits}f}"

@@ -36,7 +36,8 @@ def run_study(
         # One that fails is tried again, and its reason noted, by the runs that need it.
         for _ in outcomes(stage, jobs, prepare):
             finished += 1
-            print(f"[shared {finished}/{shared}, {_minutes(began)} so far]", flush=True)
+            spent = (time.monotonic() - began) / 60
+            print(f"[shared {finished}/{shared}, {spent:.0f} min so far]", flush=True)
     began, calls = time.monotonic(), [(run_one, study, run) for run in todo]
     for finished, (index, result) in enumerate(outcomes(calls, jobs, prepare), 1):
         if isinstance(result, BaseException):
@@ -52,16 +53,9 @@ def run_study(
 
 
 def _figures(study: Study, result: Line) -> str:
-    found = {METRICS[m]: METRICS[m].of(result) for m in study.metrics}
-    return ", ".join(
-        f"{m.label} {value:{'+' if m.signed else ''}.{m.digits}f}"
-        for m, value in found.items()
-        if value is not None
-    )
-
-
-def _minutes(began: float) -> str:
-    return f"{(time.monotonic() - began) / 60:.0f} min"
+    metrics = [METRICS[m] for m in study.metrics]
+    found = [(m, value) for m in metrics if (value := m.of(result)) is not None]
+    return ", ".join(f"{m.label} {v:{'+' if m.signed else ''}.{m.digits}f}" for m, v in found)
 
 
 def _stages(study: Study, todo: list[Run]) -> list[list[Call]]:

@@ -84,7 +84,7 @@ class Study:
     def settings(self) -> dict[str, Any]:
         """What every run of the study has in common, and what two studies can differ in."""
         shared = ("model", "general", "held_out", "record", "tune", "eval")
-        return {k: v for k, v in asdict(self).items() if k in shared}
+        return {name: getattr(self, name) for name in shared}
 
 
 @dataclass(frozen=True)

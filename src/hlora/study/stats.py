@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from hlora.errors import InputError
+from hlora.study.extras import extra
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,25 @@ class Paired:
 
     def shown(self, digits: int) -> str:
         """`mean ± standard error`; a single difference is said to be one."""
-        if not self.n:
-            return "–"
-        error = " (n = 1)" if self.n == 1 else f" ± {self.se:.{digits}f}"
-        return f"{self.mean:+.{digits}f}{error}"
+        return _text(self.mean, self.se, self.n, digits, "+")
+
+
+def mean_se(values: Iterable[float]) -> tuple[float, float]:
+    """The mean, and its standard error over seeds: NaN for a single one."""
+    values = list(values)
+    mean = statistics.fmean(values) if values else math.nan
+    n = len(values)
+    return mean, statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+
+
+def shown(values: Collection[float], digits: int, signed: bool = False) -> str:
+    """`mean ± standard error`, or the value of one seed, which is said."""
+    return _text(*mean_se(values), len(values), digits, "+" if signed else "")
+
+
+def _text(mean: float, se: float, n: int, digits: int, sign: str) -> str:
+    error = " (n = 1)" if n == 1 else f" ± {se:.{digits}f}"
+    return f"{mean:{sign}.{digits}f}{error}" if n else "–"
 
 
 def independent(a: list[float], b: list[float]) -> Independent:
@@ -60,32 +76,22 @@ def independent(a: list[float], b: list[float]) -> Independent:
     n = (len(a), len(b))
     if min(n) < 2 or not (statistics.variance(a) or statistics.variance(b)):
         return Independent(math.nan, math.nan, math.nan, n)
-    stats = _scipy()
+    stats = extra("scipy.stats", "Comparisons")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one sample without variance
-        welch = float(stats.ttest_ind(a, b, equal_var=False).pvalue)
-        student = float(stats.ttest_ind(a, b, equal_var=True).pvalue)
-    freedom = sum(n) - 2
-    variances = (n[0] - 1) * statistics.variance(a) + (n[1] - 1) * statistics.variance(b)
-    pooled = math.sqrt(variances / freedom)
-    difference = statistics.fmean(a) - statistics.fmean(b)
-    g = difference / pooled * (1 - 3 / (4 * freedom - 1)) if pooled else math.nan
-    return Independent(welch, student, g, n)
+        welch, student = (stats.ttest_ind(a, b, equal_var=equal) for equal in (False, True))
+    g = student.statistic * math.sqrt(1 / n[0] + 1 / n[1]) * (1 - 3 / (4 * (sum(n) - 2) - 1))
+    return Independent(float(welch.pvalue), float(student.pvalue), float(g), n)
 
 
 def paired(a: dict[int, float], b: dict[int, float]) -> Paired:
     """a minus b over the seeds that both have."""
     differences = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
-    n = len(differences)
-    if not n:
-        return Paired(math.nan, math.nan, math.nan, 0)
-    mean = statistics.fmean(differences)
-    if n < 2:
-        return Paired(mean, math.nan, math.nan, n)
-    se = statistics.stdev(differences) / math.sqrt(n)
-    if se == 0:  # accuracies move in steps: the same step twice proves nothing
+    n, (mean, se) = len(differences), mean_se(differences)
+    if n < 2 or se == 0:  # accuracies move in steps: the same step twice proves nothing
         return Paired(mean, se, math.nan, n)
-    return Paired(mean, se, float(2 * _scipy().t.sf(abs(mean / se), n - 1)), n)
+    p = 2 * extra("scipy.stats", "Comparisons").t.sf(abs(mean / se), n - 1)
+    return Paired(mean, se, float(p), n)
 
 
 def p_text(p: float) -> str:
@@ -97,11 +103,3 @@ def p_text(p: float) -> str:
 def p_equals(p: float) -> str:
     """After `p`: `= 0.031`, `< 0.001`, or `–` where there was no test."""
     return p_text(p) if math.isnan(p) or p < 0.001 else f"= {p_text(p)}"
-
-
-def _scipy():  # type: ignore[no-untyped-def]
-    try:
-        from scipy import stats
-    except ImportError:
-        raise InputError("Comparisons need scipy: pip install 'hlora[report]'.") from None
-    return stats

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from hlora.files import size
 from hlora.study.claims import MISSING, Verdict, difference, named_with_tasks
 from hlora.study.cost import Cost
 from hlora.study.metrics import METRICS, forgetting_on
 from hlora.study.paper import COST, TABLE_1, TABLE_2, TASKS, Score, e_perplexity
-from hlora.study.rows import Results, Row, mean_se, shown
-from hlora.study.stats import independent, p_text
+from hlora.study.rows import Results, Row
+from hlora.study.stats import independent, mean_se, p_text, shown
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,16 @@ def beside_the_paper(results: Results, rows: Sequence[Row], paper: dict) -> Tabl
     headings += [f"{model.rsplit('-', 1)[0]}, {task}" for model in paper for task in TASKS]
     cells = []
     for row in rows:
-        ours = [_triple(results, row, t) for t in results.tasks]
-        name = PAPER_NAMES.get(row.method, row.method)
-        theirs = [
-            _converted(paper[model][name][i]) if name in paper[model] else "–"
-            for model in paper
-            for i in range(len(TASKS))
-        ]
-        cells.append([row.label, *ours, *theirs])
+        cells.append([row.label, *(_triple(results, row, t) for t in results.tasks)])
+        for scores in paper.values():
+            of = scores.get(PAPER_NAMES.get(row.method, row.method))
+            cells[-1] += map(_converted, of) if of else ["–"] * len(TASKS)
     return Table(headings, cells)
 
 
 def _triple(results: Results, row: Row, task: str) -> str:
-    means = [
-        mean_se(results.values(m, row, task).values())[0] for m in ("ppl_seen", "ppl_unseen", "acc")
-    ]
+    found = [results.values(m, row, task).values() for m in ("ppl_seen", "ppl_unseen", "acc")]
+    means = (mean_se(values)[0] for values in found)
     return "{:.2f} · {:.2f} / {:.1f}".format(*means) if results.of(row, task) else "–"
 
 
@@ -72,49 +68,29 @@ def _converted(score: Score) -> str:
     return f"{e_perplexity(score[0]):.2f} ({score[0]:.2f}) / {score[1]:.1f}"
 
 
-def by_task(results: Results, task: str, metrics: Sequence[str]) -> Table:
-    """Every method on one task: mean ± standard error over seeds."""
-    rows = [
-        [
-            row.label,
-            *(
-                shown(results.values(m, row, task).values(), METRICS[m].digits, METRICS[m].signed)
-                for m in metrics
-            ),
-            str(len(results.of(row, task))),
-        ]
-        for row in results.rows
-        if results.of(row, task)
-    ]
-    return Table(["method", *(METRICS[m].label for m in metrics), "seeds"], rows)
-
-
-def over_tasks(results: Results, metrics: Sequence[str]) -> Table:
-    """The methods that have every task: means over tasks ± standard error over seeds."""
+def means(results: Results, tasks: Sequence[str], metrics: Sequence[str]) -> Table:
+    """The methods that have all these tasks: means over them ± standard error over seeds."""
     cells = []
     for row in results.rows:
-        if not all(results.of(row, t) for t in results.tasks):
+        if not all(results.of(row, t) for t in tasks):
             continue
-        means = {m: results.over_tasks(m, row, results.tasks) for m in metrics}
-        told = [shown(v.values(), METRICS[m].digits, METRICS[m].signed) for m, v in means.items()]
-        cells.append([row.label, *told, str(max(map(len, means.values())))])
+        found = {m: results.values(m, row, *tasks) for m in metrics}
+        seeds = len(results.values("nll", row, *tasks))
+        cells.append([row.label, *(_shown(m, v) for m, v in found.items()), str(seeds)])
     return Table(["method", *(METRICS[m].label for m in metrics), "seeds"], cells)
+
+
+def _shown(metric: str, values: dict[int, float]) -> str:
+    return shown(values.values(), METRICS[metric].digits, METRICS[metric].signed)
 
 
 def by_kind(results: Results, rows: Sequence[Row]) -> Table:
     """Forgetting on each kind of text, the mean over tasks; unseen kinds carry a star."""
-    kinds = list(results.lines[0]["text"])
-    unseen = results.lines[0]["unseen"]
-    cells = [
-        [
-            row.label,
-            *(
-                shown(results.over_tasks(forgetting_on(k), row, results.tasks).values(), 3, True)
-                for k in kinds
-            ),
-        ]
-        for row in rows
-    ]
+    kinds, unseen = results.lines[0]["text"], results.lines[0]["unseen"]
+    cells = []
+    for row in rows:
+        lost = [results.values(forgetting_on(k), row, *results.tasks).values() for k in kinds]
+        cells.append([row.label, *(shown(v, 3, signed=True) for v in lost)])
     return Table(["method", *(k + ("*" if k in unseen else "") for k in kinds)], cells)
 
 
@@ -140,17 +116,12 @@ def t_tests(results: Results, ours: Row, rival: Row) -> Table:
     """Fig. 3's tests, as the paper makes them: runs as independent samples, task by task."""
     headings = ["task, measure", ours.label, rival.label, "Welch p", "Student p", "Hedges' g", "n"]
     cells = []
-    for task in results.tasks:
-        for metric in ("ppl_seen", "ppl_unseen", "nll", "acc"):
-            a, b = (list(results.values(metric, r, task).values()) for r in (ours, rival))
-            t = independent(a, b)
-            cells.append(
-                [
-                    f"{task}, {METRICS[metric].label}", shown(a, METRICS[metric].digits),
-                    shown(b, METRICS[metric].digits), p_text(t.welch), p_text(t.student),
-                    "–" if t.g != t.g else f"{t.g:+.2f}", f"{t.n[0]}, {t.n[1]}",
-                ]
-            )  # fmt: skip
+    for task, metric in product(results.tasks, ("ppl_seen", "ppl_unseen", "nll", "acc")):
+        a, b = (list(results.values(metric, r, task).values()) for r in (ours, rival))
+        t, of = independent(a, b), METRICS[metric]
+        samples = [shown(a, of.digits), shown(b, of.digits)]
+        tests = [p_text(t.welch), p_text(t.student), "–" if t.g != t.g else f"{t.g:+.2f}"]
+        cells.append([f"{task}, {of.label}", *samples, *tests, f"{t.n[0]}, {t.n[1]}"])
     return Table(headings, cells)
 
 
@@ -174,12 +145,18 @@ def cost(found: dict[str, Cost]) -> Table:
 
 def verdicts(by_row: dict[Row, list[Verdict]]) -> Table:
     """Claims down, HLoRA's rows across."""
-    rows = list(by_row)
-    cells = []
-    for claims in zip(*by_row.values(), strict=True):
-        if any(v.word != MISSING for v in claims):
-            cells.append([claims[0].claim, *(v.word for v in claims)])
-    return Table(["claim", *(r.label for r in rows)], cells, prose=True)
+    cells = [
+        [claims[0].claim, *(v.word for v in claims)]
+        for claims in zip(*by_row.values(), strict=True)
+        if any(v.word != MISSING for v in claims)
+    ]
+    return Table(["claim", *(r.label for r in by_row)], cells, prose=True)
+
+
+def evidence(judged: list[Verdict]) -> Table:
+    """The figures behind the verdicts on one row."""
+    cells = [[v.claim, v.word, v.evidence] for v in judged if v.word != MISSING]
+    return Table(["claim", "verdict", "difference ± standard error"], cells, prose=True)
 
 
 def table_1(results: Results) -> Table:
