@@ -10,6 +10,7 @@ the command ends with an error.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -158,6 +159,9 @@ MUTANTS = [
            "(1 if divided else micro_batches)", "1", REGULARIZER + " -k accumulation"),
     Mutant("the logged loss takes the penalty in", H + "attach.py", "(added - added.detach())",
            "added", REGULARIZER + " -k logged_loss"),
+    Mutant("the gradients of B and A are swapped", C + "quadratic.py",
+           "gradients.append((weight * GA, weight * BG))",
+           "gradients.append((weight * BG.mT, weight * GA.mT))", PENALTY + " -k autograd"),
     # Kinds, storage, store
     Mutant("the Fisher is a sum, not a mean", I + "fisher.py", "s / len(blocks) for n, s",
            "s for n, s", FISHER + " -k squared_gradient"),
@@ -185,43 +189,45 @@ def source(mutant: Mutant, root: Path = ROOT) -> Path:
     return root / "src" / "hlora" / mutant.file
 
 
-def caught(mutant: Mutant) -> bool:
-    """Whether its tests fail on a copy of the project that has the mutant."""
+def run(tests: str, mutant: Mutant | None = None) -> bool:
+    """Whether these tests pass on a copy of the project, that has the mutant if there is one."""
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place)
         for folder in ("src", "tests"):
             shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.pyc"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        path = source(mutant, copy)
-        text = path.read_text("utf-8")
-        if text.count(mutant.old) != 1:
-            raise SystemExit(f"{mutant.name}: {mutant.file} has its text {text.count(mutant.old)}×")
-        path.write_text(text.replace(mutant.old, mutant.new), "utf-8")
+        if mutant is not None:
+            path = source(mutant, copy)
+            path.write_text(path.read_text("utf-8").replace(mutant.old, mutant.new), "utf-8")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         done = subprocess.run(
-            [*command, *_words(mutant.tests)], cwd=copy, capture_output=True, text=True,
+            [*command, *shlex.split(tests)], cwd=copy, capture_output=True, text=True,
             env={**os.environ, "PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1"},
             check=False,
         )  # fmt: skip
-        if done.returncode not in (0, 1):  # 2: not collected, 5: no test of that name
-            raise SystemExit(f"{mutant.name}: its tests did not run.\n{done.stdout[-2000:]}")
-        return done.returncode == 1
-
-
-def _words(tests: str) -> list[str]:
-    import shlex
-
-    return shlex.split(tests)
+    if done.returncode not in (0, 1):  # 2: not collected, 5: no test of that name
+        raise SystemExit(f"{tests} did not run.\n{done.stdout[-2000:]}")
+    return done.returncode == 0
 
 
 def main() -> None:
     words = sys.argv[1:]
     chosen = [m for m in MUTANTS if not words or any(w in m.name for w in words)]
+    if not chosen:
+        raise SystemExit(f"No mutant's name has {' or '.join(words)}.")
+    wrong = [m.name for m in chosen if source(m).read_text("utf-8").count(m.old) != 1]
+    if wrong:
+        raise SystemExit(f"The sources have changed under: {', '.join(wrong)}.")
     missed = 0
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for mutant, found in zip(chosen, pool.map(caught, chosen), strict=True):
-            missed += not found
-            print(f"{'caught' if found else 'MISSED'}  {mutant.name}", flush=True)
+        whole = list(dict.fromkeys(m.tests for m in chosen))
+        failing = [t for t, passed in zip(whole, pool.map(run, whole), strict=True) if not passed]
+        if failing:  # they would catch everything
+            raise SystemExit(f"Without any mutant these fail: {'; '.join(failing)}.")
+        passed = pool.map(run, [m.tests for m in chosen], chosen)
+        for mutant, unnoticed in zip(chosen, passed, strict=True):
+            missed += unnoticed
+            print(f"{'MISSED' if unnoticed else 'caught'}  {mutant.name}", flush=True)
     print(f"{len(chosen) - missed} of {len(chosen)} mutants caught.")
     sys.exit(missed > 0)
 
