@@ -106,15 +106,26 @@ def _one_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def nu(tmp_path):
+def recorded(tmp_path, kind):
     """An importance folder of the tiny LLaMA."""
     import hlora
 
     folder = tmp_path / "nu"
-    trainer = make_trainer(lora_model(), tmp_path / "run-nu", [hlora.Record(folder, kind="dense")])
+    trainer = make_trainer(lora_model(), tmp_path / "run-nu", [hlora.Record(folder, kind=kind)])
     trainer.train()
     return folder
+
+
+@pytest.fixture
+def nu(tmp_path):
+    """Dense importance, for tests that look at its elements."""
+    return recorded(tmp_path, "dense")
+
+
+@pytest.fixture(params=["dense", "factored"])
+def kept(tmp_path, request):
+    """Importance of each kind, for tests of what it does."""
+    return recorded(tmp_path, request.param)
 
 
 @pytest.fixture(scope="session")

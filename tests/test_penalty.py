@@ -68,9 +68,9 @@ def test_value_and_gradients_are_autograd_s_on_dense_theta(nu, how, anchor):
         assert theirs.abs().max() > 0
 
 
-def test_zero_with_zero_gradient_at_the_anchor(nu):
+def test_zero_with_zero_gradient_at_the_anchor(kept):
     model = lora_model()
-    callback = hlora.Penalty(nu, phi=5.0)
+    callback = hlora.Penalty(kept, phi=5.0)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     callback.start(model, optimizer)  # takes ν's weights
     assert float(callback.value()) == 0.0
@@ -79,13 +79,13 @@ def test_zero_with_zero_gradient_at_the_anchor(nu):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
-def test_the_penalty_does_not_grow_with_accumulation(nu, tmp_path, accumulation):
+def test_the_penalty_does_not_grow_with_accumulation(kept, tmp_path, accumulation):
     """16 rows a step, cut into 1, 2 or 4 micro-batches: the same training."""
 
     def train(k, folder):
         model = lora_model(dtype=torch.float64)
         tuned(
-            nu, folder, model, hlora.Penalty(nu, phi=10.0), per_device_train_batch_size=16 // k,
+            kept, folder, model, hlora.Penalty(kept, phi=10.0), per_device_train_batch_size=16 // k,
             gradient_accumulation_steps=k, max_steps=3,
         )  # fmt: skip
         return model
@@ -95,37 +95,41 @@ def test_the_penalty_does_not_grow_with_accumulation(nu, tmp_path, accumulation)
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9)
 
 
-def test_phi_zero_is_plain_peft_bit_for_bit(nu, tmp_path):
+def test_phi_zero_is_plain_peft_bit_for_bit(kept, tmp_path):
     from peft import PeftModel
 
     from tests.conftest import base_model
 
     def from_nu():
-        return PeftModel.from_pretrained(base_model(), str(nu), is_trainable=True)
+        return PeftModel.from_pretrained(base_model(), str(kept), is_trainable=True)
 
-    plain, _ = tuned(nu, tmp_path / "a", from_nu())
-    ours, _ = tuned(nu, tmp_path / "b", lora_model(), hlora.Penalty(nu, phi=0.0))
+    plain, _ = tuned(kept, tmp_path / "a", from_nu())
+    ours, _ = tuned(kept, tmp_path / "b", lora_model(), hlora.Penalty(kept, phi=0.0))
     for p, q in zip(plain.parameters(), ours.parameters(), strict=True):
         assert torch.equal(p, q)
 
 
-def test_a_huge_phi_leaves_theta_at_the_anchor(nu, tmp_path):
-    factors = store.load(nu).factors
+def test_a_huge_phi_leaves_theta_at_the_anchor(kept, tmp_path):
+    factors = store.load(kept).factors
     settings = {"max_steps": 40, "learning_rate": 1e-3}
-    free, _ = tuned(nu, tmp_path / "a", lora_model(), hlora.Penalty(nu, phi=0.0), **settings)
+    free, _ = tuned(kept, tmp_path / "a", lora_model(), hlora.Penalty(kept, phi=0.0), **settings)
     held, _ = tuned(
-        nu, tmp_path / "b", lora_model(),
-        hlora.Penalty(nu, phi=1e6, layer_weights="uniform"), **settings,
+        kept, tmp_path / "b", lora_model(),
+        hlora.Penalty(kept, phi=1e6, layer_weights="uniform"), **settings,
     )  # fmt: skip
     assert distance(held, factors) < 0.1 * distance(free, factors)
 
 
-def test_more_phi_moves_less_and_every_factor_moves(nu, tmp_path):
-    factors = store.load(nu).factors
+def test_more_phi_moves_less_and_every_factor_moves(kept, tmp_path):
+    factors = store.load(kept).factors
     distances = []
     for phi in (0.0, 10.0, 1000.0):
         model, _ = tuned(
-            nu, tmp_path / str(phi), lora_model(), hlora.Penalty(nu, phi=phi), max_steps=30
+            kept,
+            tmp_path / str(phi),
+            lora_model(),
+            hlora.Penalty(kept, phi=phi),
+            max_steps=30,
         )
         distances.append(distance(model, factors))
         for p in find_pairs(model):
@@ -134,9 +138,9 @@ def test_more_phi_moves_less_and_every_factor_moves(nu, tmp_path):
     assert distances[0] > distances[1] > distances[2] > 0
 
 
-def test_base_anchor_starts_from_the_base_model(nu, tmp_path):
+def test_base_anchor_starts_from_the_base_model(kept, tmp_path):
     model = lora_model()
-    callback = hlora.Penalty(nu, anchor="base")
+    callback = hlora.Penalty(kept, anchor="base")
     callback.start(
         model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     )
@@ -161,8 +165,8 @@ def test_base_anchor_with_a_mutated_base_is_the_start(tmp_path, init):
     assert float(callback.value()) > 0
 
 
-def test_r_and_total_are_logged(nu, tmp_path):
-    _, trainer = tuned(nu, tmp_path / "run", callback=hlora.Penalty(nu, phi=10.0))
+def test_r_and_total_are_logged(kept, tmp_path):
+    _, trainer = tuned(kept, tmp_path / "run", callback=hlora.Penalty(kept, phi=10.0))
     logged = [e for e in trainer.state.log_history if "loss" in e]
     assert len(logged) == 3
     for entry in logged:
@@ -182,10 +186,10 @@ class Reporter(transformers.TrainerCallback):
         self.seen.append(dict(logs))
 
 
-def test_a_reporter_behind_it_sees_r(nu, tmp_path):
+def test_a_reporter_behind_it_sees_r(kept, tmp_path):
     reporter = Reporter()
     trainer = make_trainer(lora_model(), tmp_path / "run", [reporter], rows=token_rows(seed=2))
-    hlora.attach(trainer, hlora.Penalty(nu, phi=10.0))
+    hlora.attach(trainer, hlora.Penalty(kept, phi=10.0))
     trainer.train()
     assert all("R" in logs for logs in reporter.seen if "loss" in logs)
 
@@ -209,12 +213,12 @@ def test_the_recorder_sees_the_task_s_gradient_alone(nu, tmp_path):
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
-def test_with_a_penalty_the_recorder_sees_what_it_sees_alone(nu, tmp_path):
+def test_with_a_penalty_the_recorder_sees_what_it_sees_alone(kept, tmp_path):
     """Away from the anchor the penalty pulls at the first step already."""
     model = lora_model(dtype=torch.float64)
     perturb(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    penalty, recorder = hlora.Penalty(nu, phi=50.0), hlora.Record(tmp_path / "r", kind="dense")
+    penalty, recorder = hlora.Penalty(kept, phi=50.0), hlora.Record(tmp_path / "r", kind="dense")
     penalty.start(model, optimizer)
     recorder.start(model, optimizer)
     rows = token_rows(4)
@@ -235,7 +239,7 @@ def test_with_a_penalty_the_recorder_sees_what_it_sees_alone(nu, tmp_path):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_gradient_scaler_s_factor_is_heeded(nu, fused):
+def test_the_gradient_scaler_s_factor_is_heeded(kept, fused):
     """torch's scaler leaves its factor on the gradients that a fused optimizer gets."""
 
     def trained(scaler):
@@ -244,7 +248,7 @@ def test_the_gradient_scaler_s_factor_is_heeded(nu, fused):
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused
         )
-        hlora.Penalty(nu, phi=20.0).start(model, optimizer)
+        hlora.Penalty(kept, phi=20.0).start(model, optimizer)
         rows = token_rows(4)
         batch = {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
         for _ in range(3):
@@ -264,13 +268,13 @@ def test_the_gradient_scaler_s_factor_is_heeded(nu, fused):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 
-def test_a_retried_or_trained_twice_penalty_adds_once(nu, tmp_path):
+def test_a_retried_or_trained_twice_penalty_adds_once(kept, tmp_path):
     """As auto_find_batch_size does it: training begins again with the same optimizer."""
     gradients = []
     for starts in (1, 3):
         model = lora_model(dtype=torch.float64)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        callback = hlora.Penalty(nu, phi=5.0)
+        callback = hlora.Penalty(kept, phi=5.0)
         for _ in range(starts):
             callback.start(model, optimizer)
         perturb(model)
@@ -280,7 +284,7 @@ def test_a_retried_or_trained_twice_penalty_adds_once(nu, tmp_path):
     assert any(a.any() for a in gradients[0])
 
 
-def test_phi_may_change_while_training_and_is_restored(nu, tmp_path):
+def test_phi_may_change_while_training_and_is_restored(kept, tmp_path):
     class Steer(transformers.TrainerCallback):
         def __init__(self, penalty):
             self.penalty = penalty
@@ -289,7 +293,7 @@ def test_phi_may_change_while_training_and_is_restored(nu, tmp_path):
             self.penalty.phi = 2.0 * (state.global_step + 1)
 
     settings = {"save_strategy": "steps", "save_steps": 3, "rows": token_rows(seed=2)}
-    penalty = hlora.Penalty(nu, phi=1.0)
+    penalty = hlora.Penalty(kept, phi=1.0)
     model = lora_model(dtype=torch.float64)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     penalty.start(model, optimizer)
@@ -305,10 +309,10 @@ def test_phi_may_change_while_training_and_is_restored(nu, tmp_path):
         penalty.phi = -1.0
     penalty.finish()
 
-    penalty = hlora.Penalty(nu, phi=1.0)
+    penalty = hlora.Penalty(kept, phi=1.0)
     make_trainer(lora_model(), tmp_path, [Steer(penalty), penalty], **settings).train()
     assert penalty.phi == 12.0
-    resumed = hlora.Penalty(nu, phi=1.0)
+    resumed = hlora.Penalty(kept, phi=1.0)
     trainer = make_trainer(lora_model(), tmp_path, [resumed], **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.phi == 6.0
@@ -339,14 +343,18 @@ def test_a_trained_adapter_that_is_not_nu_warns(nu, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("anchor", ["nu", "base"])
-def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(nu, tmp_path, anchor):
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(kept, tmp_path, anchor):
     settings = {"save_strategy": "steps", "save_steps": 3}
     whole, trainer = tuned(
-        nu, tmp_path / "a", lora_model(), hlora.Penalty(nu, phi=5.0, anchor=anchor), **settings
+        kept,
+        tmp_path / "a",
+        lora_model(),
+        hlora.Penalty(kept, phi=5.0, anchor=anchor),
+        **settings,
     )
     resumed = lora_model()
     again = make_trainer(
-        resumed, tmp_path / "a", [hlora.Penalty(nu, phi=5.0, anchor=anchor)],
+        resumed, tmp_path / "a", [hlora.Penalty(kept, phi=5.0, anchor=anchor)],
         rows=token_rows(seed=2), **settings,
     )  # fmt: skip
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))

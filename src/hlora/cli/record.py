@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hlora.core.kinds import kind_named
 from hlora.core.recorder import describe_summary
 from hlora.files import size
 from hlora.hf.distributed import is_main
@@ -11,6 +12,8 @@ from hlora.run.settings import RecordSettings
 
 def run(settings: RecordSettings) -> None:
     """Record, and print what was found."""
+    if settings.kind and not kind_named(settings.kind).trained and not is_main():
+        return  # one process gathers it, and writes
     phase = GeneralPhase(settings)
     if settings.dry_run:
         print(phase.plan())

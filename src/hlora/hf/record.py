@@ -88,6 +88,7 @@ class Record(Attached):
         self.summary: dict[str, Any] = {}
         self.notes: dict[str, Any] = {}
         self._recorder: Recorder | None = None
+        self._earlier: store.Stored | None = None
         self._wrote = False  # a second train() replaces the first one's result
 
     @property
@@ -103,7 +104,7 @@ class Record(Attached):
         refuse_result(self.output, self.overwrite or self._wrote)
         if self.previous is None:
             return None
-        earlier = store.load(self.previous)
+        self._earlier = earlier = self._earlier or store.load(self.previous)
         held = earlier.importance
         if not held.trained:
             raise InputError(

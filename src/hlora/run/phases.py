@@ -85,7 +85,13 @@ def tune(settings: TuneSettings) -> Trained:
 
 
 class _Phase:
-    """What both have: a model, rows to train on, a place for the result."""
+    """What both have.
+
+    Attributes:
+        rows: what is trained on.
+        pairs: the target matrices.
+        held: bytes of the importance.
+    """
 
     settings: TrainSettings
     model: nn.Module
@@ -112,14 +118,7 @@ class _Phase:
 
 
 class GeneralPhase(_Phase):
-    """The general phase, ν, ready to run.
-
-    Attributes:
-        texts: blocks of tokens by kind of text, (N, T) each.
-        rows: what is trained on.
-        pairs: the target matrices.
-        held: bytes of the importance.
-    """
+    """The general phase, ν, ready to run. `texts`: blocks of tokens by kind, (N, T) each."""
 
     settings: RecordSettings
 
@@ -178,10 +177,8 @@ class GeneralPhase(_Phase):
             )  # fmt: skip
             clean_up(self.settings)
             summary = self.recorder.summary
-        elif is_main():  # one process gathers it, and writes
-            summary = self._gather(notes)
         else:
-            summary = {}
+            summary = self._gather(notes)
         written = store.read_info(self.output)["files"] if is_main() else {}
         size = sum(f["bytes"] for f in written.values())
         return Recorded(self.output, self.of.kind, summary, size)
@@ -234,15 +231,7 @@ def _options(settings: RecordSettings) -> dict[str, Any]:
 
 
 class DomainPhase(_Phase):
-    """The domain phase, μ, ready to run.
-
-    Attributes:
-        task: what is learned.
-        regularizers: what holds θ; none is plain LoRA.
-        rows: what is trained on.
-        pairs: the target matrices.
-        held: bytes of the importance.
-    """
+    """The domain phase, μ, ready to run. No `regularizers` are plain LoRA."""
 
     settings: TuneSettings
 

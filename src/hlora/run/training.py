@@ -201,12 +201,12 @@ def check_unfinished(settings: TrainSettings) -> None:
         raise StoreError(f"{work / 'settings.json'} is missing or damaged: start again.") from None
     now = asdict(settings)
     for key, value in now.items():
-        if key == "anchor" and "nu" in (value, before.get(key)):
-            value = value or before[key]  # not given is nu
-            before[key] = before[key] or value
-        if key not in _MAY_DIFFER and before.get(key, value) != value:
+        was = before.get(key, value)
+        if key == "anchor" and {was, value} == {None, "nu"}:  # not given is nu
+            continue
+        if key not in _MAY_DIFFER and was != value:
             raise InputError(
-                f"Cannot resume: --{key.replace('_', '-')} was {before[key]} and is {value} now."
+                f"Cannot resume: --{key.replace('_', '-')} was {was} and is {value} now."
             )
 
 
