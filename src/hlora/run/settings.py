@@ -288,7 +288,7 @@ class ReportSettings:
 
 @dataclass(kw_only=True)
 class DemoSettings:
-    """Both phases and an evaluation on a small model: under 10 minutes on two CPU cores."""
+    """Both phases and an evaluation on a small model: about 10 minutes on two CPU cores."""
 
     output: str = setting("folder for the report and all results", "demo", metavar="DIR")
     phi: float = setting("strength of the penalty", 0.003, least=0)
