@@ -202,7 +202,8 @@ class GeneralPhase(_Phase):
             },
             "previous": self.settings.importance, "summary": summary,
         }  # fmt: skip
-        save_importance(self.output, self.model, self.pairs, importance, notes)
+        if is_main():
+            save_importance(self.output, self.model, self.pairs, importance, notes)
         return summary
 
 
