@@ -37,7 +37,7 @@ def sft(tiny, folder, callback, seed=0):
         args=trl.SFTConfig(output_dir=str(folder), max_length=32, **COMMON),
         train_dataset=rows, peft_config=lora(),
     )  # fmt: skip
-    trainer.add_callback(callback)
+    hlora.attach(trainer, callback)
     trainer.train()
     return trainer
 
@@ -66,7 +66,7 @@ def test_the_penalty_under_dpo(tiny, tmp_path):
         args=trl.DPOConfig(output_dir=str(tmp_path / "b"), max_length=32, **COMMON),
         train_dataset=rows, peft_config=lora(),
     )  # fmt: skip
-    trainer.add_callback(hlora.Penalty(tmp_path / "nu", phi=0.1))
+    hlora.attach(trainer, hlora.Penalty(tmp_path / "nu", phi=0.1))
     trainer.train()
     logged = [e for e in trainer.state.log_history if "loss" in e]
     assert len(logged) == 2

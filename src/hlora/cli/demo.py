@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as Shown
 
 from hlora.errors import InputError
-from hlora.files import check_space
+from hlora.files import check_space, refuse_result
 from hlora.run.quiet import quiet_libraries
 from hlora.run.settings import DemoSettings
 from hlora.study.demo import demo_study, note, refuse_another, summary, verdict, write_page
@@ -45,8 +45,7 @@ def run(settings: DemoSettings) -> None:
 
 
 def _make_room(output: Path, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise InputError(f"The output {output} is a file: name a folder.")
+    refuse_result(output, overwrite=True)  # a demo is no result of one phase
     if overwrite:
         shutil.rmtree(output / "work", ignore_errors=True)
         for file in (RESULTS, PAGE):
@@ -56,10 +55,6 @@ def _make_room(output: Path, overwrite: bool) -> None:
             f"{output} holds a finished demo: look at {output / PAGE}, or start anew with "
             "--overwrite."
         )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written to ({error.strerror}).") from None
 
 
 def _show(results: Results) -> None:

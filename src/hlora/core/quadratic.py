@@ -53,6 +53,7 @@ class Quadratic(Regularizer):
         return LowRank.moved(*self.anchor[group.names], B, A, group.s)
 
     def before_step(self, groups: list[Group]) -> Pull:
+        """R (Eq. 15), layer weights and normalization included, and its gradients."""
         values, gradients = [], []
         for g in groups:
             B, A = g.factors()
@@ -62,11 +63,6 @@ class Quadratic(Regularizer):
             values.append(c @ R)
             gradients.append((weight * GA, weight * BG))
         return Pull(_sum(values), gradients)
-
-    @torch.no_grad()
-    def value(self, groups: list[Group]) -> Tensor:
-        """R at the present weights (Eq. 15), layer weights and normalization included."""
-        return self.before_step(groups).R
 
     def _layer_coefficients(self, groups: list[Group]) -> dict[tuple[str, ...], Tensor]:
         """What multiplies each R_l: Eq. 15's weight, and the normalization of Ω."""

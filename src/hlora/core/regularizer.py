@@ -43,6 +43,11 @@ class Regularizer:
         """φ = 0: the step is then plain training, bit for bit."""
         return not isinstance(self.phi, Tensor) and self.phi == 0
 
+    @property
+    def acts_on_data(self) -> bool:
+        """Whether it has the second face."""
+        return type(self).on_forward is not Regularizer.on_forward
+
     def before_step(self, groups: list[Group]) -> Pull | None:
         """The gradients to add before an optimizer step; None for none."""
         return None

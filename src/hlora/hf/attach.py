@@ -62,7 +62,7 @@ def _join_the_loss(trainer: Any) -> None:
         acting = [
             (c.regularizer, c.steps) for c in trainer.callback_handler.callbacks
             if isinstance(c, Regularization) and c.steps is not None and not c.regularizer.off
-            and type(c.regularizer).on_forward is not Regularizer.on_forward
+            and c.regularizer.acts_on_data
         ]  # fmt: skip
         if not acting or not model.training:
             return inner(model, inputs, return_outputs=return_outputs, **kwargs)

@@ -91,7 +91,7 @@ class Regularization(Attached):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
         fresh = self.begin(args, state)
-        if not self.joined and type(self.regularizer).on_forward is not Regularizer.on_forward:
+        if self.regularizer.acts_on_data and not self.joined:
             raise InputError(
                 f"{type(self.regularizer).__name__} acts on the data, so it must join the "
                 "loss: use hlora.attach(trainer, ...) in place of add_callback."
