@@ -14,6 +14,9 @@ KINDS = {
     "dense": "hlora.core.importance.dense:Dense",
     "factored": "hlora.core.importance.factored:Factored",
     "fisher": "hlora.core.importance.fisher:Fisher",
+    "kronecker": "hlora.core.importance.kronecker:Kronecker",
+    "sketch": "hlora.core.importance.sketch:Sketch",
+    "blend": "hlora.core.importance.blend:Blend",
 }
 """Name → `module:class`, imported on first use: the help screen lists them without torch."""
 

@@ -55,9 +55,10 @@ class Quadratic(Regularizer):
     def before_step(self, groups: list[Group]) -> Pull:
         """R (Eq. 15), layer weights and normalization included, and its gradients."""
         values, gradients = [], []
-        for g in groups:
-            B, A = g.factors()
-            R, GA, BG = self.importance.pull(g, self.change(g, B, A), B, A)
+        lefts, rights = zip(*(g.factors() for g in groups), strict=True)
+        changes = [self.change(*of) for of in zip(groups, lefts, rights, strict=True)]
+        pulled = self.importance.pulls(groups, changes, lefts, rights)
+        for g, (R, GA, BG) in zip(groups, pulled, strict=True):
             c = self._coefficients[g.names]
             weight = (2 * self.phi * c).reshape(-1, 1, 1) * g.s
             values.append(c @ R)
@@ -67,6 +68,10 @@ class Quadratic(Regularizer):
     def _layer_coefficients(self, groups: list[Group]) -> dict[tuple[str, ...], Tensor]:
         """What multiplies each R_l: Eq. 15's weight, and the normalization of Ω."""
         rule = self.rule
+        if self.importance.natural:
+            return {
+                g.names: torch.ones(len(g.pairs), dtype=g.dtype, device=g.device) for g in groups
+            }
         norms, totals = self.importance.norms(), self.importance.totals()
         weights = layer_weights(
             norms, rule.layer_weights, scale=rule.softmax_scale, apart=rule.apart

@@ -7,7 +7,7 @@ registered in `hlora.core.kinds`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -27,12 +27,15 @@ class Importance(ABC):
             at fixed weights (it has a `gather`).
         storages: the forms that it can be written in.
         conversions: what `converted` takes.
+        natural: R is in nats per token as it is: neither Eq. 15's layer weights nor a normalization
+            apply.
     """
 
     kind: ClassVar[str]
     trained: ClassVar[bool] = True
     storages: ClassVar[tuple[str, ...]] = ("fp32",)
     conversions: ClassVar[tuple[str, ...]] = ()
+    natural: ClassVar[bool] = False
 
     # ---------------------------------------------------------------- gathered
 
@@ -142,6 +145,22 @@ class Importance(ABC):
         self, group: Group, change: LowRank, left: Tensor, right: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """R_l of Eq. 14 (L,), and half its gradient from two sides: see `hlora.core.ops.weigh`."""
+
+    def pulls(
+        self,
+        groups: Sequence[Group],
+        changes: Sequence[LowRank],
+        lefts: Sequence[Tensor],
+        rights: Sequence[Tensor],
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`pull` of all groups; a kind that couples layers overrides this one."""
+        return [
+            self.pull(*of) for of in zip(groups, changes, lefts, rights, strict=True)
+        ]  # fmt: skip
+
+    def forgetting(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
+        """If `natural`: the predicted KL divergence from the base model, nats per token."""
+        raise NotImplementedError
 
 
 class Trace(Protocol):

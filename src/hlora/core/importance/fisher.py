@@ -1,9 +1,8 @@
 """Diagonal Fisher information of the target matrices: the importance of EWC.
 
 F_i = E[(∂ log p(y|x) / ∂θ_i)²] over sequences x of general text, with the labels y sampled from the
-model itself. Only the target matrices are looked at, and the gradients of a whole batch are taken
-in one backward pass, sequence by sequence from the layers' inputs and output gradients:
-∂/∂θ = Σ_t δ_t x_tᵀ. (Xiang et al. 2023 square the gradients of all parameters, one sequence at a
+model itself. Only the target matrices are looked at, in the batched passes of `passes`. (Xiang
+et al. 2023 square the gradients of all parameters, one sequence at a
 time, with the corpus tokens as labels: `fisher_original`.)
 """
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from hlora.core import ops
 from hlora.core.importance import fisher_original
 from hlora.core.importance.dense import Dense
+from hlora.core.importance.passes import backward_passes
 from hlora.core.pairs import Pair
 from hlora.errors import InputError
 
@@ -70,10 +70,8 @@ class Fisher(Dense):
             sums, everything = fisher_original.gather(model, pairs, rows, tick=tick)
             return cls(sums), {**notes, "labels": "corpus", "all_parameters_bytes": everything}
         labels = labels or "model"
-        return cls(_lean(model, pairs, rows, labels, batch_size, seed, tick)), {
-            **notes,
-            "labels": labels,
-        }
+        sums = _lean(model, pairs, rows, labels=labels, batch_size=batch_size, seed=seed, tick=tick)
+        return cls(sums), {**notes, "labels": labels}
 
     @staticmethod
     def describe(summary: dict[str, Any]) -> list[str]:
@@ -82,56 +80,11 @@ class Fisher(Dense):
         ]
 
 
-def _lean(
-    model: nn.Module,
-    pairs: list[Pair],
-    blocks: Tensor,
-    labels: str,
-    batch_size: int,
-    seed: int,
-    tick: Callable[[int], None] | None,
-) -> dict[str, Tensor]:
+def _lean(model: nn.Module, pairs: list[Pair], rows: Tensor, **options: Any) -> dict[str, Tensor]:
     """The squared gradients of whole batches, sequence by sequence."""
     sums = {p.name: torch.zeros(p.shape[:2], device=p.A.device) for p in pairs}
-    generator = torch.Generator(device=pairs[0].A.device).manual_seed(seed)
-    handles = [p.layer.register_forward_hook(_watch(sums[p.name])) for p in pairs]
-    training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(blocks), batch_size):
-            ids = blocks[start : start + batch_size].to(pairs[0].A.device)
-            logits = model(input_ids=ids).logits[:, :-1].float()
-            targets = ids[:, 1:] if labels == "corpus" else _sampled(logits, generator)
-            # A sum, not a mean: each sequence's log-likelihood has a gradient of its own.
-            loss = nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), reduction="sum"
-            )
-            factors = [f for p in pairs for f in (p.B, p.A) if f.requires_grad]
-            torch.autograd.grad(loss, factors)
-            if tick:
-                tick(len(ids))
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(training)
-    return {n: s / len(blocks) for n, s in sums.items()}
-
-
-def _watch(total: Tensor) -> Callable[..., None]:
-    """A forward hook that adds this layer's squared gradients when they come."""
-
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x = inputs[0].detach()
-
-        def add(delta: Tensor) -> None:
-            ops.add_squared_gradients(total, delta, x)
-
-        output.register_hook(add)
-
-    return hook
-
-
-@torch.no_grad()
-def _sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
-    flat = logits.softmax(dim=-1).flatten(0, 1)
-    return torch.multinomial(flat, 1, generator=generator).reshape(logits.shape[:2])
+    backward_passes(
+        model, pairs, rows,
+        lambda pair, delta, x: ops.add_squared_gradients(sums[pair.name], delta, x), **options,
+    )  # fmt: skip
+    return {n: s / len(rows) for n, s in sums.items()}

@@ -1,0 +1,247 @@
+"""What the kinds gathered at the base share: gradients of whole sequences in a basis per matrix.
+
+For one sequence of T predicted tokens and one matrix the gradient of log p(y|x), y sampled from the
+model, is g = δᵀX (m × n), from the output gradients δ (T × m) and the inputs X (T × n). The KL
+divergence from the base model by a change D of all matrices is then about
+½ E[(Σ_l ⟨g_l, D_l⟩)²]/T nats per token. g is never formed. With U (m × p) and V (n × q) that span
+the largest of E[ggᵀ] and E[gᵀg], what is kept is Uᵀg V of each sequence (`sketch`), or UᵀE[ggᵀ]U,
+VᵀE[gᵀg]V and the diagonals (`kronecker`). A first part of the sequences finds U and V (range
+finder: Halko, Martinsson, Tropp 2011), then all of them are projected.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hlora.core import linearcodes
+from hlora.core.importance import Importance
+from hlora.core.importance.passes import backward_passes
+from hlora.core.pairs import Group, Pair
+from hlora.errors import UnsupportedModelError
+
+SEQUENCES = 160
+"""Rows that a gathering takes unless told otherwise."""
+RANK = 32
+"""Columns of U and V, where the matrix has as many."""
+PILOT = 4
+"""One sequence in so many finds U and V."""
+TOKENS = "tokens"
+"""The tensor that holds T."""
+
+Self = TypeVar("Self", bound="Sequences")
+
+
+@dataclass
+class Projected:
+    """N sequences at one matrix.
+
+    Attributes:
+        U, V: (m, p) and (n, q), orthonormal columns.
+        cores: (N, p, q), Uᵀg V of each sequence.
+        left, right: (p, p) and (q, q), UᵀE[ggᵀ]U and VᵀE[gᵀg]V.
+        rows, columns: (m,) and (n,), the diagonals of E[ggᵀ] and E[gᵀg].
+    """
+
+    U: Tensor
+    V: Tensor
+    cores: Tensor
+    left: Tensor
+    right: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+class Sequences(Importance):
+    """R in nats per token, from `Projected` gradients. Bases and cores are kept in int8."""
+
+    trained = False
+    natural = True
+    parts: ClassVar[tuple[str, ...]]
+    """What is stored of each layer: see `sizes`."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._tokens = int(tensors[TOKENS])
+
+    @classmethod
+    def from_tensors(cls: type[Self], tensors: dict[str, Tensor]) -> Self:
+        wanted = {TOKENS, *(f"{n}.{p}" for n in _names(tensors) for p in cls.parts)}
+        if tensors.keys() != wanted:
+            raise ValueError(f"{sorted(tensors.keys() ^ wanted)[0]} is missing or too many")
+        return cls(tensors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._tensors
+
+    @property
+    def names(self) -> set[str]:
+        return _names(self._tensors)
+
+    @classmethod
+    def rows_needed(cls, options: dict[str, Any]) -> int:
+        return options.get("sequences") or SEQUENCES
+
+    @classmethod
+    def gather(
+        cls: type[Self],
+        model: nn.Module,
+        pairs: list[Pair],
+        rows: Tensor,
+        *,
+        batch_size: int = 8,
+        seed: int = 0,
+        tick: Callable[[int], None] | None = None,
+        **options: Any,
+    ) -> tuple[Self, dict[str, Any]]:
+        """At the model's present weights.
+
+        Args:
+            options: `rank`, the columns of U and V.
+        """
+        found = project(
+            model, pairs, rows, rank=options.get("rank") or RANK, seed=seed,
+            batch_size=batch_size, tick=tick,
+        )  # fmt: skip
+        tensors = {TOKENS: torch.tensor([rows.shape[1] - 1])}
+        for name, of in found.items():
+            U, V = linearcodes.encode(of.U, 0), linearcodes.encode(of.V, 0)
+            kept = {
+                "U": U[0], "U_scale": U[1], "V": V[0], "V_scale": V[1],
+                **cls.keep(of, linearcodes.decode(*U).to(of.U), linearcodes.decode(*V).to(of.V)),
+            }  # fmt: skip
+            tensors |= {f"{name}.{part}": _single(kept[part]) for part in cls.parts}
+        return cls(tensors), {"sequences": len(rows), "tokens": rows.shape[1]}
+
+    @classmethod
+    @abstractmethod
+    def keep(cls, of: Projected, U: Tensor, V: Tensor) -> dict[str, Tensor]:
+        """The parts beside the bases; U and V are those that will be read back."""
+
+    @staticmethod
+    def describe(summary: dict[str, Any]) -> list[str]:
+        return [
+            f"Gradients of {summary['sequences']} sequences of {summary['tokens']} tokens on "
+            f"{summary['layers']} layers, gathered without training."
+        ]
+
+    def check(self) -> None:
+        for name, t in self._tensors.items():
+            if t.is_floating_point() and not t.isfinite().all():
+                raise ValueError(f"{name} is not finite")
+
+    @classmethod
+    def sizes(cls, m: int, n: int, sequences: int) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Shape and bytes an element of what can be kept of an (m, n) matrix, by part."""
+        p, q = min(m, RANK), min(n, RANK)
+        return {
+            "U": ((m, p), 1), "U_scale": ((1, p), 4), "V": ((n, q), 1), "V_scale": ((1, q), 4),
+            "left": ((p, p), 4), "right": ((q, q), 4), "rows": ((m,), 4), "columns": ((n,), 4),
+            "cores": ((sequences, p, q), 1), "cores_scale": ((sequences, 1, 1), 4),
+        }  # fmt: skip
+
+    @classmethod
+    def bytes(
+        cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32", *, sequences: int = 0
+    ) -> int:
+        return sum(
+            prod(shape) * width
+            for m, n in shapes
+            for part, (shape, width) in cls.sizes(m, n, sequences or SEQUENCES).items()
+            if part in cls.parts
+        )
+
+    def stack(self, group: Group, part: str) -> Tensor:
+        """A part of all layers of a group, decoded, (L, ...)."""
+        found = {n: self._tensors[f"{n}.{part}"] for n in group.names}
+        stacked = group.stack(found)
+        if f"{group.names[0]}.{part}_scale" in self._tensors:
+            stacked *= group.stack({n: self._tensors[f"{n}.{part}_scale"] for n in group.names})
+        return stacked
+
+    def pull(self, group, change, left, right):  # type: ignore[no-untyped-def]
+        return self.pulls([group], [change], [left], [right])[0]
+
+
+def _single(part: Tensor) -> Tensor:
+    return part.float() if part.is_floating_point() else part
+
+
+def _names(tensors: Iterable[str]) -> set[str]:
+    return {key.removesuffix(".U") for key in tensors if key.endswith(".U")}
+
+
+def project(
+    model: nn.Module, pairs: list[Pair], rows: Tensor, *, rank: int = RANK, seed: int = 0,
+    **passes: Any,
+) -> dict[str, Projected]:  # fmt: skip
+    """The gradients of all rows (N, T + 1) at every pair, by name.
+
+    Args:
+        rank: p and q, at most the matrix's own size.
+        seed: of the range finder and of the sampled labels.
+        passes: see `backward_passes`.
+
+    Raises:
+        UnsupportedModelError: a layer that runs more than once in a forward pass.
+    """
+    bases = _bases(model, pairs, rows[: -(-len(rows) // PILOT)], rank, seed, passes)
+    found: dict[str, list[tuple[Tensor, ...]]] = {p.name: [] for p in pairs}
+
+    def take(pair: Pair, delta: Tensor, x: Tensor) -> None:
+        U, V = bases[pair.name]
+        d, x = delta.to(U.dtype), x.to(U.dtype)
+        dU, xV, Kx, Kd = d @ U, x @ V, x @ x.mT, d @ d.mT
+        found[pair.name].append(
+            (
+                dU.mT @ xV, (dU.mT @ Kx @ dU).sum(0), (xV.mT @ Kd @ xV).sum(0),
+                (d * (Kx @ d)).sum((0, 1)), (x * (Kd @ x)).sum((0, 1)),
+            )
+        )  # fmt: skip
+
+    backward_passes(model, pairs, rows, take, seed=seed + 1, **passes)
+    result = {}
+    for name, batches in found.items():
+        cores, *sums = zip(*batches, strict=True)
+        together = torch.cat(cores)
+        if len(together) != len(rows):
+            raise UnsupportedModelError(
+                f"{name} runs more than once in a forward pass, so the gradient of a sequence is "
+                "not one product: leave it out of the targets."
+            )
+        moments = [torch.stack(s).sum(0) / len(rows) for s in sums]
+        result[name] = Projected(*bases[name], together, *moments)
+    return result
+
+
+def _bases(
+    model: nn.Module, pairs: list[Pair], rows: Tensor, rank: int, seed: int, passes: dict[str, Any]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """U and V of each pair: the main directions of Σ ggᵀ and Σ gᵀg times random vectors."""
+    draw = torch.Generator().manual_seed(seed)
+    probes, images = {}, {}
+    for p in pairs:
+        dtype = torch.promote_types(p.A.dtype, torch.float32)
+        probes[p.name] = [
+            torch.randn(size, min(2 * rank, size), generator=draw, dtype=dtype).to(p.A.device)
+            for size in p.shape[:2]
+        ]
+        images[p.name] = [torch.zeros_like(t) for t in probes[p.name]]
+
+    def take(pair: Pair, delta: Tensor, x: Tensor) -> None:
+        (of_rows, of_columns), (Y, Z) = probes[pair.name], images[pair.name]
+        d, x = delta.to(Y.dtype), x.to(Y.dtype)
+        Y += (d.mT @ (x @ (x.mT @ (d @ of_rows)))).sum(0)
+        Z += (x.mT @ (d @ (d.mT @ (x @ of_columns)))).sum(0)
+
+    backward_passes(model, pairs, rows, take, seed=seed, **{**passes, "tick": None})
+    return {
+        name: tuple(torch.linalg.svd(t, full_matrices=False).U[:, :rank] for t in both)
+        for name, both in images.items()
+    }

@@ -1,0 +1,90 @@
+"""The gradients of N sequences themselves, all layers together: a meter of forgetting.
+
+R = ½ mean_n (Σ_l ⟨g_nl, D_l⟩)²/T nats per token. As layers and tokens are not taken apart, it
+predicts the KL divergence from the base model that a training really leads to. As a penalty alone
+it can be dodged: a training can leave the N directions that it sees (see `blend`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from hlora.core import linearcodes
+from hlora.core.importance.sequences import Projected, Sequences
+from hlora.core.lowrank import LowRank
+from hlora.core.pairs import Group
+
+
+class Sketch(Sequences):
+    """By layer: U, V and the cores Uᵀg V of each sequence."""
+
+    kind = "sketch"
+    parts = ("U", "U_scale", "V", "V_scale", "cores", "cores_scale")
+
+    @classmethod
+    def keep(cls, of: Projected, U: Tensor, V: Tensor) -> dict[str, Tensor]:
+        codes, scale = linearcodes.encode(of.cores, (1, 2))
+        return {"cores": codes, "cores_scale": scale}
+
+    def arrange(self, groups: Iterable[Group]) -> None:
+        self._stacked = {
+            g.names: (self.stack(g, "U"), self.stack(g, "V"), self.stack(g, "cores").flatten(2))
+            for g in groups
+        }
+
+    def pulls(
+        self,
+        groups: Sequence[Group],
+        changes: Sequence[LowRank],
+        lefts: Sequence[Tensor],
+        rights: Sequence[Tensor],
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        seen = self._seen(groups, changes)
+        total = _over_layers(seen)
+        weight = 1 / (2 * self._tokens * len(total))
+        pulled = []
+        for group, left, right, of_layer in zip(groups, lefts, rights, seen, strict=True):
+            U, V, cores = self._stacked[group.names]
+            a = (weight * total).to(of_layer)
+            W = (a @ cores).unflatten(1, (U.shape[2], V.shape[2]))
+            pulled.append(
+                (of_layer @ a, U @ (W @ (right @ V).mT), ((left.mT @ U) @ W) @ V.mT)
+            )  # fmt: skip
+        return pulled
+
+    def forgetting(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
+        total = _over_layers(self._seen(groups, changes))
+        return total.square().mean() / (2 * self._tokens)
+
+    def _seen(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> list[Tensor]:
+        """⟨g_nl, D_l⟩ of each group, (L, N)."""
+        found = []
+        for group, D in zip(groups, changes, strict=True):
+            U, V, cores = self._stacked[group.names]
+            inner = (U.mT @ D.P) @ (D.Q @ V)
+            found.append((cores @ inner.flatten(1)[:, :, None]).squeeze(2))
+        return found
+
+    def norms(self) -> dict[str, float]:
+        """‖F_l‖₂ of F_l = E[gg ᵀ] over the elements of g."""
+        found = {}
+        for n in self.names:
+            cores = self._cores(n)
+            found[n] = float(torch.linalg.matrix_norm(cores @ cores.mT)) / len(cores)
+        return found
+
+    def totals(self) -> dict[str, float]:
+        return {n: float(self._cores(n).square().sum(1).mean()) for n in self.names}
+
+    def _cores(self, name: str) -> Tensor:
+        """(N, p·q)."""
+        codes, scale = self._tensors[f"{name}.cores"], self._tensors[f"{name}.cores_scale"]
+        return linearcodes.decode(codes, scale).flatten(1)
+
+
+def _over_layers(seen: list[Tensor]) -> Tensor:
+    """Σ_l ⟨g_nl, D_l⟩, (N,)."""
+    return torch.stack([s.sum(0).to(seen[0].device) for s in seen]).sum(0)

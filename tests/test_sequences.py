@@ -1,0 +1,209 @@
+"""Importance gathered at the base from whole sequences, against autograd and dense matrices."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hlora.core.importance import sequences
+from hlora.core.importance.blend import SMOOTH, Blend
+from hlora.core.importance.kronecker import Kronecker
+from hlora.core.importance.sequences import project
+from hlora.core.importance.sketch import Sketch
+from hlora.core.lowrank import LowRank
+from hlora.core.pairs import group
+from hlora.errors import UnsupportedModelError
+from hlora.hf.peft import find_pairs
+from tests.conftest import lora_model, perturb
+
+KINDS = [Kronecker, Sketch, Blend]
+
+
+def gathered(kind, rank=3, count=6, **lora):
+    """An importance of the tiny LLaMA in float64, arranged, with a change to look at."""
+    model = lora_model(dtype=torch.float64, **lora)
+    pairs = find_pairs(model)
+    rows = torch.randint(3, 60, (count, 9))
+    importance, _ = kind.gather(model, pairs, rows, rank=rank, batch_size=4)
+    groups = group(pairs)
+    importance.arrange(groups)
+    perturb(model)
+    factors = [g.factors() for g in groups]
+    changes = [LowRank(g.s * B, A) for g, (B, A) in zip(groups, factors, strict=True)]
+    return importance, groups, changes, *zip(*factors, strict=True)
+
+
+def dense_value(importance, groups, matrices):
+    """R from (L, m, n) matrices, by what is stored."""
+    if isinstance(importance, Blend):
+        return dense_value(importance.sketch, groups, matrices) + SMOOTH * dense_value(
+            importance.smooth, groups, matrices
+        )
+    T, total, smooth = 8, 0, 0
+    for g, D in zip(groups, matrices, strict=True):
+        U, V = importance.stack(g, "U"), importance.stack(g, "V")
+        if isinstance(importance, Sketch):
+            g_n = U[:, None] @ importance.stack(g, "cores") @ V[:, None].mT
+            total = total + (g_n * D[:, None]).sum((0, 2, 3))
+            continue
+        G = U @ importance.stack(g, "left") @ U.mT + torch.diag_embed(importance.stack(g, "rows"))
+        C = V @ importance.stack(g, "right") @ V.mT
+        C = C + torch.diag_embed(importance.stack(g, "columns"))
+        trace = importance.stack(g, "left").diagonal(dim1=1, dim2=2).sum(1)
+        trace = trace + importance.stack(g, "rows").sum(1)
+        smooth = smooth + (torch.einsum("lab,lbc,lcd,lad->l", G, D, C, D) / trace).sum() / (2 * T)
+    return (total**2).mean() / (2 * T) if isinstance(importance, Sketch) else smooth
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gptj", "gpt2"])
+def test_projected_gradients_are_those_of_autograd_sequence_by_sequence(architecture):
+    model = lora_model(architecture, dtype=torch.float64)
+    perturb(model)
+    model.eval()
+    rows = torch.randint(3, 60, (5, 9))
+    pairs = find_pairs(model)
+    found = project(model, pairs, rows, rank=3, labels="corpus", batch_size=2)
+    for p in pairs:
+        p.weight.requires_grad_(True)
+    gradients = {p.name: [] for p in pairs}
+    for row in rows:
+        logits = model(input_ids=row[None]).logits[0, :-1]
+        loss = F.cross_entropy(logits, row[1:], reduction="sum")
+        for p, g in zip(pairs, torch.autograd.grad(loss, [p.weight for p in pairs]), strict=True):
+            gradients[p.name].append(g.mT if p.transposed else g)
+    for name, of in found.items():
+        g = torch.stack(gradients[name])
+        assert g.abs().max() > 0
+        rowwise, columnwise = (g @ g.mT).mean(0), (g.mT @ g).mean(0)
+        torch.testing.assert_close(of.U.mT @ of.U, torch.eye(3, dtype=g.dtype))
+        torch.testing.assert_close(of.cores, of.U.mT @ g @ of.V)
+        torch.testing.assert_close(of.left, of.U.mT @ rowwise @ of.U)
+        torch.testing.assert_close(of.right, of.V.mT @ columnwise @ of.V)
+        torch.testing.assert_close(of.rows, rowwise.diagonal())
+        torch.testing.assert_close(of.columns, columnwise.diagonal())
+
+
+def test_the_bases_hold_the_largest_directions(monkeypatch):
+    """All sequences find them here; the best basis of the rank keeps hardly more."""
+    monkeypatch.setattr(sequences, "PILOT", 1)
+    model = lora_model(dtype=torch.float64)
+    pairs = find_pairs(model)
+    rows = torch.randint(3, 60, (32, 9))
+    part = project(model, pairs, rows, rank=4, labels="corpus")
+    whole = project(model, pairs, rows, rank=64, labels="corpus")
+    for name, of in whole.items():
+        best = torch.linalg.eigvalsh(of.left)[-4:].sum()
+        assert 0.8 * best < part[name].left.trace() <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_values_and_gradients_are_those_of_dense_matrices(kind, targets):
+    importance, groups, changes, Bs, As = gathered(kind, target_modules=targets)
+    matrices = [(D.P @ D.Q).requires_grad_() for D in changes]
+    expected = dense_value(importance, groups, matrices)
+    G = torch.autograd.grad(expected, matrices)
+    pulled = importance.pulls(groups, changes, Bs, As)
+    torch.testing.assert_close(sum(values.sum() for values, _, _ in pulled), expected.detach())
+    assert expected > 0
+    for (_, GA, BG), g, B, A in zip(pulled, G, Bs, As, strict=True):
+        torch.testing.assert_close(2 * GA, g @ A.mT)
+        torch.testing.assert_close(2 * BG, B.mT @ g)
+
+
+def test_the_meter_of_a_blend_is_its_sketch():
+    importance, groups, changes, Bs, As = gathered(Blend)
+    seen = sum(v.sum() for v, _, _ in importance.sketch.pulls(groups, changes, Bs, As))
+    torch.testing.assert_close(importance.forgetting(groups, changes), seen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_group_alone_is_pulled_as_without_the_others(kind):
+    """`pull` looks at its own group; the sketch then lacks the others' share."""
+    importance, groups, changes, Bs, As = gathered(kind)
+    values, _, _ = importance.pull(groups[0], changes[0], Bs[0], As[0])
+    dense = [D.P @ D.Q * (i == 0) for i, D in enumerate(changes)]
+    torch.testing.assert_close(values.sum(), dense_value(importance, groups, dense))
+
+
+@pytest.mark.parametrize("kind", [Kronecker, Sketch])
+def test_norms_and_totals_are_those_of_the_dense_curvature(kind):
+    importance, groups, *_ = gathered(kind)
+    for g in groups:
+        for i, name in enumerate(g.names):
+            U, V = importance.stack(g, "U")[i], importance.stack(g, "V")[i]
+            if kind is Sketch:
+                flat = (U @ importance.stack(g, "cores")[i] @ V.mT).flatten(1)
+                dense = flat.mT @ flat / len(flat)
+                approximately = {"rtol": 0.05, "atol": 0}  # int8 columns are not quite orthonormal
+            else:
+                G = U @ importance.stack(g, "left")[i] @ U.mT
+                G = G + importance.stack(g, "rows")[i].diag()
+                C = V @ importance.stack(g, "right")[i] @ V.mT
+                C = C + importance.stack(g, "columns")[i].diag()
+                dense = torch.kron(G, C) / importance.totals()[name]
+                approximately = {"rtol": 0.05, "atol": 0}
+            assert importance.norms()[name] == pytest.approx(float(dense.norm()), rel=0.05)
+            torch.testing.assert_close(
+                torch.tensor(importance.totals()[name]).double(), dense.trace(), **approximately
+            )
+
+
+def test_the_meter_predicts_the_divergence_of_the_whole_model():
+    """Small steps of a tiny model, where the second order is all there is."""
+    model = lora_model(dtype=torch.float64, target_modules="all-linear")
+    pairs = find_pairs(model)
+    rows = torch.randint(3, 60, (600, 9))
+    importance, _ = Sketch.gather(model, pairs, rows, rank=16, batch_size=100)
+    groups = group(pairs)
+    importance.arrange(groups)
+    fresh = torch.randint(3, 60, (600, 9))
+    model.eval()
+    with torch.no_grad():
+        before = model(input_ids=fresh).logits[:, :-1].log_softmax(-1)
+        for p in pairs:
+            p.B.copy_(0.03 * torch.randn_like(p.B))
+        after = model(input_ids=fresh).logits[:, :-1].log_softmax(-1)
+    measured = float((before.exp() * (before - after)).sum(-1).mean())
+    changes = [LowRank(g.s * g.factors()[0], g.factors()[1]) for g in groups]
+    predicted = float(importance.forgetting(groups, changes))
+    # 600 sequences of chi-squared terms: a relative standard error of 6 %.
+    assert predicted == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_size_is_that_of_the_tensors(kind):
+    model = lora_model()
+    pairs = find_pairs(model)
+    importance, _ = kind.gather(model, pairs, torch.randint(3, 60, (5, 9)))
+    size = sum(t.numel() * t.element_size() for t in importance.tensors().values())
+    assert size == kind.bytes([p.shape[:2] for p in pairs], sequences=5) + 8  # T itself
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_back_is_what_was_gathered(kind):
+    importance, groups, changes, Bs, As = gathered(kind)
+    again = kind.from_tensors(importance.tensors())
+    again.arrange(groups)
+    for a, b in zip(*(i.pulls(groups, changes, Bs, As) for i in (importance, again)), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_missing_and_infinite_parts_are_refused(kind):
+    tensors = gathered(kind)[0].tensors()
+    part = kind.parts[-1]
+    name = next(k for k in tensors if k.endswith("." + part))
+    with pytest.raises(ValueError, match=part):
+        kind.from_tensors({k: t for k, t in tensors.items() if k != name})
+    broken = {**tensors, name: torch.full_like(tensors[name], torch.inf)}
+    with pytest.raises(ValueError, match=part):
+        kind.from_tensors(broken).check()
+
+
+def test_a_layer_that_runs_twice_is_refused():
+    model = lora_model()
+    pairs = find_pairs(model)
+    layers = model.base_model.model.model.layers
+    layers[1] = layers[0]
+    with pytest.raises(UnsupportedModelError, match="more than once"):
+        project(model, [p for p in pairs if ".layers.0." in p.name], torch.randint(3, 60, (4, 9)))
