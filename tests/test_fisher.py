@@ -90,7 +90,7 @@ def test_gathering_leaves_the_model_as_it_was():
 def test_the_command_and_the_penalty_from_the_base(tiny, tmp_path, capsys):
     write_text(tmp_path / "a.txt")
     common = ["--model", str(tiny), "--text", str(tmp_path / "a.txt"), "--block-size", "32"]
-    argv = ["record", *common, "--kind", "fisher", "--fisher-sequences", "6", "--batch-size", "4"]
+    argv = ["record", *common, "--kind", "fisher", "--sequences", "6", "--batch-size", "4"]
     assert cli.main([*argv, "--output", str(tmp_path / "f")]) == 0
     assert "Fisher information of 6 sequences" in capsys.readouterr().out
     assert cli.main(["inspect", str(tmp_path / "f")]) == 0
@@ -115,7 +115,7 @@ def test_the_original_is_a_command_and_says_what_the_whole_takes(tiny, tmp_path,
     write_text(tmp_path / "t.txt")
     argv = ["record", "--model", str(tiny), "--text", str(tmp_path / "t.txt"), "--output"]
     argv += [str(tmp_path / "f"), "--kind", "fisher", "--fisher-method", "original"]
-    argv += ["--block-size", "32", "--fisher-sequences", "3"]
+    argv += ["--block-size", "32", "--sequences", "3"]
     assert cli.main([*argv, "--fisher-labels", "model"]) == 2
     assert "takes the corpus' labels" in capsys.readouterr().err
     assert cli.main(argv) == 0

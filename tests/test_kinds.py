@@ -60,7 +60,7 @@ def test_an_unknown_kind_is_named_with_the_nearest():
         kind_named("factord")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dense", "factored", "fisher"])  # others: test_sequences
 def test_each_kind_sizes_itself_as_its_tensors_are(kind):
     shapes = {"a": (5, 7), "b": (3, 9)}
     of = kind_named(kind)

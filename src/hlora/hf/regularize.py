@@ -24,6 +24,8 @@ from hlora.hf.peft import base_of, find_pairs, starts_at_base
 logger = logging.getLogger(__name__)
 
 ANCHORS = ("nu", "base")
+NATURAL_PHI = 1.0
+"""φ where R is in nats per token: one of general text counts as much as one of the domain."""
 WEAK = 1e-3
 """Below this share of the task's gradient a penalty does nothing."""
 
@@ -173,11 +175,12 @@ class Penalty(Regularization):
 
     Args:
         importance: an importance folder.
-        phi: φ of Eq. 16; 0.01 on normalized importance unless the preset says otherwise. The
-            attribute may be set while training.
+        phi: φ of Eq. 16; 0.01 on normalized importance unless the preset says otherwise, and 1 on
+            importance in nats per token. The attribute may be set while training.
         preset: `default`, `paper` (Eq. 14-16 to the letter) or `official` (the authors' code).
         anchor: `nu` starts from the recorded adapter and holds θ to it; `base` starts from the
-            base model and holds θ to that, the recorded adapter serving for its importance only.
+            base model and holds θ to that, the recorded adapter serving for its importance only. By
+            default where the importance was gathered.
         rule: fields of `hlora.core.presets.PenaltyRule` in place of the preset's:
             normalize, layer_weights, softmax_scale, apart.
 
@@ -192,15 +195,25 @@ class Penalty(Regularization):
         *,
         phi: float | None = None,
         preset: str | None = None,
-        anchor: str = "nu",
+        anchor: str | None = None,
         **rule: Any,
     ) -> None:
         super().__init__()
-        if anchor not in ANCHORS:
+        if anchor not in (None, *ANCHORS):
             raise InputError(f"anchor must be one of {', '.join(ANCHORS)}, not {anchor!r}.")
         self.rule: PenaltyRule = choose(PENALTY_PRESETS, preset, phi=phi, **rule)
-        self.anchor = anchor
         self.stored = store.load(importance)
+        held = self.stored.importance
+        if held.natural:
+            given = [name for name, value in rule.items() if value is not None]
+            if given or preset not in (None, "default"):
+                raise InputError(
+                    f"{given[0] if given else 'a preset'} does not apply to {held.kind} "
+                    "importance, which is in nats per token as it is."
+                )
+            self.rule = replace(self.rule, phi=NATURAL_PHI if phi is None else phi)
+        at_base = held.natural and not any(B.any() for B, _ in self.stored.factors.values())
+        self.anchor = anchor or ("base" if at_base else "nu")
         self.regularizer.phi = self.rule.phi
 
     @property

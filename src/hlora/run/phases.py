@@ -7,7 +7,7 @@ phase, ask it for its `plan`, and `run` it.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ class GeneralPhase(_Phase):
             self.model = new_adapter(self.model, settings)
         self.pairs = find_pairs(self.model)
         shapes = [p.shape[:2] for p in self.pairs]
-        self.held = self.of.bytes(shapes, settings.storage)
+        self.held = self.of.bytes(shapes, settings.storage, len(tokens))
         running = self.of.bytes(shapes)
         check_space(self.output, self.held + (4 * running if settings.save_steps else 0))
 
@@ -225,10 +225,9 @@ def _recorder(settings: RecordSettings) -> Record | None:
 def _options(settings: RecordSettings) -> dict[str, Any]:
     """The options of a kind that is gathered by passes over text."""
     return {
-        f.name.removeprefix("fisher_"): getattr(settings, f.name)
-        for f in fields(settings)
-        if f.name.startswith("fisher_")
-    }
+        "sequences": settings.sequences, "labels": settings.fisher_labels,
+        "method": settings.fisher_method,
+    }  # fmt: skip
 
 
 class DomainPhase(_Phase):
@@ -249,7 +248,7 @@ class DomainPhase(_Phase):
             settings.task, format=settings.task_format, limit=settings.task_rows or None
         )
         self._load_model()
-        if nu and settings.anchor != "base":
+        if nu and self.regularizers[0].anchor == "nu":
             self.model = load_adapter(self.model, nu, trainable=True)
         else:
             self.model = new_adapter(self.model, settings)
@@ -309,5 +308,4 @@ def regularizers(settings: TuneSettings) -> list[Penalty]:
                     "without it the adapter is plain LoRA."
                 )
         return []
-    anchor = given.pop("anchor") or "nu"
-    return [Penalty(settings.importance, preset=settings.preset, anchor=anchor, **given)]
+    return [Penalty(settings.importance, preset=settings.preset, **given)]

@@ -116,8 +116,8 @@ class RecordSettings(TrainSettings):
     )  # fmt: skip
     kind: str | None = setting(
         "form of the importance: factored, row and column sums (the default); dense, one value "
-        "per weight (the paper; default with its presets or --storage); fisher, as in EWC, without "
-        "training", None,
+        "per weight (the paper; default with its presets or --storage); without training, at the "
+        "base: fisher, as in EWC; kronecker, sketch, and blend, which is both", None,
         choices=KINDS,
     )  # fmt: skip
     storage: str = setting(
@@ -128,17 +128,17 @@ class RecordSettings(TrainSettings):
         "paper: Eq. 11-13 to the letter; official: the authors' code", "default",
         choices=("default", "paper", "official"), more=True,
     )  # fmt: skip
-    fisher_sequences: int = setting(
-        "rows of text for the Fisher information; 0 for 200 (original: 20,000, as in EWC-LoRA)", 0,
-        more=True, least=0,
+    sequences: int = setting(
+        "rows of text for importance gathered without training; 0 for 160 (fisher: 200, and as in "
+        "EWC-LoRA 20,000 with --fisher-method original)", 0, more=True, least=0,
     )  # fmt: skip
     fisher_labels: str | None = setting(
         "labels sampled from the model (default of lean) or taken from the text (original)", None,
         choices=("model", "corpus"), more=True,
     )  # fmt: skip
-    fisher_method: str = setting(
-        "lean: target matrices only, batched; original: as EWC-LoRA published it (slow)",
-        "lean", choices=("lean", "original"), more=True,
+    fisher_method: str | None = setting(
+        "lean (the default): target matrices only, batched; original: as EWC-LoRA published it "
+        "(slow)", None, choices=("lean", "original"), more=True,
     )  # fmt: skip
     estimator: str | None = setting(
         "gradient of the full weights: equivalent (Eq. 11) or projected (sums to loss drop)", None,
@@ -169,8 +169,9 @@ class TuneSettings(TrainSettings):
         None,
     )
     anchor: str | None = setting(
-        "what the penalty pulls towards: nu, the recorded adapter, where training also starts (the "
-        "default), or base, the base model", None, choices=("nu", "base"),
+        "what the penalty pulls towards: nu, the recorded adapter, where training also starts, or "
+        "base, the base model; by default where the importance was gathered", None,
+        choices=("nu", "base"),
     )  # fmt: skip
     task_format: str | None = setting(
         "how to read the rows, if their columns do not tell: a task's name, choices, completion, "

@@ -90,7 +90,9 @@ class Importance(ABC):
 
     @classmethod
     @abstractmethod
-    def bytes(cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32") -> int:
+    def bytes(
+        cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32", sequences: int = 0
+    ) -> int:
         """Size for matrices of the shapes (m, n), in the domain phase and on disk."""
 
     def stored_as(self, storage: str) -> Importance:

@@ -60,7 +60,9 @@ class Dense(Importance):
                 raise ValueError(f"the importance of {name} is negative or not finite")
 
     @classmethod
-    def bytes(cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32") -> int:
+    def bytes(
+        cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32", sequences: int = 0
+    ) -> int:
         each = {"fp32": 4, "bf16": 2, "int8": 1}[storage]
         scales = 8 if storage == "int8" else 0
         return sum(m * (each * n + scales) for m, n in shapes)

@@ -78,7 +78,9 @@ class Factored(Importance):
                 raise ValueError(f"the importance of {name} is negative or not finite")
 
     @classmethod
-    def bytes(cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32") -> int:
+    def bytes(
+        cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32", sequences: int = 0
+    ) -> int:
         return sum(4 * (m + n) for m, n in shapes)
 
     def converted(self, to: str) -> Importance:

@@ -4,9 +4,11 @@ For one sequence of T predicted tokens and one matrix the gradient of log p(y|x)
 model, is g = δᵀX (m × n), from the output gradients δ (T × m) and the inputs X (T × n). The KL
 divergence from the base model by a change D of all matrices is then about
 ½ E[(Σ_l ⟨g_l, D_l⟩)²]/T nats per token. g is never formed. With U (m × p) and V (n × q) that span
-the largest of E[ggᵀ] and E[gᵀg], what is kept is Uᵀg V of each sequence (`sketch`), or UᵀE[ggᵀ]U,
-VᵀE[gᵀg]V and the diagonals (`kronecker`). A first part of the sequences finds U and V (range
-finder: Halko, Martinsson, Tropp 2011), then all of them are projected.
+the largest of E[ggᵀ] and E[gᵀg], what is kept is g V of each sequence for the first few columns of
+V (`sketch`), or UᵀE[ggᵀ]U, VᵀE[gᵀg]V and the diagonals (`kronecker`). Inputs share few directions,
+output gradients do not: on SmolLM2 four columns of V keep 96 % of what 32 keep, 64 of U 65 %. A
+first part of the sequences finds U and V (range finder: Halko, Martinsson, Tropp 2011), then all of
+them are projected.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ from hlora.core import linearcodes
 from hlora.core.importance import Importance
 from hlora.core.importance.passes import backward_passes
 from hlora.core.pairs import Group, Pair
-from hlora.errors import UnsupportedModelError
+from hlora.errors import InputError, UnsupportedModelError
 
 SEQUENCES = 160
 """Rows that a gathering takes unless told otherwise."""
-RANK = 32
+RANK = 16
 """Columns of U and V, where the matrix has as many."""
+COLUMNS = 4
+"""Columns of V that a sequence of its own is seen in."""
 PILOT = 4
 """One sequence in so many finds U and V."""
 TOKENS = "tokens"
@@ -44,7 +48,7 @@ class Projected:
 
     Attributes:
         U, V: (m, p) and (n, q), orthonormal columns.
-        cores: (N, p, q), Uᵀg V of each sequence.
+        cores: (N, m, c), g V of each sequence, for the first c columns of V.
         left, right: (p, p) and (q, q), UᵀE[ggᵀ]U and VᵀE[gᵀg]V.
         rows, columns: (m,) and (n,), the diagonals of E[ggᵀ] and E[gᵀg].
     """
@@ -86,6 +90,10 @@ class Sequences(Importance):
 
     @classmethod
     def rows_needed(cls, options: dict[str, Any]) -> int:
+        if options.get("labels") or options.get("method"):
+            raise InputError(
+                f"--fisher-labels and --fisher-method belong to --kind fisher, not {cls.kind}."
+            )
         return options.get("sequences") or SEQUENCES
 
     @classmethod
@@ -143,12 +151,12 @@ class Sequences(Importance):
         return {
             "U": ((m, p), 1), "U_scale": ((1, p), 4), "V": ((n, q), 1), "V_scale": ((1, q), 4),
             "left": ((p, p), 4), "right": ((q, q), 4), "rows": ((m,), 4), "columns": ((n,), 4),
-            "cores": ((sequences, p, q), 1), "cores_scale": ((sequences, 1, 1), 4),
+            "cores": ((sequences, m, min(q, COLUMNS)), 1), "cores_scale": ((sequences, 1, 1), 4),
         }  # fmt: skip
 
     @classmethod
     def bytes(
-        cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32", *, sequences: int = 0
+        cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32", sequences: int = 0
     ) -> int:
         return sum(
             prod(shape) * width
@@ -174,7 +182,7 @@ def _single(part: Tensor) -> Tensor:
 
 
 def _names(tensors: Iterable[str]) -> set[str]:
-    return {key.removesuffix(".U") for key in tensors if key.endswith(".U")}
+    return {key.removesuffix(".V") for key in tensors if key.endswith(".V")}
 
 
 def project(
@@ -200,7 +208,7 @@ def project(
         dU, xV, Kx, Kd = d @ U, x @ V, x @ x.mT, d @ d.mT
         found[pair.name].append(
             (
-                dU.mT @ xV, (dU.mT @ Kx @ dU).sum(0), (xV.mT @ Kd @ xV).sum(0),
+                d.mT @ xV[..., :COLUMNS], (dU.mT @ Kx @ dU).sum(0), (xV.mT @ Kd @ xV).sum(0),
                 (d * (Kx @ d)).sum((0, 1)), (x * (Kd @ x)).sum((0, 1)),
             )
         )  # fmt: skip

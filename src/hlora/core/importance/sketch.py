@@ -19,10 +19,10 @@ from hlora.core.pairs import Group
 
 
 class Sketch(Sequences):
-    """By layer: U, V and the cores Uᵀg V of each sequence."""
+    """By layer: V, and g V of each sequence for its first columns."""
 
     kind = "sketch"
-    parts = ("U", "U_scale", "V", "V_scale", "cores", "cores_scale")
+    parts = ("V", "V_scale", "cores", "cores_scale")
 
     @classmethod
     def keep(cls, of: Projected, U: Tensor, V: Tensor) -> dict[str, Tensor]:
@@ -30,10 +30,11 @@ class Sketch(Sequences):
         return {"cores": codes, "cores_scale": scale}
 
     def arrange(self, groups: Iterable[Group]) -> None:
-        self._stacked = {
-            g.names: (self.stack(g, "U"), self.stack(g, "V"), self.stack(g, "cores").flatten(2))
-            for g in groups
-        }
+        self._stacked = {}
+        for g in groups:
+            cores = self.stack(g, "cores")
+            V = self.stack(g, "V")[:, :, : cores.shape[3]]
+            self._stacked[g.names] = (V.contiguous(), cores.flatten(2))
 
     def pulls(
         self,
@@ -44,15 +45,13 @@ class Sketch(Sequences):
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         seen = self._seen(groups, changes)
         total = _over_layers(seen)
-        weight = 1 / (2 * self._tokens * len(total))
+        total = total / (2 * self._tokens * len(total))
         pulled = []
         for group, left, right, of_layer in zip(groups, lefts, rights, seen, strict=True):
-            U, V, cores = self._stacked[group.names]
-            a = (weight * total).to(of_layer)
-            W = (a @ cores).unflatten(1, (U.shape[2], V.shape[2]))
-            pulled.append(
-                (of_layer @ a, U @ (W @ (right @ V).mT), ((left.mT @ U) @ W) @ V.mT)
-            )  # fmt: skip
+            V, cores = self._stacked[group.names]
+            a = total.to(of_layer)
+            W = (a @ cores).unflatten(1, (group.m, V.shape[2]))
+            pulled.append((of_layer @ a, W @ (right @ V).mT, (left.mT @ W) @ V.mT))
         return pulled
 
     def forgetting(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
@@ -63,13 +62,13 @@ class Sketch(Sequences):
         """⟨g_nl, D_l⟩ of each group, (L, N)."""
         found = []
         for group, D in zip(groups, changes, strict=True):
-            U, V, cores = self._stacked[group.names]
-            inner = (U.mT @ D.P) @ (D.Q @ V)
-            found.append((cores @ inner.flatten(1)[:, :, None]).squeeze(2))
+            V, cores = self._stacked[group.names]
+            seen = D.P @ (D.Q @ V)
+            found.append((cores @ seen.flatten(1)[:, :, None]).squeeze(2))
         return found
 
     def norms(self) -> dict[str, float]:
-        """‖F_l‖₂ of F_l = E[gg ᵀ] over the elements of g."""
+        """‖F_l‖₂ of F_l = E[ggᵀ] over the elements of g."""
         found = {}
         for n in self.names:
             cores = self._cores(n)
@@ -80,7 +79,7 @@ class Sketch(Sequences):
         return {n: float(self._cores(n).square().sum(1).mean()) for n in self.names}
 
     def _cores(self, name: str) -> Tensor:
-        """(N, p·q)."""
+        """(N, m·c)."""
         codes, scale = self._tensors[f"{name}.cores"], self._tensors[f"{name}.cores_scale"]
         return linearcodes.decode(codes, scale).flatten(1)
 
