@@ -57,13 +57,20 @@ class Quadratic(Regularizer):
         values, gradients = [], []
         lefts, rights = zip(*(g.factors() for g in groups), strict=True)
         changes = [self.change(*of) for of in zip(groups, lefts, rights, strict=True)]
+        natural = self.importance.natural
+        forgetting = self.importance.forgetting(groups, changes) if natural else None
         pulled = self.importance.pulls(groups, changes, lefts, rights)
         for g, (R, GA, BG) in zip(groups, pulled, strict=True):
             c = self._coefficients[g.names]
             weight = (2 * self.phi * c).reshape(-1, 1, 1) * g.s
             values.append(c @ R)
             gradients.append((weight * GA, weight * BG))
-        return Pull(_sum(values), gradients)
+        return Pull(_sum(values), gradients, forgetting)
+
+    def predict(self, groups: list[Group]) -> Tensor:
+        """The forgetting that the importance predicts for θ as it is, nats per token."""
+        changes = [self.change(g, *g.factors()) for g in groups]
+        return self.importance.forgetting(groups, changes)
 
     def _layer_coefficients(self, groups: list[Group]) -> dict[tuple[str, ...], Tensor]:
         """What multiplies each R_l: Eq. 15's weight, and the normalization of Ω."""

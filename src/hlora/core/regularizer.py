@@ -22,10 +22,12 @@ class Pull:
     Attributes:
         R: its value before φ, a scalar on any device.
         gradients: of φ·R by B (L, m, r) and A (L, r, n), one pair for each group.
+        forgetting: what it predicts that the model has forgotten, nats per token, a scalar.
     """
 
     R: Tensor
     gradients: list[tuple[Tensor, Tensor]]
+    forgetting: Tensor | None = None
 
 
 class Regularizer:
@@ -51,6 +53,9 @@ class Regularizer:
     def before_step(self, groups: list[Group]) -> Pull | None:
         """The gradients to add before an optimizer step; None for none."""
         return None
+
+    def steer(self, pull: Pull) -> None:
+        """Set φ for the next step; called once a step with what was pulled."""
 
     def on_forward(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor | None:
         """R of one micro-batch as a mean, differentiable in the model's weights; None for none.

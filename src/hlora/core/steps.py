@@ -50,6 +50,7 @@ class Steps:
         self._R: Tensor | float = 0.0
         self._penalty: Tensor | float = 0.0
         self._norms: Tensor | None = None
+        self._forgetting: Tensor | None = None
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.seen += 1
@@ -89,6 +90,9 @@ class Steps:
             if pull is None:
                 continue
             self._count([(regularizer.phi, pull.R)])
+            if pull.forgetting is not None:
+                self._forgetting = pull.forgetting
+            regularizer.steer(pull)
             for group, (dB, dA) in zip(groups, pull.gradients, strict=True):
                 if group.names in total:
                     _, B, A = total[group.names]
@@ -118,12 +122,15 @@ class Steps:
     def report(self) -> dict[str, float] | None:
         """Means over the steps since the last report; None if there was none.
 
-        `R` (Eq. 15, before φ), `penalty` (Σ_t φ_t R_t over the steps) and, where it was measured,
-        `penalty_grad_ratio`: the norm of the added gradient over the task's at the last step.
+        `R` (Eq. 15, before φ), `penalty` (Σ_t φ_t R_t over the steps); where it was measured,
+        `penalty_grad_ratio`: the norm of the added gradient over the task's at the last step; and
+        `forgetting` there, nats per token, where an importance predicts it.
         """
         if not self._taken:
             return None
         entry = {"R": float(self._R) / self._taken, "penalty": float(self._penalty) / self._taken}
+        if self._forgetting is not None:
+            entry["forgetting"] = float(self._forgetting)
         if self._norms is not None:
             task, ours = self._norms.tolist()
             if task > 0:

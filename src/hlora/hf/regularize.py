@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hlora.core import store
+from hlora.core.budget import Budgeted, check_budget
 from hlora.core.pairs import Group, group, unstack
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
@@ -119,6 +120,8 @@ class Regularization(Attached):
         entry = self.steps.report()
         if entry is None:  # another regularizer of this run has told it
             return
+        if isinstance(self.phi, Tensor):
+            entry["phi"] = float(self.phi)
         entry["total_loss"] = logs["loss"] + entry["penalty"]
         logs.update(entry)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -177,12 +180,19 @@ class Penalty(Regularization):
         importance: an importance folder.
         phi: φ of Eq. 16; 0.01 on normalized importance unless the preset says otherwise, and 1 on
             importance in nats per token. The attribute may be set while training.
+        forget_at_most: in place of φ, a budget: nats per token of KL divergence from the base model
+            on general text, as the importance predicts it (kind `blend` or `sketch`). φ is steered
+            to it while training, and what is above it at the end is taken back by scaling the
+            adapter.
         preset: `default`, `paper` (Eq. 14-16 to the letter) or `official` (the authors' code).
         anchor: `nu` starts from the recorded adapter and holds θ to it; `base` starts from the
             base model and holds θ to that, the recorded adapter serving for its importance only. By
             default where the importance was gathered.
         rule: fields of `hlora.core.presets.PenaltyRule` in place of the preset's:
             normalize, layer_weights, softmax_scale, apart.
+
+    Attributes:
+        predicted: after training on a budget, the forgetting before anything was taken back.
 
     Raises:
         InputError, StoreError: an unusable setting or importance folder.
@@ -194,6 +204,7 @@ class Penalty(Regularization):
         importance: str | Path,
         *,
         phi: float | None = None,
+        forget_at_most: float | None = None,
         preset: str | None = None,
         anchor: str | None = None,
         **rule: Any,
@@ -214,6 +225,18 @@ class Penalty(Regularization):
             self.rule = replace(self.rule, phi=NATURAL_PHI if phi is None else phi)
         at_base = held.natural and not any(B.any() for B, _ in self.stored.factors.values())
         self.anchor = anchor or ("base" if at_base else "nu")
+        self.forget_at_most = forget_at_most
+        self._planned = 0
+        self.predicted: float | None = None
+        if forget_at_most is not None:
+            check_budget(forget_at_most)
+            if phi is not None:
+                raise InputError("Give phi or forget_at_most, which steers phi: not both.")
+            if not (at_base and self.anchor == "base"):
+                raise InputError(
+                    f"forget_at_most needs importance gathered at the base model, which predicts "
+                    f"forgetting: record with --kind blend, not {held.kind}."
+                )
         self.regularizer.phi = self.rule.phi
 
     @property
@@ -232,10 +255,29 @@ class Penalty(Regularization):
         groups = group(pairs)
         self.needs_state = self.anchor == "base" and not starts_at_base(model)
         anchor = self._find_anchor(model, groups, fresh=fresh)
-        phi = self.phi
-        self.regularizer = Quadratic(self.stored.importance, groups, anchor, self.rule)
+        phi, of = self.phi, (self.stored.importance, groups, anchor, self.rule)
+        if self.forget_at_most is not None:
+            if self.needs_state:
+                raise InputError(
+                    "forget_at_most needs an adapter that starts at the base model: this one's "
+                    "initialization moved it."
+                )
+            self.regularizer = Budgeted(self.forget_at_most, self._planned, *of)
+            return groups
+        self.regularizer = Quadratic(*of)
         self.regularizer.phi = phi
         return groups
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
+        self._planned = state.max_steps
+        super().on_train_begin(args, state, control, model=model, optimizer=optimizer)
+        if isinstance(self.regularizer, Budgeted):
+            self.regularizer.taken.fill_(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if self.steps is not None and isinstance(self.regularizer, Budgeted):
+            self.predicted = self.regularizer.keep(self._groups)
+        super().on_train_end(args, state, control, **kwargs)
 
     def _find_anchor(self, model: nn.Module, groups: list[Group], *, fresh: bool) -> Anchor:
         """B and A of the anchor by group; for `nu` an untrained adapter takes ν's weights."""

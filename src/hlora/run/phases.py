@@ -290,7 +290,7 @@ class DomainPhase(_Phase):
             )
 
 
-_OF_A_PENALTY = ("phi", "anchor", "layer_weights", "normalize")
+_OF_A_PENALTY = ("phi", "forget_at_most", "anchor", "layer_weights", "normalize")
 
 
 def regularizers(settings: TuneSettings) -> list[Penalty]:

@@ -47,7 +47,9 @@ class Progress(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        shown = {k: f"{logs[k]:.4g}" for k in ("loss", "R", "penalty") if k in (logs or {})}
+        shown = {
+            k: f"{logs[k]:.4g}" for k in ("loss", "R", "penalty", "forgetting") if k in (logs or {})
+        }
         if shown and self.bar is not None:
             self.bar.set_postfix(shown)
 

@@ -165,9 +165,13 @@ class TuneSettings(TrainSettings):
         required=True,
     )  # fmt: skip
     phi: float | None = setting(
-        "strength φ of the penalty; default 0.01 or the preset's; try 0.003 to 0.03",
-        None,
-    )
+        "strength φ of the penalty; default 0.01, 1 with importance gathered at the base, or the "
+        "preset's", None,
+    )  # fmt: skip
+    forget_at_most: float | None = setting(
+        "in place of --phi, a budget of forgetting on general text: nats per token of KL "
+        "divergence from the base model (importance of the kind blend)", None, metavar="NATS",
+    )  # fmt: skip
     anchor: str | None = setting(
         "what the penalty pulls towards: nu, the recorded adapter, where training also starts, or "
         "base, the base model; by default where the importance was gathered", None,

@@ -173,6 +173,11 @@ class Sequences(Importance):
             stacked *= group.stack({n: self._tensors[f"{n}.{part}_scale"] for n in group.names})
         return stacked
 
+    def forgetting(self, groups, changes):  # type: ignore[no-untyped-def]
+        nothing = [c.P[:, :, :1] for c in changes], [c.Q[:, :1] for c in changes]
+        values = [v for v, _, _ in self.pulls(groups, changes, *nothing)]
+        return torch.stack([v.sum().to(values[0].device) for v in values]).sum()
+
     def pull(self, group, change, left, right):  # type: ignore[no-untyped-def]
         return self.pulls([group], [change], [left], [right])[0]
 

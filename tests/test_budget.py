@@ -1,0 +1,122 @@
+"""A budget of forgetting in place of φ."""
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import hlora
+from hlora.core.importance.blend import Blend
+from hlora.core.pairs import group
+from hlora.core.quadratic import Quadratic
+from hlora.hf.peft import find_pairs
+from hlora.hf.record import save_importance
+from tests.conftest import lora_model, make_trainer, token_rows
+
+TRAINING = {"max_steps": 40, "learning_rate": 2e-2, "logging_steps": 10}
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A blend gathered at the tiny LLaMA."""
+    model = lora_model()
+    pairs = find_pairs(model)
+    rows = torch.tensor([r["input_ids"] for r in token_rows(32, seed=5)])
+    importance, summary = Blend.gather(model, pairs, rows)
+    notes = {"recording": {"storage": "fp32"}, "summary": summary, "settings": {}}
+    save_importance(tmp_path / "base", model, pairs, importance, notes)
+    return tmp_path / "base"
+
+
+def trained(folder, penalty, callbacks=(), resume=None, **settings):
+    trainer = make_trainer(lora_model(), folder, callbacks, **{**TRAINING, **settings})
+    hlora.attach(trainer, penalty)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def predicted(model, base):
+    """By a penalty that is not the one of the training."""
+    groups = group(find_pairs(model))
+    importance = hlora.load(base).importance
+    anchor = {g.names: (torch.zeros_like(g.factors()[0]), g.factors()[1]) for g in groups}
+    rule = hlora.Penalty(base).rule
+    return float(Quadratic(importance, groups, anchor, rule).predict(groups))
+
+
+def test_what_is_predicted_at_the_end_is_within_the_budget(base, tmp_path):
+    free = predicted(trained(tmp_path / "a", hlora.Penalty(base, phi=0.0)).model, base)
+    penalty = hlora.Penalty(base, forget_at_most=free / 20)
+    trainer = trained(tmp_path / "b", penalty)
+    assert predicted(trainer.model, base) <= free / 20 * 1.001
+    # Steering did it, not the scaling at the end.
+    assert penalty.predicted < 3 * free / 20
+    logs = [e for e in trainer.state.log_history if "loss" in e]
+    assert logs[-1]["phi"] != logs[0]["phi"]
+    assert all(e["forgetting"] >= 0 for e in logs)
+
+
+def test_a_budget_that_is_never_reached_leaves_the_training_alone(base, tmp_path):
+    free = trained(tmp_path / "a", hlora.Penalty(base, phi=0.0))
+    wide = trained(tmp_path / "b", hlora.Penalty(base, forget_at_most=1e3))
+    a, b = (t.state.log_history[-2] for t in (free, wide))
+    assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+    assert b["phi"] < 0.01
+
+
+def test_more_budget_learns_more(base, tmp_path):
+    losses = [
+        trained(tmp_path / str(b), hlora.Penalty(base, forget_at_most=b)).state.log_history[-2]
+        for b in (1e-5, 1e-2)
+    ]
+    assert losses[0]["loss"] > losses[1]["loss"]
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 20
+
+
+def test_a_resumed_budget_goes_on_where_it_was(base, tmp_path):
+    straight = trained(tmp_path / "a", hlora.Penalty(base, forget_at_most=1e-3))
+    saving = {"save_strategy": "steps", "save_steps": 20}
+    trained(tmp_path / "b", hlora.Penalty(base, forget_at_most=1e-3), [Stop()], **saving)
+    resumed = trained(
+        tmp_path / "b", hlora.Penalty(base, forget_at_most=1e-3),
+        resume=str(tmp_path / "b" / "checkpoint-20"), **saving,
+    )  # fmt: skip
+    for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "given, named",
+    [
+        ({"forget_at_most": 0.0}, "forget_at_most"),
+        ({"forget_at_most": float("nan")}, "forget_at_most"),
+        ({"forget_at_most": 0.1, "phi": 1.0}, "phi"),
+        ({"forget_at_most": 0.1, "anchor": "nu"}, "base"),
+        ({"layer_weights": "softmax"}, "layer_weights"),
+        ({"normalize": False}, "normalize"),
+        ({"preset": "paper"}, "preset"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(base, given, named):
+    with pytest.raises(hlora.InputError, match=named):
+        hlora.Penalty(base, **given)
+
+
+def test_an_importance_that_predicts_nothing_has_no_budget(nu):
+    with pytest.raises(hlora.InputError, match="blend"):
+        hlora.Penalty(nu, forget_at_most=0.1)
+
+
+def test_any_rank_can_be_held_to_the_base(base, tmp_path):
+    trainer = make_trainer(lora_model(r=4), tmp_path, **TRAINING)
+    hlora.attach(trainer, hlora.Penalty(base))
+    trainer.train()
+    assert predicted(trainer.model, base) > 0
+
+
+def test_φ_is_one_in_nats_and_the_base_is_the_anchor(base):
+    penalty = hlora.Penalty(base)
+    assert (penalty.phi, penalty.anchor) == (1.0, "base")
