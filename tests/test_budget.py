@@ -89,7 +89,7 @@ def test_a_resumed_budget_goes_on_where_it_was(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, named",
+    ("given", "named"),
     [
         ({"forget_at_most": 0.0}, "forget_at_most"),
         ({"forget_at_most": float("nan")}, "forget_at_most"),

@@ -18,10 +18,11 @@ def run(settings: RecordSettings) -> None:
     if settings.dry_run:
         print(phase.plan())
         return
+    read = [f"{name} {len(b):,}" for name, b in phase.texts.items()]
+    read += [f"{phase.own:,} that the model writes"] if phase.own else []
     print(
-        f"Recording on {len(phase.rows):,} rows of {settings.block_size} tokens ("
-        + ", ".join(f"{name} {len(b):,}" for name, b in phase.texts.items())
-        + f"), {len(phase.pairs)} matrices, {size(phase.held)} of importance."
+        f"Recording on {len(phase.rows):,} rows of {phase.tokens.shape[1]} tokens ("
+        f"{', '.join(read)}), {len(phase.pairs)} matrices, {size(phase.held)} of importance."
     )
     done = phase.run()
     if is_main():

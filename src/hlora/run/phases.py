@@ -32,8 +32,9 @@ from hlora.hf.record import RECORD_STATE, Record, save_importance
 from hlora.hf.regularize import Penalty
 from hlora.run import dry_run
 from hlora.run.models import load, load_adapter, new_adapter, pick_device, pick_dtype
+from hlora.run.own_text import own_text
 from hlora.run.progress import bar
-from hlora.run.settings import RecordSettings, TrainSettings, TuneSettings
+from hlora.run.settings import BLOCK, GATHERED_BLOCK, RecordSettings, TrainSettings, TuneSettings
 from hlora.run.training import (
     Trained,
     arguments,
@@ -118,9 +119,15 @@ class _Phase:
 
 
 class GeneralPhase(_Phase):
-    """The general phase, ν, ready to run. `texts`: blocks of tokens by kind, (N, T) each."""
+    """The general phase, ν, ready to run.
+
+    Attributes:
+        texts: blocks of tokens by kind, (N, T) each.
+        own: how many rows the model writes itself.
+    """
 
     settings: RecordSettings
+    own = 0
 
     def __init__(self, settings: RecordSettings) -> None:
         self.settings = settings
@@ -140,18 +147,28 @@ class GeneralPhase(_Phase):
             self.recorder.check_folders()
             self.of = kind_named(self.recorder.kind)
         taken = 0 if self.recorder else self.of.rows_needed(_options(settings))
+        if not (sources or self.of.own_text):
+            raise InputError(
+                "--text is missing: give general text, such as a .txt file or python-docs."
+            )
+        own = (taken // 2 if sources else taken) if self.of.own_text else 0
+        size = settings.block_size or (GATHERED_BLOCK if self.of.own_text else BLOCK)
         self._load_model()
         self.texts: dict[str, Tensor] = {
             s.name: blocks(
-                s, self.tokenizer, settings.block_size,
+                s, self.tokenizer, size,
                 settings.text_blocks or (max(HUB_BLOCKS, taken) if s.hub else None),
             )
             for s in sources
         }  # fmt: skip
-        tokens = mix(self.texts, settings.text_weights or None, settings.text_blocks or None)
+        tokens = torch.zeros(0, size, dtype=torch.int64)
+        if sources:
+            tokens = mix(self.texts, settings.text_weights or None, settings.text_blocks or None)
         if not self.recorder:
             draw = torch.Generator().manual_seed(settings.seed)
-            tokens = tokens[torch.randperm(len(tokens), generator=draw)[: taken or None]]
+            kept = torch.randperm(len(tokens), generator=draw)[: taken - own if taken else None]
+            unwritten = torch.zeros(own, size, dtype=torch.int64)
+            tokens, self.own = torch.cat([tokens[kept], unwritten]), own
         self.tokens, self.rows = tokens, block_rows(tokens)
         if settings.importance:
             self.model = load_adapter(self.model, settings.importance, trainable=True)
@@ -187,12 +204,21 @@ class GeneralPhase(_Phase):
         """An importance that needs no training: sequences forward and backward."""
         options = _options(self.settings)
         began = time.monotonic()
+        if self.own:
+            with bar("the model's own text", self.own) as shown:
+                self.tokens[-self.own :] = own_text(
+                    self.model, self.tokenizer, self.own, self.tokens.shape[1],
+                    seed=self.settings.seed, tick=shown.update,
+                )  # fmt: skip
+            order = torch.Generator().manual_seed(self.settings.seed)
+            self.tokens = self.tokens[torch.randperm(len(self.tokens), generator=order)]
         with bar(f"{self.of.kind} importance", len(self.tokens)) as shown:
             found, summary = self.of.gather(
                 self.model, self.pairs, self.tokens, batch_size=self.settings.batch_size,
                 seed=self.settings.seed, tick=shown.update, **options,
             )  # fmt: skip
         importance: Importance = found.stored_as(self.settings.storage)
+        summary["own_text"] = self.own
         summary["seconds"] = round(time.monotonic() - began, 1)
         summary |= summarize_norms(importance.norms())
         notes |= {

@@ -13,6 +13,8 @@ from typing import Any
 
 from hlora.core.kinds import KINDS
 
+BLOCK, GATHERED_BLOCK = 512, 128
+"""Tokens per row by default: of a recording, and of a gathering at the base."""
 USUAL_METRICS = (
     "acc", "nll", "ppl_seen", "ppl_unseen", "forgetting_seen", "forgetting_unseen",
 )  # fmt: skip
@@ -98,15 +100,20 @@ class RecordSettings(TrainSettings):
 
     text: list[str] = setting(
         "general text: .txt, .jsonl or .parquet files, folders, hub names (owner/name[:config]"
-        "[@split][#column]), python-docs, python-docstrings, python-code; NAME=WHERE sets a name",
-        [], required=True, metavar="TEXT",
+        "[@split][#column]), python-docs, python-docstrings, python-code; NAME=WHERE sets a name; "
+        "importance gathered at the base needs none: the model then writes its own", [],
+        metavar="TEXT",
     )  # fmt: skip
     text_column: str | None = setting("column with the text; detected if there is only one", None)
     text_weights: list[float] = setting(
         "relative share of each kind of text; by default all text is used", [],
         metavar="W",
     )  # fmt: skip
-    block_size: int = setting("tokens per row", 512, least=2)
+    block_size: int = setting(
+        f"tokens per row; 0 for {BLOCK}, or {GATHERED_BLOCK} for importance gathered at the base",
+        0,
+        least=0,
+    )
     text_blocks: int = setting(
         "maximum number of rows; 0 for all (4000 from a hub data set)", 0, more=True, least=0
     )

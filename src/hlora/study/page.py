@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from hlora.files import write_whole
+from hlora.run.settings import BLOCK
 from hlora.study import figures, tables
 from hlora.study.built_in import built_in
 from hlora.study.claims import JUDGED, judge, mean_norms
@@ -95,7 +96,7 @@ def about(results: Results) -> str:
         nu, mu = trained["record"], trained["tune"]
         said.append(
             f"Phase ν: at most {nu['max_steps'] or 'all'} steps of {nu['batch_size']} × "
-            f"{nu['block_size']} tokens; phase μ: {line['steps']} steps of "
+            f"{nu['block_size'] or BLOCK} tokens; phase μ: {line['steps']} steps of "
             f"{mu['batch_size']} rows; r {mu['lora_rank']}, α {mu['lora_alpha']:g}, "
             f"learning rate {mu['learning_rate']:g}, {mu['dtype']}."
         )

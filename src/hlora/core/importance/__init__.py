@@ -29,6 +29,7 @@ class Importance(ABC):
         conversions: what `converted` takes.
         natural: R is in nats per token as it is: neither Eq. 15's layer weights nor a normalization
             apply.
+        own_text: gathered from text that the model writes, half of it where text is given.
     """
 
     kind: ClassVar[str]
@@ -36,6 +37,7 @@ class Importance(ABC):
     storages: ClassVar[tuple[str, ...]] = ("fp32",)
     conversions: ClassVar[tuple[str, ...]] = ()
     natural: ClassVar[bool] = False
+    own_text: ClassVar[bool] = False
 
     # ---------------------------------------------------------------- gathered
 

@@ -67,6 +67,7 @@ class Sequences(Importance):
 
     trained = False
     natural = True
+    own_text = True
     parts: ClassVar[tuple[str, ...]]
     """What is stored of each layer: see `sizes`."""
 

@@ -1,0 +1,78 @@
+"""Text that the model writes itself: what it knows, without a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MARK = "\x00"
+
+
+@torch.no_grad()
+def own_text(
+    model: nn.Module,
+    tokenizer: Any,
+    count: int,
+    length: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    tick: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Sequences sampled at temperature 1, (count, length) tokens.
+
+    Half of them begin with the beginning-of-text token, and half, where the tokenizer has a chat
+    template, as a user's turn, so that the model writes a question and its answer. A sequence goes
+    on after an end-of-text token, with another document.
+    """
+    chats = _chat_start(tokenizer)
+    start = tokenizer.bos_token_id
+    plain = [tokenizer.eos_token_id if start is None else start]
+    starts = {tuple(plain): count - count // 2, tuple(chats or plain): count // 2}
+    if not chats:
+        starts = {tuple(plain): count}
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    training = model.training
+    model.eval()
+    try:
+        written = [
+            _continue(model, torch.tensor([start] * min(batch_size, n - done)), length, generator)
+            for start, n in starts.items()
+            for done in _steps(n, batch_size, tick)
+        ]
+    finally:
+        model.train(training)
+    return torch.cat(written)
+
+
+def _steps(n: int, size: int, tick: Callable[[int], None] | None) -> Any:
+    for done in range(0, n, size):
+        yield done
+        if tick:
+            tick(min(size, n - done))
+
+
+def _continue(model: nn.Module, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """Rows (b, t) continued to (b, length)."""
+    ids = ids[:, :length].to(generator.device)
+    seen, past = ids, None
+    while ids.shape[1] < length:
+        out = model(input_ids=seen, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        chances = out.logits[:, -1].float().softmax(-1)
+        seen = torch.multinomial(chances, 1, generator=generator)
+        ids = torch.cat([ids, seen], dim=1)
+    return ids.cpu()
+
+
+def _chat_start(tokenizer: Any) -> list[int]:
+    """The tokens before a user's first words; none without a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    turn = [{"role": "user", "content": _MARK}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False)
+    return tokenizer(text.partition(_MARK)[0], add_special_tokens=False)["input_ids"]

@@ -1,0 +1,80 @@
+"""Text that the model writes itself, and a gathering that needs no other."""
+
+import pytest
+import torch
+
+import hlora
+from hlora.cli import main as cli
+from hlora.run.models import load
+from hlora.run.own_text import own_text
+
+CHAT = "{% for m in messages %}the user {{ m['content'] }} end{% endfor %}"
+
+
+def test_it_begins_as_text_and_as_a_chat(tiny):
+    model, tokenizer = load(str(tiny))
+    tokenizer.chat_template = CHAT
+    rows = own_text(model, tokenizer, 5, 12)
+    assert rows.shape == (5, 12)
+    assert rows.dtype == torch.int64
+    begins = tokenizer("the user", add_special_tokens=False)["input_ids"]
+    start = tokenizer.bos_token_id
+    assert (rows[:3, 0] == (tokenizer.eos_token_id if start is None else start)).all()
+    assert (rows[3:, : len(begins)] == torch.tensor(begins)).all()
+    assert len({tuple(r) for r in rows.tolist()}) == 5
+
+
+def test_the_seed_decides_and_the_model_stays_as_it_was(tiny):
+    model, tokenizer = load(str(tiny))
+    model.train()
+    one, same, other = (own_text(model, tokenizer, 4, 9, seed=s) for s in (3, 3, 4))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert model.training
+
+
+def test_its_tokens_come_as_often_as_the_model_says(tiny):
+    model, tokenizer = load(str(tiny))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    rows = own_text(model, tokenizer, 4000, 2, batch_size=1000)
+    with torch.no_grad():
+        expected = model(input_ids=rows[:1, :1]).logits[0, -1].softmax(-1)
+    found = torch.bincount(rows[:, 1], minlength=len(expected)) / len(rows)
+    assert (found - expected).abs().max() < 0.04  # five standard errors of a share of a half
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "sketch", "blend"])
+def test_from_no_text_to_a_held_adapter(kind, tiny, tmp_path, capsys):
+    common = ["--model", str(tiny), "--batch-size", "4", "--device", "cpu"]
+    nu = str(tmp_path / "nu")
+    argv = ["record", *common, "--kind", kind, "--sequences", "6", "--block-size", "16"]
+    assert cli.main([*argv, "--output", nu]) == 0
+    assert "6 that the model writes" in capsys.readouterr().out
+    assert hlora.load(nu).info["summary"]["own_text"] == 6
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"prompt": "the cat", "completion": " sat on a mat"}\n' * 8)
+    argv = ["tune", *common, "--importance", nu, "--task", str(task), "--max-steps", "4"]
+    argv += ["--lora-rank", "3", "--output", str(tmp_path / "mu")]
+    if kind != "kronecker":
+        argv += ["--forget-at-most", "0.01"]
+    assert cli.main(argv) == 0
+    assert cli.main(["inspect", nu]) == 0
+
+
+def test_with_text_it_is_half_and_half(tiny, tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text("the cat sat on a mat and saw the rat " * 200)
+    argv = ["record", "--model", str(tiny), "--kind", "blend", "--sequences", "8", "--text"]
+    argv += [str(text), "--block-size", "16", "--output", str(tmp_path / "nu"), "--device", "cpu"]
+    assert cli.main(argv) == 0
+    assert (
+        hlora.load(tmp_path / "nu").info["summary"] | {"own_text": 4, "sequences": 8}
+        == (hlora.load(tmp_path / "nu").info["summary"])
+    )
+
+
+def test_a_recording_without_text_is_refused(tiny, tmp_path, capsys):
+    argv = ["record", "--model", str(tiny), "--output", str(tmp_path / "nu")]
+    assert cli.main(argv) == 2
+    assert "--text" in capsys.readouterr().err
