@@ -89,8 +89,8 @@ def test_a_wrong_settings_file_is_named(tmp_path, content, message):
 
 
 def test_a_missing_setting_is_explained():
-    with pytest.raises(hlora.InputError, match="--text"):
-        parse(config.RecordSettings, ["--model", "m", "--output", "o"], "")
+    with pytest.raises(hlora.InputError, match="--task"):
+        parse(config.TuneSettings, ["--model", "m", "--output", "o"], "")
 
 
 def test_python_takes_the_same_values_with_the_same_checks():

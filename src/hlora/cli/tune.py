@@ -12,7 +12,9 @@ def run(settings: TuneSettings) -> None:
     if settings.dry_run:
         print(phase.plan())
         return
-    held = [f"φ {p.phi:g}, anchored at {p.anchor}" for p in phase.regularizers]
+    budget = settings.forget_at_most
+    how = f"forgetting at most {budget:g}" if budget else "φ {0.phi:g}, anchored at {0.anchor}"
+    held = [how.format(p) for p in phase.regularizers]
     print(
         f"Tuning on {len(phase.rows):,} rows of {phase.task.name} ({phase.rows.tokens:,} tokens), "
         f"{held[0] if held else 'plain LoRA'}."
@@ -24,3 +26,10 @@ def run(settings: TuneSettings) -> None:
         + (f" Last loss {last['loss']:.4g}" if last else "")
         + (f", R {last['R']:.4g}, penalty {last['penalty']:.4g}." if "R" in last else "")
     )
+    if lost := trained.forgetting:
+        scaled = f"; scaled by {lost['share']:.3f} to {lost['kept']:.4f}"
+        print(
+            f"Forgetting, nats per token: {lost['predicted']:.4f} predicted, "
+            f"{lost['measured']:.4f} ± {lost['measured_se']:.4f} measured"
+            f"{scaled if lost['share'] < 1 else ''}."
+        )

@@ -226,9 +226,12 @@ def describe_summary(kind: str, summary: dict[str, Any]) -> str:
             f"{word} ‖Ω_l‖₂: {summary[key]['value']:.4g} ({summary[key]['layer']})"
             for word, key in (("largest", "largest_norm"), ("smallest", "smallest_norm"))
         ),
-        f"effective number of layers under the softmax of Eq. 15: "
-        f"{summary['effective_layers']:.1f} of {summary['layers']}",
     ]
+    if not kind_named(kind).natural:
+        lines.append(
+            f"effective number of layers under the softmax of Eq. 15: "
+            f"{summary['effective_layers']:.1f} of {summary['layers']}"
+        )
     if summary.get("clipped_share", 0) > 0:
         lines.append(
             f"gradients were clipped in {summary['clipped_share']:.0%} of the steps, whose ω is "

@@ -72,7 +72,9 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """Loss on general text after minus before, nats per token; negative means it was learned.
+    """What happened to general text, nats per token.
+
+    The loss after minus before, where negative means that it was learned; or a divergence.
 
     Attributes:
         nats: the mean over all tokens.
@@ -126,6 +128,30 @@ def score_text(
     return TextScore(
         loss, _standard_error(means), math.exp(loss), per_block * len(blocks), means.tolist()
     )
+
+
+@torch.no_grad()
+def divergence(
+    model: nn.Module, blocks: Tensor, *, batch_size: int = 8, tick: Tick | None = None
+) -> Forgetting:
+    """KL(base ‖ adapter) on blocks of tokens (N, T), nats per token, with its error over blocks.
+
+    It is what an adapter changed of the predictions, for better or worse: 0 for the base model.
+    """
+    found: list[float] = []
+    with _evaluating(model):
+        for part in batches(len(blocks), batch_size):
+            ids = blocks[part].to(_device(model))
+            with model.disable_adapter():  # type: ignore[operator]
+                before = model(input_ids=ids).logits
+            after = model(input_ids=ids).logits
+            for b, a in zip(before, after, strict=True):
+                p = b.float().log_softmax(-1)
+                found.append(float((p.exp() * (p - a.float().log_softmax(-1))).sum(-1).mean()))
+            if tick:
+                tick(part.stop - part.start)
+    values = torch.tensor(found, dtype=torch.float64)
+    return Forgetting(_mean(values), _standard_error(values))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ phase, ask it for its `plan`, and `run` it.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from hlora.run import dry_run
 from hlora.run.models import load, load_adapter, new_adapter, pick_device, pick_dtype
 from hlora.run.own_text import own_text
 from hlora.run.progress import bar
+from hlora.run.rewind import within_budget
 from hlora.run.settings import BLOCK, GATHERED_BLOCK, RecordSettings, TrainSettings, TuneSettings
 from hlora.run.training import (
     Trained,
@@ -46,6 +47,8 @@ from hlora.run.training import (
 
 HUB_BLOCKS = 4000
 """Rows taken of a hub data set, which may be endless, unless --text-blocks says otherwise."""
+MEASURED_ON, MEASURED_BLOCKS = ["python-docs@test"], 24
+"""Text that a budget is checked on, and rows of each kind."""
 TUNED = "tune.json"
 """The marker of a finished domain phase."""
 
@@ -267,6 +270,8 @@ class DomainPhase(_Phase):
         nu = settings.importance
         if nu and self.output.resolve() == Path(nu).resolve():
             raise InputError("--output and --importance are one folder: choose another --output.")
+        if settings.text and not settings.forget_at_most:
+            raise InputError("--text is what --forget-at-most is checked on: give both.")
         refuse_result(self.output, settings.overwrite)
         check_unfinished(settings)
         self.regularizers = regularizers(settings)
@@ -284,6 +289,7 @@ class DomainPhase(_Phase):
             base = base_of(self.model, self.pairs)
             penalty.stored.check(base, self.pairs, ranks=penalty.anchor == "nu")
             self.held += penalty.stored.info["files"][store.TENSORS]["bytes"]
+        self.general = self._general_text() if settings.forget_at_most else None
         self.rows = answer_rows(self.task, self.tokenizer, settings.max_length)
         check_space(self.output, 64 << 20)
 
@@ -294,10 +300,26 @@ class DomainPhase(_Phase):
             what=f"domain phase, {self.task.name}", collate=self.collate,
             resume_with=f"Continue with: hlora tune ... --output {self.output} --resume",
         )  # fmt: skip
+        budget = self.settings.forget_at_most
+        if budget and self.general is not None:
+            whole, kept = within_budget(self.model, self.general, budget, self.settings.batch_size)
+            trained = replace(trained, forgetting={
+                "budget": budget, "predicted": self.regularizers[0].predicted or 0.0,
+                "measured": whole.measured.nats, "measured_se": whole.measured.se,
+                "share": kept.share, "kept": kept.measured.nats,
+            })  # fmt: skip
         if is_main():
             self._write(trained)
         clean_up(self.settings)
         return trained
+
+    def _general_text(self) -> Tensor:
+        """What the gathering did not see, to measure on, (N, T)."""
+        kinds = [
+            blocks(Source.parse(spec), self.tokenizer, GATHERED_BLOCK, MEASURED_BLOCKS)
+            for spec in self.settings.text or MEASURED_ON
+        ]
+        return torch.cat(kinds)
 
     def _write(self, trained: Trained) -> None:
         penalties = [vars(p.rule) for p in self.regularizers]
@@ -311,6 +333,7 @@ class DomainPhase(_Phase):
                     "penalty": penalties[0] if penalties else None,
                     "seconds": round(trained.seconds, 1),
                     "steps": trained.steps,
+                    "forgetting": trained.forgetting,
                     "log": trained.log,
                 },
             )

@@ -179,6 +179,10 @@ class TuneSettings(TrainSettings):
         "in place of --phi, a budget of forgetting on general text: nats per token of KL "
         "divergence from the base model (importance of the kind blend)", None, metavar="NATS",
     )  # fmt: skip
+    text: list[str] = setting(
+        "general text that --forget-at-most is checked on after training, as for `hlora record` "
+        "(default: python-docs@test)", [], metavar="TEXT", more=True,
+    )  # fmt: skip
     anchor: str | None = setting(
         "what the penalty pulls towards: nu, the recorded adapter, where training also starts, or "
         "base, the base model; by default where the importance was gathered", None,
@@ -225,6 +229,33 @@ class EvalSettings(Settings):
     task_rows: int = setting("maximum number of questions per task; 0 for all", 0, least=0)
     batch_size: int = setting("rows per batch", 8, least=1)
     overwrite: bool = setting("replace the --json file", False)
+
+
+@dataclass(kw_only=True)
+class RewindSettings(Settings):
+    """Take back a part of a finished LoRA adapter, so that it forgets no more than a budget."""
+
+    adapter: str = setting("a LoRA adapter, trained by anyone", required=True, metavar="DIR")
+    output: str = setting("output folder", required=True, metavar="DIR")
+    forget_at_most: float = setting(
+        "budget: nats per token of KL divergence from the base model on --text", 0.02,
+        metavar="NATS", least=1e-6,
+    )  # fmt: skip
+    importance: str | None = setting(
+        "importance gathered at the base (kind blend): also try a scale for each matrix", None,
+        metavar="DIR",
+    )  # fmt: skip
+    text: list[str] = setting(
+        "general text to measure on, as for `hlora record`", ["python-docs@test"], metavar="TEXT"
+    )
+    task: str | None = setting("the domain, as for `hlora tune`: what is given up is shown", None)
+    task_format: str | None = setting("how to read the rows of the task", None, more=True)
+    text_column: str | None = setting("column with the text", None, more=True)
+    block_size: int = setting("tokens per row of text", 128, more=True, least=2)
+    text_blocks: int = setting("number of rows of each kind", 24, more=True, least=1)
+    task_rows: int = setting("number of rows of the task", 64, more=True, least=1)
+    batch_size: int = setting("rows per batch", 8, more=True, least=1)
+    overwrite: bool = setting("replace an existing result in the output folder", False)
 
 
 @dataclass(kw_only=True)

@@ -44,11 +44,16 @@ _MAY_DIFFER = ("resume", "overwrite", "dry_run", "save_steps", "logging_steps", 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run: its log entries, seconds and optimizer steps."""
+    """A finished run: its log entries, seconds and optimizer steps.
+
+    With a budget of forgetting also what was predicted of it and measured, in nats per token, and
+    the share of the change that was kept for it.
+    """
 
     log: list[dict[str, Any]]
     seconds: float
     steps: int
+    forgetting: dict[str, float] | None = None
 
 
 def arguments(settings: TrainSettings) -> TrainingArguments:

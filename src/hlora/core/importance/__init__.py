@@ -166,6 +166,10 @@ class Importance(ABC):
         """If `natural`: the predicted KL divergence from the base model, nats per token."""
         raise NotImplementedError
 
+    def coupling(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
+        """If `natural`: Q (L, L), so that αᵀQα is the forgetting of the changes α_l D_l."""
+        raise NotImplementedError
+
 
 class Trace(Protocol):
     """What the recorder asks of a kind that is gathered along the training path."""

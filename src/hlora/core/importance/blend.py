@@ -64,6 +64,9 @@ class Blend(Sequences):
     def forgetting(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
         return self.sketch.forgetting(groups, changes)
 
+    def coupling(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
+        return self.sketch.coupling(groups, changes)
+
     def norms(self) -> dict[str, float]:
         return self.smooth.norms()
 

@@ -61,6 +61,11 @@ class Kronecker(Sequences):
             pulled.append((values, GP @ (QC @ right.mT), (left.mT @ GP) @ QC))
         return pulled
 
+    def coupling(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
+        sides = [c.P for c in changes], [c.Q for c in changes]
+        values = [v for v, _, _ in self.pulls(groups, changes, *sides)]
+        return torch.cat([v.to(values[0].device) for v in values]).diag()
+
     def norms(self) -> dict[str, float]:
         """‖F_l‖₂, the Frobenius norm of G ⊗ C."""
         return {

@@ -58,6 +58,11 @@ class Sketch(Sequences):
         total = _over_layers(self._seen(groups, changes))
         return total.square().mean() / (2 * self._tokens)
 
+    def coupling(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
+        seen = self._seen(groups, changes)
+        by_layer = torch.cat([s.to(seen[0].device) for s in seen])
+        return by_layer @ by_layer.mT / (2 * self._tokens * by_layer.shape[1])
+
     def _seen(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> list[Tensor]:
         """⟨g_nl, D_l⟩ of each group, (L, N)."""
         found = []

@@ -1,0 +1,248 @@
+"""A finished adapter scaled back along its own path until it forgets no more than a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hlora import __version__
+from hlora.core import rewind as core
+from hlora.core import store
+from hlora.core.budget import check_budget
+from hlora.core.lowrank import LowRank
+from hlora.core.pairs import Group, group
+from hlora.data.rows import Collate
+from hlora.data.tasks import answer_rows
+from hlora.errors import InputError
+from hlora.files import publish, refuse_result, write_json
+from hlora.hf.peft import base_of, find_pairs, save_adapter, starts_at_base
+from hlora.run.evaluate import Forgetting, divergence, score_task
+from hlora.run.models import load_adapter
+from hlora.run.progress import bar
+from hlora.run.scoring import prepare
+from hlora.run.settings import EvalSettings, RewindSettings
+
+REWOUND = "rewind.json"
+"""The marker of a rewound adapter."""
+SHARES = (1.0, 0.75, 0.5, 0.25)
+"""Points of the curve that are always shown; 1 is the adapter as it was."""
+ALIKE, OWN = "every matrix alike", "a scale for each matrix"
+CLOSE = 0.95
+"""A measurement within the budget and above this share of it is close enough."""
+TRIES = 8
+LOOKED_AT = 32
+"""Rows of the task whose gradients say how much each matrix matters for it."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on the way back.
+
+    Attributes:
+        way: `ALIKE` or `OWN`.
+        share: square root of the predicted forgetting that is kept.
+        scales: by matrix.
+        predicted: nats per token, by the importance; None without one.
+        measured: on the general text.
+        nll: of the domain's right answers, nats per answer; None without a task.
+    """
+
+    way: str
+    share: float
+    scales: dict[str, float]
+    predicted: float | None
+    measured: Forgetting
+    nll: float | None
+
+
+@dataclass(frozen=True)
+class Rewound:
+    """The curve by way, and the point that was written."""
+
+    folder: Path
+    points: list[Point]
+    chosen: Point
+
+
+def rewind(settings: RewindSettings) -> Rewound:
+    """Scale an adapter back, and write it.
+
+    Raises:
+        HloraError: an adapter, importance, text or task that cannot be used.
+    """
+    check_budget(settings.forget_at_most)
+    output = Path(settings.output)
+    if output.resolve() == Path(settings.adapter).resolve():
+        raise InputError("--output is the adapter's own folder: choose another.")
+    refuse_result(output, settings.overwrite)
+    stored = store.load(settings.importance) if settings.importance else None
+    if stored and not stored.importance.natural:
+        raise InputError(
+            f"{settings.importance} holds {stored.importance.kind} importance, which predicts no "
+            "forgetting: record with --kind blend."
+        )
+    model, tokenizer, kinds, tasks = prepare(_scoring(settings))
+    model = load_adapter(model, settings.adapter, trainable=True)
+    if not starts_at_base(model):
+        raise InputError(
+            f"The initialization of {settings.adapter} moved the base model, so a scaled adapter "
+            "is not between the two: convert it to plain LoRA first (PEFT's "
+            "path_initial_model_for_weight_conversion)."
+        )
+    pairs = find_pairs(model)
+    if stored:
+        stored.check(base_of(model, pairs), pairs, ranks=False)
+    text = torch.cat(list(kinds.values()))
+    walk = _Walk(model, group(pairs), stored)
+
+    def measure(way: str, share: float) -> Point:
+        scales, predicted = walk.go(way, share)
+        with bar(f"{way}, {share:.2f}", len(text)) as shown:
+            lost = divergence(model, text, batch_size=settings.batch_size, tick=shown.update)
+        if not math.isfinite(lost.nats):
+            raise InputError(f"{settings.adapter} gives no finite predictions: train it again.")
+        nll = [score_task(model, tokenizer, t, batch_size=settings.batch_size).nll for t in tasks]
+        return Point(way, share, scales, predicted, lost, nll[0] if nll else None)
+
+    points = [measure(ALIKE, share) for share in SHARES]
+    if points[0].measured.nats <= settings.forget_at_most:
+        candidates = points[:1]
+    else:
+        candidates = [_search(measure, ALIKE, points, settings.forget_at_most)]
+    if stored and candidates[0] is not points[0]:
+        walk.learn(_task_gradients(model, walk.groups, tokenizer, tasks))
+        own = [points[0], *(measure(OWN, share) for share in SHARES[1:])]
+        candidates.append(_search(measure, OWN, own, settings.forget_at_most))
+        points += own[1:]
+    # The last word has the domain; without one, what keeps more of the change.
+    chosen = min(candidates[::-1], key=lambda p: math.inf if p.nll is None else p.nll)
+    points += [p for p in candidates if p not in points]
+    walk.go(chosen.way, chosen.share)
+    result = Rewound(output, sorted(points, key=lambda p: (p.way, -p.share)), chosen)
+    with publish(output, REWOUND) as aside:
+        save_adapter(model, aside)
+        write_json(
+            aside / REWOUND,
+            {
+                "hlora_version": __version__, "settings": asdict(settings),
+                "chosen": asdict(chosen), "points": [asdict(p) for p in result.points],
+            },
+        )  # fmt: skip
+    return result
+
+
+def within_budget(
+    model: nn.Module, text: Tensor, at_most: float, batch_size: int
+) -> tuple[Point, Point]:
+    """Measure the trained adapter on text (N, T), and scale it back if it is above the budget.
+
+    Returns:
+        The adapter as it was, and as it is now.
+    """
+    walk = _Walk(model, group(find_pairs(model)), None)
+
+    def measure(way: str, share: float) -> Point:
+        scales, _ = walk.go(way, share)
+        with bar(f"measuring at {share:.2f}", len(text)) as shown:
+            lost = divergence(model, text, batch_size=batch_size, tick=shown.update)
+        return Point(way, share, scales, None, lost, None)
+
+    whole = measure(ALIKE, 1.0)
+    if whole.measured.nats <= at_most:
+        return whole, whole
+    chosen = _search(measure, ALIKE, [measure(ALIKE, 0.5), whole], at_most)
+    walk.go(ALIKE, chosen.share)
+    return whole, chosen
+
+
+def _scoring(settings: RewindSettings) -> EvalSettings:
+    of = vars(settings)
+    shared = ("model", "device", "dtype", "text", "text_column", "task_format", "block_size",
+              "text_blocks", "task_rows", "batch_size")  # fmt: skip
+    task = [settings.task] if settings.task else []
+    return EvalSettings(**{k: of[k] for k in shared}, task=task)
+
+
+def _search(
+    measure: Callable[[str, float], Point], way: str, curve: list[Point], budget: float
+) -> Point:
+    """The point nearest below the budget, measured."""
+    seen = sorted(curve, key=lambda p: p.share)
+    for _ in range(TRIES):
+        below = [p for p in seen if p.measured.nats <= budget]
+        above = [p for p in seen if p.measured.nats > budget]
+        if below and below[-1].measured.nats >= CLOSE * budget:
+            break
+        # Near the budget, forgetting is about a power of the share.
+        a, b = (below[-1], above[0]) if below else above[:2]
+        lost = max(a.measured.nats, 1e-12) / b.measured.nats
+        power = math.log(lost) / math.log(a.share / b.share)
+        goal = (0.5 + 0.5 * CLOSE) * budget
+        share = b.share * (goal / b.measured.nats) ** (1 / min(max(power, 0.3), 4.0))
+        seen = sorted([*seen, measure(way, share)], key=lambda p: p.share)
+    below = [p for p in seen if p.measured.nats <= budget]
+    if not below:
+        raise InputError(
+            f"Even at {seen[0].share:.2g} of its change the adapter forgets "
+            f"{seen[0].measured.nats:.2g} nats per token: the budget {budget:g} is too small to be "
+            "measured."
+        )
+    return below[-1]
+
+
+class _Walk:
+    """Moves the adapter along its path and back."""
+
+    def __init__(self, model: nn.Module, groups: list[Group], stored: store.Stored | None) -> None:
+        self.model, self.groups = model, groups
+        self.whole = [g.factors() for g in groups]
+        self.names = [n for g in groups for n in g.names]
+        changes = [LowRank(g.s * B, A) for g, (B, A) in zip(groups, self.whole, strict=True)]
+        self.sizes = torch.cat([c.sum_of_squares().cpu() for c in changes])
+        self.Q: Tensor | None = None
+        if stored:
+            stored.importance.arrange(groups)
+            self.Q = stored.importance.coupling(groups, changes).cpu().double()
+        self.K = core.costs(self.sizes)
+
+    def learn(self, gradients: Tensor | None) -> None:
+        """What the domain's rows say of each matrix."""
+        self.K = core.costs(self.sizes, gradients)
+
+    def go(self, way: str, share: float) -> tuple[dict[str, float], float | None]:
+        """To a point of the path; its scales, and its predicted forgetting."""
+        alpha = torch.full((len(self.names),), share, dtype=torch.float64)
+        if way == OWN:
+            assert self.Q is not None
+            alpha = core.scales(self.Q, self.K, share)
+        start = 0
+        for g, (B, A) in zip(self.groups, self.whole, strict=True):
+            part = alpha[start : start + len(g.names)].to(B)
+            g.set_factors(B * part[:, None, None], A)
+            start += len(g.names)
+        predicted = None if self.Q is None else float(alpha @ self.Q @ alpha)
+        return dict(zip(self.names, alpha.tolist(), strict=True)), predicted
+
+
+def _task_gradients(
+    model: nn.Module, groups: list[Group], tokenizer: Any, tasks: list[Any]
+) -> Tensor | None:
+    """⟨g_nl, D_l⟩ of the domain's rows at the trained weights, (N, L): how each scale matters."""
+    if not tasks:
+        return None
+    found = []
+    collate = Collate(tokenizer.pad_token_id)
+    Bs = [p.B for g in groups for p in g.pairs]
+    model.eval()
+    for row in answer_rows(tasks[0], tokenizer, 512).rows[:LOOKED_AT]:
+        batch = {k: v.to(groups[0].device) for k, v in collate([row]).items()}
+        by_B = torch.autograd.grad(model(**batch).loss, Bs)
+        # D = s·B·A, so that scaling B scales D.
+        found.append([float((g * B.detach()).sum()) for g, B in zip(by_B, Bs, strict=True)])
+    return torch.tensor(found, dtype=torch.float64)
