@@ -28,6 +28,7 @@ from benchmarks.step import Bench, machine
 from hlora.core.importance import fisher_original
 from hlora.core.importance.fisher import LEAN, Fisher
 from hlora.core.importance.fisher_original import SEQUENCES
+from hlora.core.importance.sequences import SEQUENCES as SEQUENCES_AT_BASE
 from hlora.core.kinds import kind_named
 from hlora.files import size
 from hlora.hf.peft import find_pairs
@@ -83,6 +84,17 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
     disk = kind_named("fisher").bytes([p.shape[:2] for p in bench.pairs])
     row("EWC, lean", LEAN * each, memory(lean), disk,
         f"{len(blocks)} of {LEAN} sequences")  # fmt: skip
+    for kind in ("kronecker", "blend"):
+        of = kind_named(kind)
+
+        def gather(of: Any = of) -> None:
+            of.gather(bench.model, bench.pairs, blocks, batch_size=4)
+
+        gather()
+        each = bench.seconds(gather, 1) / len(blocks)  # the pass that finds the bases included
+        disk = of.bytes([p.shape[:2] for p in bench.pairs], sequences=SEQUENCES_AT_BASE)
+        row(f"{kind}, at the base", SEQUENCES_AT_BASE * each, memory(gather), disk,
+            f"{len(blocks)} of {SEQUENCES_AT_BASE} sequences")  # fmt: skip
     return blocks
 
 

@@ -30,14 +30,18 @@ from benchmarks import cost
 from benchmarks.peers import PlainPenalty, PlainRecord
 from benchmarks.shapes import TARGETS, WHOLE, lora_model
 from hlora.core import store
+from hlora.core.importance.sequences import SEQUENCES
+from hlora.core.kinds import kind_named
 from hlora.core.steps import steps_of
 from hlora.hf.peft import find_pairs
+from hlora.hf.record import save_importance
 from hlora.run.convert import convert
 from hlora.run.machine import processor
 from hlora.run.settings import ConvertSettings
 
 RECORDS = ("dense", "factored")
 PENALTIES = ("fp32", "bf16", "int8", "factored")
+AT_BASE = ("kronecker", "sketch", "blend")
 
 
 class Bench:
@@ -197,6 +201,16 @@ def _importance(bench: Bench, folder: Path) -> None:
     recorder.finish(bench.model)
     for to in PENALTIES[1:]:
         convert(ConvertSettings(folder=str(folder / "fp32"), to=to, output=str(folder / to)))
+    for kind in AT_BASE:
+        few, _ = kind_named(kind).gather(bench.model, bench.pairs, bench.ids.cpu()[:4])
+        # As many sequences as by default; which ones they are makes no difference to the time.
+        again = {
+            name: t.repeat(SEQUENCES // len(bench.ids[:4]), 1, 1) if ".cores" in name else t
+            for name, t in few.tensors().items()
+        }
+        importance = kind_named(kind).from_tensors(again)
+        notes = {"recording": {}, "summary": {}}
+        save_importance(folder / kind, bench.model, bench.pairs, importance, notes)
 
 
 def _starts(bench: Bench, folder: Path) -> list[tuple[str, Callable[[torch.optim.Optimizer], int]]]:
@@ -232,7 +246,7 @@ def _starts(bench: Bench, folder: Path) -> list[tuple[str, Callable[[torch.optim
         ("record, plain torch", plain_record),
         *((f"record, {kind}", record(kind)) for kind in RECORDS),
         ("penalty, plain torch", plain_penalty),
-        *((f"penalty, {form}", penalty(form)) for form in PENALTIES),
+        *((f"penalty, {form}", penalty(form)) for form in (*PENALTIES, *AT_BASE)),
     ]
 
 

@@ -104,9 +104,10 @@ def test_values_and_gradients_are_those_of_dense_matrices(kind, targets):
     matrices = [(D.P @ D.Q).requires_grad_() for D in changes]
     expected = dense_value(importance, groups, matrices)
     G = torch.autograd.grad(expected, matrices)
-    pulled = importance.pulls(groups, changes, Bs, As)
+    pulled, forgetting = importance.pulls(groups, changes, Bs, As)
     torch.testing.assert_close(sum(values.sum() for values, _, _ in pulled), expected.detach())
     assert expected > 0
+    torch.testing.assert_close(forgetting, importance.forgetting(groups, changes))
     for (_, GA, BG), g, B, A in zip(pulled, G, Bs, As, strict=True):
         torch.testing.assert_close(2 * GA, g @ A.mT)
         torch.testing.assert_close(2 * BG, B.mT @ g)
@@ -114,7 +115,7 @@ def test_values_and_gradients_are_those_of_dense_matrices(kind, targets):
 
 def test_the_meter_of_a_blend_is_its_sketch():
     importance, groups, changes, Bs, As = gathered(Blend)
-    seen = sum(v.sum() for v, _, _ in importance.sketch.pulls(groups, changes, Bs, As))
+    seen = sum(v.sum() for v, _, _ in importance.sketch.pulls(groups, changes, Bs, As)[0])
     torch.testing.assert_close(importance.forgetting(groups, changes), seen)
 
 
@@ -189,7 +190,9 @@ def test_what_is_read_back_is_what_was_gathered(kind):
     importance, groups, changes, Bs, As = gathered(kind)
     again = kind.from_tensors(importance.tensors())
     again.arrange(groups)
-    for a, b in zip(*(i.pulls(groups, changes, Bs, As) for i in (importance, again)), strict=True):
+    for a, b in zip(
+        *(i.pulls(groups, changes, Bs, As)[0] for i in (importance, again)), strict=True
+    ):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 

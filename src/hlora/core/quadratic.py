@@ -57,9 +57,7 @@ class Quadratic(Regularizer):
         values, gradients = [], []
         lefts, rights = zip(*(g.factors() for g in groups), strict=True)
         changes = [self.change(*of) for of in zip(groups, lefts, rights, strict=True)]
-        natural = self.importance.natural
-        forgetting = self.importance.forgetting(groups, changes) if natural else None
-        pulled = self.importance.pulls(groups, changes, lefts, rights)
+        pulled, forgetting = self.importance.pulls(groups, changes, lefts, rights)
         for g, (R, GA, BG) in zip(groups, pulled, strict=True):
             c = self._coefficients[g.names]
             weight = (2 * self.phi * c).reshape(-1, 1, 1) * g.s

@@ -57,6 +57,13 @@ class Regularizer:
     def steer(self, pull: Pull) -> None:
         """Set φ for the next step; called once a step with what was pulled."""
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside φ."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """From a checkpoint."""
+
     def on_forward(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor | None:
         """R of one micro-batch as a mean, differentiable in the model's weights; None for none.
 

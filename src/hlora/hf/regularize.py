@@ -160,10 +160,11 @@ class Regularization(Attached):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside φ."""
-        return {}
+        return self.regularizer.state()
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """From a checkpoint."""
+        self.regularizer.load_state(tensors)
 
     def remedy(self) -> str:
         """What else helps a penalty that is too weak."""

@@ -27,6 +27,7 @@ from hlora.data.text import Source, block_rows, blocks, mix
 from hlora.errors import InputError
 from hlora.files import check_space, publish, refuse_result, write_json
 from hlora.hf.distributed import is_main
+from hlora.hf.divergence import Divergence
 from hlora.hf.peft import base_of, find_pairs, save_adapter
 from hlora.hf.record import RECORD_STATE, Record, save_importance
 from hlora.hf.regularize import Penalty
@@ -289,14 +290,23 @@ class DomainPhase(_Phase):
             base = base_of(self.model, self.pairs)
             penalty.stored.check(base, self.pairs, ranks=penalty.anchor == "nu")
             self.held += penalty.stored.info["files"][store.TENSORS]["bytes"]
-        self.general = self._general_text() if settings.forget_at_most else None
+        general = self._general
+        self.general = None
+        if settings.forget_at_most:
+            self.general = general(settings.text or MEASURED_ON, MEASURED_BLOCKS)
         self.rows = answer_rows(self.task, self.tokenizer, settings.max_length)
+        if settings.replay:
+            self.rows = self._with_replay()
+        self.parts: list[Penalty | Divergence] = [*self.regularizers]
+        if settings.kl:
+            rows = general(settings.kl, HUB_BLOCKS)
+            self.parts.append(Divergence(rows, settings.kl_weight, every=settings.kl_every))
         check_space(self.output, 64 << 20)
 
     def run(self) -> Trained:
         """Train, and write the adapter to the output folder."""
         trained = train(
-            self.settings, self.model, self.rows, self.regularizers,
+            self.settings, self.model, self.rows, self.parts,
             what=f"domain phase, {self.task.name}", collate=self.collate,
             resume_with=f"Continue with: hlora tune ... --output {self.output} --resume",
         )  # fmt: skip
@@ -313,13 +323,20 @@ class DomainPhase(_Phase):
         clean_up(self.settings)
         return trained
 
-    def _general_text(self) -> Tensor:
-        """What the gathering did not see, to measure on, (N, T)."""
-        kinds = [
-            blocks(Source.parse(spec), self.tokenizer, GATHERED_BLOCK, MEASURED_BLOCKS)
-            for spec in self.settings.text or MEASURED_ON
-        ]
-        return torch.cat(kinds)
+    def _general(self, text: list[str], limit: int) -> Tensor:
+        """At most so many rows of each kind of text, shuffled, (N, T)."""
+        kinds = [blocks(Source.parse(spec), self.tokenizer, GATHERED_BLOCK, limit) for spec in text]
+        rows, draw = torch.cat(kinds), torch.Generator().manual_seed(self.settings.seed)
+        return rows[torch.randperm(len(rows), generator=draw)]
+
+    def _with_replay(self) -> Rows:
+        """The task's rows and, of all rows, a share of general text."""
+        share = self.settings.replay_share
+        if share >= 1:
+            raise InputError(f"--replay-share must be below 1, not {share:g}.")
+        count = max(1, round(len(self.rows) * share / (1 - share)))
+        general = block_rows(self._general(self.settings.replay, count)[:count])
+        return Rows([*self.rows.rows, *general.rows])
 
     def _write(self, trained: Trained) -> None:
         penalties = [vars(p.rule) for p in self.regularizers]

@@ -183,6 +183,18 @@ class TuneSettings(TrainSettings):
         "general text that --forget-at-most is checked on after training, as for `hlora record` "
         "(default: python-docs@test)", [], metavar="TEXT", more=True,
     )  # fmt: skip
+    kl: list[str] = setting(
+        "general text on which the predictions are held to the base model's while tuning (KL)", [],
+        metavar="TEXT", more=True,
+    )  # fmt: skip
+    kl_weight: float = setting("weight of --kl, by nats per token", 1.0, more=True, least=0)
+    kl_every: int = setting(
+        "micro-batches from one look at --kl to the next", 4, more=True, least=1
+    )
+    replay: list[str] = setting(
+        "general text that is mixed into the rows of the task", [], metavar="TEXT", more=True
+    )
+    replay_share: float = setting("share of --replay in all rows", 0.2, more=True, least=0.001)
     anchor: str | None = setting(
         "what the penalty pulls towards: nu, the recorded adapter, where training also starts, or "
         "base, the base model; by default where the importance was gathered", None,

@@ -24,6 +24,8 @@ class Method:
         tune: settings of phase μ that differ; None where the general phase itself is scored.
         ones: replace the importance by Ω = 1.
         sweeps: whether a study's values of φ apply; else `tune` fixes φ, or the preset does.
+        swept: the setting of `hlora tune` that takes them.
+        keeps: the setting of `hlora tune` that takes the general text, where phase μ needs it too.
         after_nu: the importance is gathered at the weights that the plain phase ν ended with.
         source: the paper, the baseline's paper, or this project.
     """
@@ -33,6 +35,8 @@ class Method:
     tune: Mapping[str, Any] | None = field(default_factory=dict)
     ones: bool = False
     sweeps: bool = False
+    swept: str = "phi"
+    keeps: str = ""
     after_nu: bool = False
     source: str = "the paper"
 

@@ -200,8 +200,11 @@ def tune_settings(study: Study, run: Run, nu: Path) -> TuneSettings:
         "output": str(Path(study.work) / "mu" / key_of(study, run)), **study.tune,
         **(METHODS[run.method].tune or {}),
     }  # fmt: skip
+    of = METHODS[run.method]
+    if of.keeps:
+        values[of.keeps] = [study.where(t) for t in study.general.values()]
     if run.phi is not None:
-        values["phi"] = run.phi
+        values[of.swept] = run.phi
     return build(TuneSettings, values)
 
 

@@ -156,11 +156,13 @@ class Importance(ABC):
         changes: Sequence[LowRank],
         lefts: Sequence[Tensor],
         rights: Sequence[Tensor],
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """`pull` of all groups; a kind that couples layers overrides this one."""
-        return [
-            self.pull(*of) for of in zip(groups, changes, lefts, rights, strict=True)
-        ]  # fmt: skip
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
+        """`pull` of all groups, and the predicted forgetting where the kind is `natural`.
+
+        A kind that couples layers overrides this one.
+        """
+        pulled = [self.pull(*of) for of in zip(groups, changes, lefts, rights, strict=True)]
+        return pulled, None
 
     def forgetting(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
         """If `natural`: the predicted KL divergence from the base model, nats per token."""

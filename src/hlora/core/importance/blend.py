@@ -29,15 +29,8 @@ class Blend(Sequences):
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__(tensors)
-        self.smooth, self.sketch = (
-            of(
-                {
-                    k: t for k, t in tensors.items()
-                    if k == TOKENS or k.rpartition(".")[2] in of.parts
-                }
-            )
-            for of in (Kronecker, Sketch)
-        )  # fmt: skip
+        self.smooth, self.sketch = Kronecker(_of(Kronecker, tensors)), Sketch(_of(Sketch, tensors))
+        self.smooth.weight = SMOOTH
 
     @classmethod
     def keep(cls, of: Projected, U: Tensor, V: Tensor) -> dict[str, Tensor]:
@@ -54,12 +47,11 @@ class Blend(Sequences):
         changes: Sequence[LowRank],
         lefts: Sequence[Tensor],
         rights: Sequence[Tensor],
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        both = (of.pulls(groups, changes, lefts, rights) for of in (self.sketch, self.smooth))
-        return [
-            tuple(a + SMOOTH * b for a, b in zip(seen, smooth, strict=True))
-            for seen, smooth in zip(*both, strict=True)
-        ]
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
+        of = groups, changes, lefts, rights
+        (seen, forgetting), (smooth, _) = self.sketch.pulls(*of), self.smooth.pulls(*of)
+        pulled = [(a + x, b + y, c + z) for (a, b, c), (x, y, z) in zip(seen, smooth, strict=True)]
+        return pulled, forgetting
 
     def forgetting(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
         return self.sketch.forgetting(groups, changes)
@@ -72,3 +64,8 @@ class Blend(Sequences):
 
     def totals(self) -> dict[str, float]:
         return self.smooth.totals()
+
+
+def _of(kind: type[Sequences], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those that a kind keeps."""
+    return {k: t for k, t in tensors.items() if k == TOKENS or k.rpartition(".")[2] in kind.parts}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hlora.core.importance.sequences import Projected, Sequences
+from hlora.core.importance.sequences import Projected, Sequences, total_of
 from hlora.core.lowrank import LowRank
 from hlora.core.pairs import Group
 
@@ -22,6 +22,8 @@ class Kronecker(Sequences):
     """By layer: U and V, the factors in them, and what is left of their diagonals."""
 
     kind = "kronecker"
+    weight = 1.0
+    """Multiplies R; to be set before `arrange`."""
     parts = ("U", "U_scale", "V", "V_scale", "left", "right", "rows", "columns")
 
     @classmethod
@@ -42,7 +44,7 @@ class Kronecker(Sequences):
         for stacked in self._stacked.values():
             left, rows = stacked[1:3]
             trace = left.diagonal(dim1=1, dim2=2).sum(1) + rows.sum(1)
-            share = 1 / (2 * self._tokens * trace).clamp(min=torch.finfo(rows.dtype).tiny)
+            share = self.weight / (2 * self._tokens * trace).clamp(min=torch.finfo(rows.dtype).tiny)
             stacked[1], stacked[2] = left * share[:, None, None], rows * share[:, None]
 
     def pulls(
@@ -51,7 +53,7 @@ class Kronecker(Sequences):
         changes: Sequence[LowRank],
         lefts: Sequence[Tensor],
         rights: Sequence[Tensor],
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
         pulled = []
         for group, D, left, right in zip(groups, changes, lefts, rights, strict=True):
             U, inner, rows, V, outer, columns = self._stacked[group.names]
@@ -59,11 +61,11 @@ class Kronecker(Sequences):
             QC = ((D.Q @ V) @ outer) @ V.mT + D.Q * columns[:, None, :]
             values = ((D.P.mT @ GP) * (QC @ D.Q.mT)).sum(dim=(1, 2))
             pulled.append((values, GP @ (QC @ right.mT), (left.mT @ GP) @ QC))
-        return pulled
+        return pulled, total_of(pulled)
 
     def coupling(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
         sides = [c.P for c in changes], [c.Q for c in changes]
-        values = [v for v, _, _ in self.pulls(groups, changes, *sides)]
+        values = [v for v, _, _ in self.pulls(groups, changes, *sides)[0]]
         return torch.cat([v.to(values[0].device) for v in values]).diag()
 
     def norms(self) -> dict[str, float]:

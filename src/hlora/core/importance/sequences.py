@@ -176,11 +176,16 @@ class Sequences(Importance):
 
     def forgetting(self, groups, changes):  # type: ignore[no-untyped-def]
         nothing = [c.P[:, :, :1] for c in changes], [c.Q[:, :1] for c in changes]
-        values = [v for v, _, _ in self.pulls(groups, changes, *nothing)]
-        return torch.stack([v.sum().to(values[0].device) for v in values]).sum()
+        return self.pulls(groups, changes, *nothing)[1]
 
     def pull(self, group, change, left, right):  # type: ignore[no-untyped-def]
-        return self.pulls([group], [change], [left], [right])[0]
+        return self.pulls([group], [change], [left], [right])[0][0]
+
+
+def total_of(pulled: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """R of all layers, a scalar."""
+    values = [values for values, _, _ in pulled]
+    return torch.stack([v.sum().to(values[0].device) for v in values]).sum()
 
 
 def _single(part: Tensor) -> Tensor:

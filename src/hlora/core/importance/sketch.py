@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hlora.core import linearcodes
-from hlora.core.importance.sequences import Projected, Sequences
+from hlora.core.importance.sequences import Projected, Sequences, total_of
 from hlora.core.lowrank import LowRank
 from hlora.core.pairs import Group
 
@@ -42,7 +42,7 @@ class Sketch(Sequences):
         changes: Sequence[LowRank],
         lefts: Sequence[Tensor],
         rights: Sequence[Tensor],
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
         seen = self._seen(groups, changes)
         total = _over_layers(seen)
         total = total / (2 * self._tokens * len(total))
@@ -52,7 +52,7 @@ class Sketch(Sequences):
             a = total.to(of_layer)
             W = (a @ cores).unflatten(1, (group.m, V.shape[2]))
             pulled.append((of_layer @ a, W @ (right @ V).mT, (left.mT @ W) @ V.mT))
-        return pulled
+        return pulled, total_of(pulled)
 
     def forgetting(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
         total = _over_layers(self._seen(groups, changes))

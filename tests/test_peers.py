@@ -1,0 +1,125 @@
+"""What needs general text while tuning: KL to the base model, and replay."""
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+from transformers import TrainerCallback
+
+import hlora
+from hlora.cli import main as cli
+from hlora.hf.divergence import Divergence
+from hlora.run.evaluate import divergence
+from hlora.run.phases import DomainPhase
+from hlora.run.settings import TuneSettings
+from tests.conftest import lora_model, make_trainer, perturb, token_rows
+from tests.tiny import write_text
+
+ROWS = torch.tensor([r["input_ids"] for r in token_rows(12, seed=5)])
+
+
+class Outputs:
+    logits = torch.zeros(1)
+
+
+def test_its_value_and_gradient_are_those_of_the_divergence():
+    model = lora_model(dtype=torch.float64)
+    perturb(model)
+    R = Divergence(ROWS, batch=4, every=1).on_forward(model, {}, Outputs)
+    with torch.no_grad(), model.disable_adapter():
+        base = model(input_ids=ROWS[:4]).logits.log_softmax(-1)
+    here = model(input_ids=ROWS[:4]).logits.log_softmax(-1)
+    expected = kl_div(
+        here.flatten(0, 1), base.flatten(0, 1), reduction="batchmean", log_target=True
+    )
+    torch.testing.assert_close(R.double(), expected, rtol=1e-4, atol=1e-8)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    both = (torch.autograd.grad(v, trained) for v in (R, expected))
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
+    assert R > 0
+
+
+def test_it_looks_at_every_so_many_micro_batches_at_other_rows():
+    model = lora_model()
+    perturb(model)
+    part = Divergence(ROWS, batch=5, every=3)
+    found = [part.on_forward(model, {}, Outputs) for _ in range(9)]
+    assert [f is None for f in found] == [True, True, False] * 3
+    other = Divergence(ROWS[[10, 11, 0, 1, 2]], batch=5, every=3)
+    third = [other.on_forward(model, {}, Outputs) for _ in range(3)][2]
+    torch.testing.assert_close(third, found[8])
+    assert (found[2] - found[5]).abs() > 1e-6
+
+
+@pytest.mark.parametrize(("weight", "less"), [(0.0, False), (30.0, True)])
+def test_it_keeps_the_predictions_on_general_text(weight, less, tmp_path):
+    plain = make_trainer(lora_model(), tmp_path / "a", max_steps=20)
+    plain.train()
+    held = make_trainer(lora_model(), tmp_path / "b", max_steps=20)
+    hlora.attach(held, Divergence(ROWS, weight, batch=12, every=1))
+    held.train()
+    a, b = (divergence(t.model, ROWS).nats for t in (plain, held))
+    assert (b < 0.5 * a) if less else b == pytest.approx(a, rel=1e-6)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 4
+
+
+def test_a_resumed_run_reads_on_where_it_was(tmp_path):
+    def run(folder, callbacks=(), **settings):
+        trainer = make_trainer(lora_model(), tmp_path / folder, callbacks, max_steps=8, **settings)
+        hlora.attach(trainer, Divergence(ROWS, 10.0, batch=5, every=2))
+        return trainer
+
+    straight = run("a")
+    straight.train()
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    run("b", [Stop()], **saving).train()
+    resumed = run("b", **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
+    for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("wrong", [{"rows": ROWS[:0]}, {"batch": 0}, {"every": 0}])
+def test_nothing_to_look_at_is_refused(wrong):
+    with pytest.raises(hlora.InputError, match="Divergence"):
+        Divergence(**{"rows": ROWS, **wrong})
+
+
+def settings(tiny, tmp_path, **more):
+    task, text = tmp_path / "task.jsonl", write_text(tmp_path / "a.txt")
+    task.write_text('{"prompt": "the cat", "completion": " sat on a mat"}\n' * 12)
+    given = {"model": str(tiny), "task": str(task), "device": "cpu", "output": str(tmp_path / "o")}
+    return TuneSettings(**given, **{k: v or [str(text)] for k, v in more.items()})
+
+
+def test_replay_mixes_its_share_into_the_rows(tiny, tmp_path):
+    phase = DomainPhase(settings(tiny, tmp_path, replay=None, replay_share=0.25))
+    general = [r for r in phase.rows.rows if len(r["input_ids"]) == 128]
+    assert (len(general), len(phase.rows)) == (4, 16)
+    assert all((r["labels"] >= 0).all() for r in general)
+
+
+def test_both_go_through_the_command(tiny, tmp_path, capsys):
+    task, text = tmp_path / "task.jsonl", write_text(tmp_path / "a.txt")
+    task.write_text('{"prompt": "the cat", "completion": " sat on a mat"}\n' * 12)
+    argv = [
+        "tune",
+        "--model",
+        str(tiny),
+        "--task",
+        str(task),
+        "--device",
+        "cpu",
+        "--max-steps",
+        "4",
+    ]
+    argv += ["--batch-size", "2", "--logging-steps", "1", "--kl", str(text), "--kl-every", "2"]
+    assert cli.main([*argv, "--replay", str(text), "--output", str(tmp_path / "o")]) == 0
+    assert "R " in capsys.readouterr().out
+    argv += ["--replay", str(text), "--replay-share", "1.5", "--output", str(tmp_path / "p")]
+    assert cli.main(argv) == 2
+    assert "--replay-share" in capsys.readouterr().err
