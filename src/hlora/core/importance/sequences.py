@@ -118,7 +118,13 @@ class Sequences(Importance):
             model, pairs, rows, rank=options.get("rank") or RANK, seed=seed,
             batch_size=batch_size, tick=tick,
         )  # fmt: skip
-        tensors = {TOKENS: torch.tensor([rows.shape[1] - 1])}
+        summary = {"sequences": len(rows), "tokens": rows.shape[1]}
+        return cls.of(found, rows.shape[1] - 1), summary
+
+    @classmethod
+    def of(cls: type[Self], found: dict[str, Projected], tokens: int) -> Self:
+        """What this kind keeps of projected gradients of so many predicted tokens."""
+        tensors = {TOKENS: torch.tensor([tokens])}
         for name, of in found.items():
             U, V = linearcodes.encode(of.U, 0), linearcodes.encode(of.V, 0)
             kept = {
@@ -126,7 +132,7 @@ class Sequences(Importance):
                 **cls.keep(of, linearcodes.decode(*U).to(of.U), linearcodes.decode(*V).to(of.V)),
             }  # fmt: skip
             tensors |= {f"{name}.{part}": _single(kept[part]) for part in cls.parts}
-        return cls(tensors), {"sequences": len(rows), "tokens": rows.shape[1]}
+        return cls(tensors)
 
     @classmethod
     @abstractmethod
@@ -210,11 +216,11 @@ def project(
     Raises:
         UnsupportedModelError: a layer that runs more than once in a forward pass.
     """
-    bases = _bases(model, pairs, rows[: -(-len(rows) // PILOT)], rank, seed, passes)
+    spans = bases(model, pairs, rows[: -(-len(rows) // PILOT)], rank, seed, passes)
     found: dict[str, list[tuple[Tensor, ...]]] = {p.name: [] for p in pairs}
 
     def take(pair: Pair, delta: Tensor, x: Tensor) -> None:
-        U, V = bases[pair.name]
+        U, V = spans[pair.name]
         d, x = delta.to(U.dtype), x.to(U.dtype)
         dU, xV, Kx, Kd = d @ U, x @ V, x @ x.mT, d @ d.mT
         found[pair.name].append(
@@ -235,11 +241,11 @@ def project(
                 "not one product: leave it out of the targets."
             )
         moments = [torch.stack(s).sum(0) / len(rows) for s in sums]
-        result[name] = Projected(*bases[name], together, *moments)
+        result[name] = Projected(*spans[name], together, *moments)
     return result
 
 
-def _bases(
+def bases(
     model: nn.Module, pairs: list[Pair], rows: Tensor, rank: int, seed: int, passes: dict[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """U and V of each pair: the main directions of Σ ggᵀ and Σ gᵀg times random vectors."""
