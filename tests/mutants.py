@@ -33,6 +33,9 @@ class Mutant:
     tests: str
 
 
+SEQUENCES, BUDGET, REWIND = (
+    "tests/test_sequences.py", "tests/test_budget.py", "tests/test_rewind.py"
+)  # fmt: skip
 OPS, RECORD, FACTORED = "tests/test_ops.py", "tests/test_record.py", "tests/test_factored.py"
 PENALTY, STORE, FISHER = "tests/test_penalty.py", "tests/test_store.py", "tests/test_fisher.py"
 STORAGE, REGULARIZER, PAIRS = (
@@ -163,9 +166,9 @@ MUTANTS = [
            "gradients.append((weight * GA, weight * BG))",
            "gradients.append((weight * BG.mT, weight * GA.mT))", PENALTY + " -k autograd"),
     # Kinds, storage, store
-    Mutant("the Fisher is a sum, not a mean", I + "fisher.py", "s / len(blocks) for n, s",
+    Mutant("the Fisher is a sum, not a mean", I + "fisher.py", "s / len(rows) for n, s",
            "s for n, s", FISHER + " -k squared_gradient"),
-    Mutant("labels are the corpus' own, not sampled", I + "fisher.py",
+    Mutant("labels are the corpus' own, not sampled", I + "passes.py",
            'ids[:, 1:] if labels == "corpus" else', 'ids[:, 1:] if True else', FISHER + " -k seed"),
     Mutant("squares of sums over sequences", C + "ops/reference.py",
            "(delta[:, :, rows].mT @ x).square_().sum(dim=0)",
@@ -182,6 +185,33 @@ MUTANTS = [
            "False", STORE),
     Mutant("a trained bias is accepted", H + "peft.py",
            'if getattr(config, "bias", "none") != "none":', "if False:", PAIRS),
+    # At the base: sequences, budget, rewinding
+    Mutant("the sketch takes layers apart", I + "sketch.py",
+           "torch.stack([s.sum(0).to(seen[0].device) for s in seen]).sum(0)",
+           "torch.stack([s[0].to(seen[0].device) for s in seen]).sum(0)", SEQUENCES),
+    Mutant("the sketch's value is not halved", I + "sketch.py",
+           "total = total / (2 * self._tokens", "total = total / (self._tokens", SEQUENCES),
+    Mutant("the Kronecker product is not scaled to the exact trace", I + "kronecker.py",
+           "(2 * self._tokens * trace)", "(2 * self._tokens)", SEQUENCES),
+    Mutant("the rest of the diagonal is counted twice", I + "kronecker.py",
+           "(of.rows - ((U @ of.left) * U).sum(1)).clamp(min=0)", "of.rows", SEQUENCES),
+    Mutant("the gradient of a Kronecker product leaves C out", I + "kronecker.py",
+           "GP @ (QC @ right.mT)", "GP @ (D.Q @ right.mT)", SEQUENCES),
+    Mutant("sums over sequences are not means", I + "sequences.py",
+           "torch.stack(s).sum(0) / len(rows)", "torch.stack(s).sum(0)", SEQUENCES),
+    Mutant("the factor of the rows is that of the columns", I + "sequences.py",
+           "(dU.mT @ Kx @ dU).sum(0)", "(dU.mT @ Kd @ dU).sum(0)", SEQUENCES),
+    Mutant("the blend's meter has the smooth part", I + "blend.py",
+           "return pulled, forgetting", "return pulled, sum(v.sum() for v, _, _ in pulled)", SEQUENCES),
+    Mutant("φ is steered away from the budget", C + "budget.py", "(GAIN * over).exp()",
+           "(-GAIN * over).exp()", BUDGET + " -k within_the_budget"),
+    Mutant("what is above the budget at the end stays", C + "budget.py",
+           "if predicted > self.at_most:", "if False:", BUDGET + " -k within_the_budget"),
+    Mutant("a resumed budget begins with its ramp", H + "regularize.py",
+           "self.regularizer.taken.fill_(state.global_step)", "pass", BUDGET + " -k resumed"),
+    Mutant("rewinding stops above the budget", "run/rewind.py",
+           "    below = [p for p in seen if p.measured.nats <= budget]\n    if not below:",
+           "    below = seen\n    if not below:", REWIND),
 ]  # fmt: skip
 
 

@@ -97,6 +97,21 @@ def test_the_bases_hold_the_largest_directions(monkeypatch):
         assert 0.8 * best < part[name].left.trace() <= best * (1 + 1e-9)
 
 
+def test_the_factors_have_the_diagonals_of_the_sequences():
+    """Where a few directions alone have more, since U is not quite of eigenvectors, it stays so."""
+    model = lora_model(dtype=torch.float64)
+    pairs = find_pairs(model)
+    found = project(model, pairs, torch.randint(3, 60, (6, 9)), rank=3)
+    importance = Kronecker.of(found, 8)
+    for g in group(pairs):
+        for basis, inner, rest in (("U", "left", "rows"), ("V", "right", "columns")):
+            W, d = importance.stack(g, basis), importance.stack(g, rest)
+            few = (W @ importance.stack(g, inner) @ W.mT).diagonal(dim1=1, dim2=2)
+            exact = torch.stack([getattr(found[n], rest) for n in g.names])
+            torch.testing.assert_close(few + d, few.maximum(exact), rtol=1e-5, atol=1e-9)
+            assert (d > 0).double().mean() > 0.5
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
 def test_values_and_gradients_are_those_of_dense_matrices(kind, targets):
