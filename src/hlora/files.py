@@ -70,6 +70,8 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
         raise InputError(f"The {what} {path} cannot be read: {said}") from None
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise InputError(f"The {what} {path} must map names to values.")
     return values
@@ -96,10 +98,10 @@ def parse_yaml(text: str) -> Any:
 
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"it is not YAML: {error}") from None
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    except Exception as error:  # a tag on what is none, such as `!!timestamp x`, raises anything
+        raise ValueError(f"it is not YAML: {error}") from None
 
 
 @contextmanager

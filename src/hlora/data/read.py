@@ -144,26 +144,22 @@ def _json(path: Path) -> Iterator[dict[str, Any]]:
     """JSON lines, an array of objects, or one object over several lines."""
     with _opened(path) as file:
         lines = ((n, line) for n, line in enumerate(file, 1) if line.strip())
-        number, line = next(lines, (0, ""))
-        if not number:
+        first = next(lines, None)
+        if first is None:
             return
-        whole = line.lstrip().startswith("[")
-        if not whole and suffix_of(path) == ".json":
-            try:
-                json.loads(line)
-            except (ValueError, RecursionError):
-                whole = True  # not one object a line
-        if whole:
-            found = parse_json(line + file.read(), str(path))
-            rows = found if isinstance(found, list) else [found]
-            lines, what = iter(enumerate(rows, 1)), "row"
-        else:
-            lines, what = itertools.chain([(number, line)], lines), "line"
-        for number, row in lines:
-            here = f"{path}, {what} {number}"
-            row = row if whole else parse_json(row, here)
+        rows = (
+            (f"line {n}", parse_json(line, f"{path}, line {n}"))
+            for n, line in itertools.chain([first], lines)
+        )
+        if first[1].lstrip().startswith("[") or (
+            suffix_of(path) == ".json" and not _starts_as_json(first[1])
+        ):
+            found = parse_json(first[1] + file.read(), str(path))
+            listed = found if isinstance(found, list) else [found]
+            rows = ((f"row {n}", row) for n, row in enumerate(listed, 1))
+        for where, row in rows:
             if not isinstance(row, dict):
-                raise InputError(f"{here}: not a JSON object.")
+                raise InputError(f"{path}, {where}: not a JSON object.")
             yield row
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import jinja2
 import jinja2.nodes
-from jinja2.sandbox import SandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import SandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 SECONDS = 2.0
@@ -114,7 +115,7 @@ class _Bounds(NodeTransformer):
         return _filter(jinja2.nodes.List(node.nodes, lineno=node.lineno), "_joined")
 
 
-def _filter(node: jinja2.nodes.Expr, name: str) -> jinja2.nodes.Filter:
+def _filter(node: Any, name: str) -> jinja2.nodes.Filter:
     return jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 

@@ -268,7 +268,7 @@ def _column(rows: Iterator[dict[str, Any]], column: str | None, where: str) -> I
     number = 0
     for number, row in enumerate(itertools.chain(first, rows), 1):
         here = f"{where}, row {number}"
-        parts = [row.get(c) for c in columns]
+        parts: list[Any] = [row.get(c) for c in columns]
         if not all(any(c in r for r in first) for c in columns):
             raise InputError(
                 f"{where} has no text column {'+'.join(columns)!r}; its columns are "
