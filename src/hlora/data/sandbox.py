@@ -138,19 +138,26 @@ def _check(what: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> None:
     name = getattr(what, "__name__", "")
     if any(isinstance(v, int) and abs(v) > LARGEST for v in given):
         raise SecurityError(f"a number beyond {LARGEST:,}")
-    owner = getattr(what, "__self__", None)
-    texts = [v for v in (owner, *given) if isinstance(v, str)]
     if "format" in name:
         raise SecurityError("format is not allowed")
-    if ("replace" in name or "join" in name or name == "do_indent") and len(texts) > 1:
-        size = 1
-        for length in sorted((len(t) for t in texts), reverse=True)[:2]:
-            size *= max(length, 1)
-        if size > 100 * LARGEST:
+    if any(word in name for word in ("replace", "join", "indent")):
+        owner = getattr(what, "__self__", None)
+        lengths = sorted(len(v) for v in (owner, *given) if isinstance(v, (str, list, tuple)))
+        if len(lengths) > 1 and lengths[-1] * lengths[-2] > 100 * LARGEST:
             raise SecurityError(f"{name} of texts that are too long")
 
 
 def _small(value: Any) -> Any:
-    if hasattr(value, "__len__") and len(value) > LARGEST:
-        raise SecurityError(f"a value of more than {LARGEST:,} characters or items")
+    """The value, if it would print as a text that is not too long."""
+    left, waiting = LARGEST, [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, (str, bytes, list, tuple, dict, set)):
+            left -= len(one)
+        if left < 0:
+            raise SecurityError(f"a value of more than {LARGEST:,} characters or items")
+        if isinstance(one, dict):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, (list, tuple, set)):
+            waiting += one
     return value
