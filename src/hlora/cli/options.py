@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from hlora.errors import InputError
+from hlora.files import read_yaml
 from hlora.run.build import build, default_of, kind_of, unknown_setting
 
 S = TypeVar("S")
@@ -104,16 +105,7 @@ def _help(f: Field, kind: type) -> str:
 def _from_yaml(cls: type, file: str | None) -> dict[str, Any]:
     if file is None:
         return {}
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(file).read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The settings file {file} cannot be read ({error}).") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"The settings file {file} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"The settings file {file} must map names to values.")
+    values = read_yaml(Path(file), "settings file")
     values = {str(k).replace("-", "_"): v for k, v in values.items()}
     known = [f.name for f in fields(cls)]
     if unknown := [key for key in values if key not in known]:
@@ -130,9 +122,7 @@ def _with_dashes(word: str) -> str:
 
 
 def _take_training(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Separate `--training.NAME VALUE` (or `=VALUE`) from the rest; values are read as YAML."""
-    import yaml
-
+    """Separate `--training.NAME VALUE` (or `=VALUE`) from the rest."""
     rest: list[str] = []
     training: dict[str, Any] = {}
     words = iter(argv)
@@ -145,8 +135,5 @@ def _take_training(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             value = next(words, "")
         if not value:
             raise InputError(f"--training.{name} needs a value.")
-        try:
-            training[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            training[name] = value
+        training[name] = value
     return rest, training

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from importlib.resources import files
 from typing import Any
 
-import yaml
+from hlora.files import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,22 @@ def format_of(name: str, values: dict[str, Any]) -> Format:
     for key in values:
         if key not in known:
             raise ValueError(f"unknown key {key!r}, known: {', '.join(known)}")
+    answer = values.get("answer")
+    if isinstance(answer, str) and answer.isdecimal() and not values.get("labels"):
+        values = {**values, "answer": int(answer)}
+    for key, value in values.items():
+        wanted = (str, list) if key in ("columns", "choices", "labels") else (str, int)
+        if not isinstance(value, wanted) or (key != "answer" and isinstance(value, int)):
+            raise ValueError(f"{key} cannot be {value!r}")
+        if isinstance(value, list) and not all(isinstance(v, str) for v in value):
+            raise ValueError(f"{key} must be a list of texts")
     lists = {k: tuple(map(str, v)) for k, v in values.items() if isinstance(v, list)}
     return Format(**{"name": name, "columns": (), **values, **lists})
 
 
 FORMATS = {
     name: format_of(name, values)
-    for name, values in yaml.safe_load(
+    for name, values in parse_yaml(
         files("hlora.data").joinpath("formats.yaml").read_text("utf-8")
     ).items()
 }

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import torch
-import yaml
 
 from hlora.data.chemistry import chemistry_rows
+from hlora.data.encode import encode, is_chat, leading, prefix_token, render_chat
 from hlora.data.formats import FORMATS, Format, format_of
-from hlora.data.read import ROWS, load_hub, read_rows
+from hlora.data.read import ROWS, load_hub, missing, read_rows, suffix_of
 from hlora.data.rows import IGNORED, Row, Rows
+from hlora.data.sandbox import Sandbox
 from hlora.errors import InputError, suggest
+from hlora.files import read_yaml
 
 CHEMISTRY = "chemistry"
 """The task that needs no file and no hub."""
 
-_JINJA = jinja2.sandbox.SandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-)
+Messages = list[dict[str, Any]]
+
+
+def _printable(value: Any) -> Any:
+    """What a template prints is text, or a number; not Python's word for something else."""
+    if missing(value) or isinstance(value, (dict, list, tuple)):
+        raise ValueError(f"a value is {'missing' if missing(value) else 'a list, not text'}")
+    return value
+
+
+_SANDBOX = Sandbox(_printable)
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,16 @@ class Example:
         choices: as they follow the prompt, delimiter included.
         answer: index of the right choice.
         bare: the choices without the delimiter, whose length acc_norm divides by.
+        where: the file and row.
+        chat: prompt and completion as messages; `prompt` and `choices` are to be rendered.
     """
 
     prompt: str
     choices: tuple[str, ...]
     answer: int
     bare: tuple[str, ...]
+    where: str = ""
+    chat: tuple[Messages, Messages] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,31 @@ class Task:
     name: str
     format: Format
     examples: list[Example]
+
+    def rendered(self, tokenizer: Any) -> Task:
+        """Chat messages as text, by the tokenizer's template.
+
+        Raises:
+            InputError: it has none, or one that does not go on where a prompt ends.
+        """
+        return replace(self, examples=[_rendered(e, tokenizer) for e in self.examples])
+
+
+def load_tasks(specs: Sequence[str], **settings: Any) -> list[Task]:
+    """Several tasks, each with a name of its own: where two share one, the place where it is.
+
+    Raises:
+        InputError: as `load_task`; or one is given twice.
+    """
+    tasks = [load_task(spec, **settings) for spec in specs]
+    names = [t.name for t in tasks]
+    for a, b in itertools.combinations(specs, 2):
+        if a == b:
+            raise InputError(f"The task {a} is given twice.")
+    return [
+        replace(t, name=spec) if names.count(t.name) > 1 else t
+        for t, spec in zip(tasks, specs, strict=True)
+    ]
 
 
 def load_task(
@@ -75,6 +112,8 @@ def load_task(
     built_in, _, side = where.partition("@")
     rows: Iterable[dict[str, Any]]
     if path.is_file():
+        if suffix_of(path) not in ROWS:
+            raise InputError(f"{where} holds no rows: a task is a file of {', '.join(ROWS)}.")
         rows = read_rows(path)
         name = path.name.split(".")[0]
     elif built_in == CHEMISTRY:
@@ -83,7 +122,7 @@ def load_task(
         given = given or FORMATS[where]
         hub = str(FORMATS[where].hub)
         rows, name = load_hub(f"{hub}@{given.test_split if split == 'test' else split}"), where
-    elif "/" in where and path.suffix not in ROWS:
+    elif "/" in where and suffix_of(path) not in ROWS:
         rows, name = load_hub(where, split), where.split("/")[-1]
     else:
         known = [CHEMISTRY, *(n for n, f in FORMATS.items() if f.hub)]
@@ -120,27 +159,26 @@ def _format(name: str) -> Format:
     if name in FORMATS:
         return FORMATS[name]
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix.lower() not in (".yaml", ".yml"):
         listed = f": there are {', '.join(FORMATS)}."
         raise InputError(f"Unknown --task-format {name!r}" + suggest(name, FORMATS, listed))
     try:
-        return format_of(path.stem, dict(yaml.safe_load(path.read_text("utf-8"))))
-    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        return format_of(path.stem, read_yaml(path, "task format"))
+    except (TypeError, ValueError) as error:
         raise InputError(f"The task format {path} cannot be read: {error}") from None
-
-
-@lru_cache(maxsize=256)
-def _template(text: str) -> jinja2.Template:
-    return _JINJA.from_string(text)
 
 
 def _render(template: str, row: dict[str, Any], where: str) -> str:
     try:
-        return _template(template).render(**row)
-    except jinja2.UndefinedError as error:
-        raise InputError(f"{where}: {error}; its columns are {', '.join(row)}.") from None
-    except jinja2.TemplateError as error:
-        raise InputError(f"The template {template!r} is wrong: {error}.") from None
+        return _SANDBOX.rendered(template, {k: v for k, v in row.items() if not missing(v)})
+    except KeyError as error:
+        empty = [k for k, v in row.items() if missing(v)]
+        note = f" ({', '.join(empty)} empty)" if empty else ""
+        raise InputError(
+            f"{where}: {error.args[0]}; its columns are {', '.join(map(str, row))}{note}."
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{where}: the template {template!r}: {error}.") from None
 
 
 def _listed(spec: str, row: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -152,10 +190,18 @@ def _listed(spec: str, row: dict[str, Any], where: str) -> tuple[str, ...]:
         value = value[part]
     if not isinstance(value, (list, tuple)):
         raise InputError(f"{where}: {spec!r} is not a list.")
+    if any(missing(v) or isinstance(v, (dict, list)) for v in value):
+        raise InputError(f"{where}: {spec!r} has an entry that is no text.")
     return tuple(str(v) for v in value)
 
 
 def _example(row: dict[str, Any], format: Format, where: str) -> Example:
+    if format.name == "completion" and (is_chat(row["prompt"]) or is_chat(row["completion"])):
+        sides = (
+            _messages(row, "prompt", "user", where),
+            _messages(row, "completion", "assistant", where),
+        )
+        return Example("", ("",), 0, ("",), where, sides)
     prompt = _render(format.prompt, row, where)
     if isinstance(format.choices, str):
         bare = _listed(format.choices, row, where)
@@ -165,7 +211,31 @@ def _example(row: dict[str, Any], format: Format, where: str) -> Example:
     choices = tuple(format.delimiter + c for c in bare)
     if not (prompt.strip() and all(c.strip() for c in bare)):
         raise InputError(f"{where}: an empty prompt or choice.")
-    return Example(prompt, choices, answer, bare)
+    return Example(prompt, choices, answer, bare, where)
+
+
+def _messages(row: dict[str, Any], column: str, role: str, where: str) -> Messages:
+    value = row[column]
+    if isinstance(value, str) and value.strip():
+        return [{"role": role, "content": value}]
+    if not is_chat(value):
+        raise InputError(f"{where}: {column!r} is neither text nor a list of chat messages.")
+    return list(value)
+
+
+def _rendered(example: Example, tokenizer: Any) -> Example:
+    if example.chat is None:
+        return example
+    asked, answered = example.chat
+    prompt = render_chat(tokenizer, asked, example.where, ask=True)
+    whole = render_chat(tokenizer, [*asked, *answered], example.where)
+    if not whole.startswith(prompt) or len(whole) == len(prompt):
+        raise InputError(
+            f"{example.where}: by the tokenizer's chat template the completion does not follow the "
+            "prompt: give both as text."
+        )
+    completion = (whole[len(prompt) :],)
+    return replace(example, prompt=prompt, choices=completion, bare=completion)
 
 
 def _answer(row: dict[str, Any], format: Format, bare: tuple[str, ...], where: str) -> int:
@@ -187,30 +257,69 @@ def _answer(row: dict[str, Any], format: Format, bare: tuple[str, ...], where: s
     return int(label)
 
 
-def encode_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+def encode_pair(
+    tokenizer: Any, prompt: str, completion: str, where: str = "", vocabulary: int | None = None
+) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of what follows it, as lm-evaluation-harness cuts them.
 
-    The two are tokenized together and cut where the prompt alone would end; spaces at the end
-    of the prompt belong to what follows.
+    The two are tokenized together and cut where the prompt alone would end; white space at the end
+    of the prompt belongs to what follows.
+
+    Raises:
+        InputError: the tokenizer cannot take them, or leaves nothing of the completion.
     """
-    bare = prompt.rstrip(" ")
+    bare = prompt.rstrip()
     completion = prompt[len(bare) :] + completion
-    whole = tokenizer(bare + completion, add_special_tokens=False, verbose=False)["input_ids"]
-    head = tokenizer(bare, add_special_tokens=False, verbose=False)["input_ids"]
-    return whole[: len(head)], whole[len(head) :]
+    if bare:
+        whole = encode(tokenizer, bare + completion, where, vocabulary)
+        head = encode(tokenizer, bare, where, vocabulary)
+        head, tail = whole[: len(head)], whole[len(head) :]
+    else:
+        tail = encode(tokenizer, completion, where, vocabulary, special=False)
+        head = [prefix_token(tokenizer)]
+        tail = tail[1:] if tail[:1] == head else tail
+    if not tail:
+        raise InputError(f"{where}: the tokenizer leaves nothing of the answer {completion!r}.")
+    return head, tail
 
 
-def answer_rows(task: Task, tokenizer: Any, max_length: int) -> Rows:
+def answer_rows(
+    task: Task,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    vocabulary: int | None = None,
+    context: int | None = None,
+) -> Rows:
     """The right answers of a task as rows, with the loss on the answer only.
 
-    Prompts that do not fit into `max_length` tokens lose their beginning.
+    Prompts that do not fit into `max_length` tokens lose their beginning, but for the token that
+    the tokenizer begins a text with.
+
+    Args:
+        vocabulary, context: how many tokens the model knows, and takes; None does not check.
+
+    Raises:
+        InputError: a row that the tokenizer or the model cannot take.
     """
     rows: list[Row] = []
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for example in task.examples:
-        head, tail = encode_pair(tokenizer, example.prompt, example.choices[example.answer])
-        tail = (tail + end)[:max_length]
-        head = head[max(0, len(head) + len(tail) - max_length) :]
+    begin = leading(tokenizer)
+    eos = tokenizer.eos_token_id
+    for example in task.rendered(tokenizer).examples:
+        answer = example.choices[example.answer]
+        head, tail = encode_pair(tokenizer, example.prompt, answer, example.where, vocabulary)
+        if eos is not None and eos not in tail:
+            tail = [*tail, eos]
+        tail = tail[:max_length]
+        over = len(head) + len(tail) - max_length
+        if over > 0:
+            kept = begin if head[:1] == begin and len(tail) < max_length else []
+            head = kept + head[over + len(kept) :]
+        if context is not None and len(head) + len(tail) > context:
+            raise InputError(
+                f"{example.where}: {len(head) + len(tail)} tokens, and the model takes {context}: "
+                f"give --max-length {context}."
+            )
         rows.append(
             {
                 "input_ids": torch.tensor(head + tail),

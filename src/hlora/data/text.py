@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,44 @@ import torch
 from torch import Tensor
 
 from hlora.data import pythontext
-from hlora.data.read import ROWS, SUFFIXES, load_hub, read_rows, read_text
+from hlora.data.encode import encode, is_chat, leading, render_chat
+from hlora.data.read import (
+    ROWS,
+    SUFFIXES,
+    data_files,
+    is_saved,
+    load_hub,
+    load_saved,
+    missing,
+    read_rows,
+    read_text,
+    suffix_of,
+)
 from hlora.data.rows import Rows
 from hlora.errors import InputError
 
 PIECE = 1 << 16
 """Characters that are tokenized at once: a .txt file may be larger than the memory."""
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w.\[\]:%-]+)?$")
+LOOK = 100
+"""Rows that are looked at to find the column with the text."""
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w.\[\]:%-]+)?(\^[\w./-]+)?$")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text.
+
+    Attributes:
+        where: its file and row.
+        text: in pieces, or a list of chat messages.
+    """
+
+    where: str
+    text: Iterator[str] | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -58,65 +90,104 @@ class Source:
         if not forced and not path.exists() and pythontext.is_name(where):
             _built_in(where)
             return cls(name or where.partition("@")[0], where, column)
-        hub = forced or not path.exists()
-        if hub and not forced and (path.suffix in SUFFIXES or not _HUB_NAME.match(where)):
+        folder = Path(where.partition("@")[0])
+        local = path.exists() or is_saved(folder)
+        hub = forced or not local
+        if hub and not forced and (suffix_of(path) in SUFFIXES or not _HUB_NAME.match(where)):
             raise InputError(f"There is no text at {where}.")
-        return cls(name or re.sub(r"\.(train|test)$", "", path.stem) or where, where, column, hub)
+        return cls(name or _stem(path) or where, where, column, hub)
 
-    def documents(self) -> Iterator[str]:
-        """The texts, one at a time.
+    def documents(self) -> Iterator[Document]:
+        """The texts, one at a time, read as they are asked for.
 
         Raises:
             InputError: nothing there can be read as text.
         """
         if self.hub:
-            return _from_hub(self)
+            return _column(load_hub(self.where), self.column, self.where)
         path = Path(self.where)
         if not path.exists() and pythontext.is_name(self.where):
-            return iter([pythontext.python_text(*_built_in(self.where))])
-        if not path.is_dir():
-            return _from_file(path, self.column)
-        files = [p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
-        if not files:
-            raise InputError(f"The folder {path} holds no text ({', '.join(SUFFIXES)}).")
-        return (text for file in files for text in _from_file(file, self.column))
+            text = pythontext.python_text(*_built_in(self.where))
+            return iter([Document(self.where, _pieces(text))])
+        folder, _, split = self.where.partition("@")
+        saved = path if is_saved(path) else Path(folder)
+        if is_saved(saved):
+            rows = load_saved(saved, "" if saved == path else split)
+            return _column(rows, self.column, self.where)
+        files = data_files(path) if path.is_dir() else [path]
+        return (document for file in files for document in _from_file(file, self.column))
 
 
-def blocks(source: Source, tokenizer: Any, size: int, limit: int | None = None) -> Tensor:
+def sources(specs: Sequence[str], column: str | None) -> list[Source]:
+    """Several kinds of text, each with a name of its own.
+
+    Raises:
+        InputError: two have one name, or one is no text.
+    """
+    found = [Source.parse(spec, column) for spec in specs]
+    for a, b in itertools.combinations(found, 2):
+        if a.name == b.name:
+            raise InputError(
+                f"Two kinds of text are named {a.name} ({a.where} and {b.where}): name them with "
+                "--text NAME=WHERE ..."
+            )
+    return found
+
+
+def blocks(
+    source: Source, tokenizer: Any, size: int, limit: int | None = None,
+    vocabulary: int | None = None,
+) -> Tensor:  # fmt: skip
     """The text of a source as blocks of tokens, (N, size) int64.
 
     Documents follow each other with the end-of-text token between them; what does not fill the
-    last block is left out.
+    last block is left out. Where the tokenizer begins a text with a token, so does every document
+    and every block.
 
     Args:
-        limit: stop after so many blocks.
+        limit: read no more than so many blocks.
+        vocabulary: how many tokens the model knows; None does not check.
 
     Raises:
-        InputError: the text is empty or shorter than one block.
+        InputError: the text is empty or shorter than one block, or a row that cannot be taken.
     """
-    end = tokenizer.eos_token_id
+    begin = leading(tokenizer)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
     wanted = None if limit is None else limit * size
     empty = True
     for document in source.documents():
-        for piece in _pieces(document):
+        text = document.text
+        if isinstance(text, list):
+            text = iter([render_chat(tokenizer, text, document.where)])
+        start = begin
+        for piece in text:
             empty = empty and not piece.strip()
-            tokens += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-        if end is not None:
-            tokens.append(end)
+            ids = encode(tokenizer, piece, document.where, vocabulary, special=False)
+            tokens += ids if ids[:1] == start else start + ids
+            start = []
+            if wanted is not None and len(tokens) >= wanted:
+                break
+        tokens += end
         if wanted is not None and len(tokens) >= wanted:
             break
     if empty:
         raise InputError(f"The text {source.where} is empty.")
-    count = len(tokens) // size
-    if limit is not None:
-        count = min(count, limit)
-    if count == 0:
+    found: list[list[int]] = []
+    at = 0
+    while limit is None or len(found) < limit:
+        put = [] if tokens[at : at + 1] == begin else begin
+        block = put + tokens[at : at + size - len(put)]
+        if len(block) < size:
+            break
+        at += size - len(put)
+        found.append(block)
+    if not found:
         raise InputError(
             f"The text {source.where} has {len(tokens)} tokens, less than one block of {size}: "
             "give more text, or a smaller --block-size."
         )
-    return torch.tensor(tokens[: count * size], dtype=torch.int64).reshape(count, size)
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def mix(kinds: dict[str, Tensor], weights: list[float] | None, limit: int | None) -> Tensor:
@@ -175,31 +246,59 @@ def _pieces(document: str) -> Iterator[str]:
     yield document[start:]
 
 
-def _from_file(path: Path, column: str | None) -> Iterator[str]:
-    if path.suffix in ROWS:
-        yield from _column(read_rows(path), column, str(path))
-    else:
-        yield read_text(path)
+def _stem(path: Path) -> str:
+    """A file's name without what says how it is stored, and of which split it is."""
+    name = path.name
+    while Path(name).suffix.lower() in (*SUFFIXES, ".gz", ".bz2", ".xz"):
+        name = Path(name).stem
+    return re.sub(r"\.(train|test)$", "", name)
 
 
-def _column(rows: Iterator[dict[str, Any]], column: str | None, where: str) -> Iterator[str]:
-    for row in rows:
-        if column is None:
-            strings = [k for k, v in row.items() if isinstance(v, str)]
-            if "text" in strings or len(strings) == 1:
-                column = "text" if "text" in strings else strings[0]
-            else:
-                raise InputError(
-                    f"{where} has the columns {', '.join(row)}: name the one with the text with "
-                    "--text-column."
-                )
-        parts = [row.get(c) for c in column.split("+")]
-        if not all(isinstance(p, str) for p in parts):
+def _from_file(path: Path, column: str | None) -> Iterator[Document]:
+    if suffix_of(path) in ROWS:
+        return _column(read_rows(path), column, str(path))
+    return iter([Document(str(path), read_text(path, PIECE))])
+
+
+def _column(rows: Iterator[dict[str, Any]], column: str | None, where: str) -> Iterator[Document]:
+    """The text in each row. Rows that have none are passed over, and counted."""
+    first = list(itertools.islice(rows, LOOK))
+    columns = (column or _find_column(first, where)).split("+")
+    skipped: list[int] = []
+    number = 0
+    for number, row in enumerate(itertools.chain(first, rows), 1):
+        here = f"{where}, row {number}"
+        parts: list[Any] = [row.get(c) for c in columns]
+        if not all(any(c in r for r in first) for c in columns):
             raise InputError(
-                f"{where} has no text column {column!r}; its columns are {', '.join(row)}."
+                f"{where} has no text column {'+'.join(columns)!r}; its columns are "
+                f"{', '.join(row)}."
             )
-        yield "\n".join(p for p in parts if isinstance(p, str))
+        if any(missing(p) or p in ("", []) for p in parts):
+            skipped.append(number)
+        elif len(parts) == 1 and is_chat(parts[0]):
+            yield Document(here, list(parts[0]))
+        elif wrong := [c for c, p in zip(columns, parts, strict=True) if not isinstance(p, str)]:
+            raise InputError(f"{here}: {wrong[0]!r} is not text: {str(row[wrong[0]])[:40]!r}.")
+        else:
+            yield Document(here, _pieces("\n".join(parts)))
+    if skipped:
+        logger.warning(
+            "%s: %d of %d rows have no text and were passed over, the first is row %d.",
+            where, len(skipped), number, skipped[0],
+        )  # fmt: skip
 
 
-def _from_hub(source: Source) -> Iterator[str]:
-    yield from _column(load_hub(source.where), source.column, source.where)
+def _find_column(rows: list[dict[str, Any]], where: str) -> str:
+    """`text`, or the one column that holds text or chats, or may do where all cells are empty."""
+    names = list(dict.fromkeys(k for row in rows for k in row))
+    if "text" in names or not rows:
+        return "text"
+    held = {k: [v for row in rows if not missing(v := row.get(k))] for k in names}
+    text = [k for k, v in held.items() if all(isinstance(x, str) or is_chat(x) for x in v)]
+    if len(text) != 1:
+        raise InputError(
+            f"{where} has the columns {', '.join(map(str, names))}: name the one with the text "
+            "with --text-column."
+        )
+    return text[0]

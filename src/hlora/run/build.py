@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import math
 import shlex
 import types
@@ -10,6 +12,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hlora.errors import InputError, suggest
+from hlora.files import parse_yaml
 
 S = TypeVar("S")
 
@@ -57,18 +60,26 @@ def _checked(key: str, value: Any, hint: Any, f: Field) -> Any:
     if kind is dict:
         if not isinstance(value, dict):
             raise InputError(f"{name} must be a mapping of names to values.")
-        return value
+        return {k: training_value(str(k), v) for k, v in value.items()}
     if several:
         values = value if isinstance(value, list) else [value]
-        return [_converted(name, v, kind) for v in values]
+        return [_one(name, v, kind, f) for v in values]
     if isinstance(value, list):
         raise InputError(f"{name} takes one value, not {len(value)}.")
+    return _one(name, value, kind, f)
+
+
+def _one(name: str, value: Any, kind: type, f: Field) -> Any:
     value = _converted(name, value, kind)
     if kind is float and not math.isfinite(value):
         raise InputError(f"{name} must be a finite number, not {value}.")
-    least = f.metadata["least"]
+    least, most = f.metadata["least"], f.metadata["most"]
+    if most is None and kind is int:
+        most = 2**31 - 1
     if least is not None and not value >= least:
         raise InputError(f"{name} must be at least {least:g}, not {value:g}.")
+    if most is not None and not value <= most:
+        raise InputError(f"{name} must be at most {most}, not {value:g}.")
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise InputError(
             f"{name} must be one of {', '.join(f.metadata['choices'])}, not {value!r}."
@@ -76,22 +87,81 @@ def _checked(key: str, value: Any, hint: Any, f: Field) -> Any:
     return value
 
 
+_WORDS = {
+    "true": True, "yes": True, "on": True, "false": False, "no": False, "off": False,
+}  # fmt: skip
+
+
 def _converted(name: str, value: Any, kind: type) -> Any:
     words = {int: "a whole number", float: "a number", bool: "true or false"}
     try:
         if kind is bool:
-            if not isinstance(value, bool):
-                raise ValueError
-            return value
-        if isinstance(value, bool) or (kind is int and isinstance(value, float) and value % 1):
+            return value if isinstance(value, bool) else _WORDS[value.lower()]
+        if not isinstance(value, (str, int, float)) or isinstance(value, bool):
             raise ValueError
+        if kind is int and not isinstance(value, int):
+            number = float(value)
+            return int(value) if isinstance(value, str) and value.isdecimal() else _whole(number)
         return kind(value)
-    except (ValueError, TypeError):
-        raise InputError(f"{name} must be {words.get(kind, 'text')}, not {value!r}.") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        shown = f"{str(value)[:60]!r}" if isinstance(value, str) else str(value)[:60]
+        raise InputError(f"{name} must be {words.get(kind, 'text')}, not {shown}.") from None
+
+
+def _whole(number: float) -> int:
+    if number % 1:
+        raise ValueError
+    return int(number)
+
+
+def plain(value: Any) -> Any:
+    """The value that text stands for where no type is known: null, true, false or a number."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    if value in ("null", "true", "false"):
+        return {"null": None, "true": True, "false": False}[value]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
+
+
+def training_value(name: str, value: Any) -> Any:
+    """A value for a field of TrainingArguments: text is converted by the field's type.
+
+    Raises:
+        InputError: the field takes no such value.
+    """
+    if not isinstance(value, str):
+        return plain(value)
+    from transformers import TrainingArguments
+
+    hint = get_type_hints(TrainingArguments).get(name)
+    kinds = set(get_args(hint) or (hint,))
+    if hint is None or (type(None) in kinds and value.lower() in ("null", "none")):
+        return plain(value) if hint is None else None
+    if value[:1] in ("{", "["):
+        try:
+            return plain(parse_yaml(value))
+        except ValueError as error:
+            raise InputError(f"--training.{name}: {error}.") from None
+    if str in kinds or any(isinstance(k, type) and issubclass(k, enum.Enum) for k in kinds):
+        return _WORDS[value] if bool in kinds and value in ("true", "false") else value
+    for kind in (bool, int, float):
+        if kind in kinds:
+            if kind is int and float in kinds:
+                return plain(value)
+            return _converted(f"--training.{name}", value, kind)
+    return plain(value)
 
 
 def unknown_setting(word: str, known: Iterable[str]) -> str:
-    return f"Unknown setting {word}" + suggest(word.partition("=")[0], known, "; see --help.", 0.5)
+    name = word.partition("=")[0]  # what follows may be a secret
+    return f"Unknown setting {name}" + suggest(name, known, "; see --help.", 0.5)
 
 
 def command_line(command: str, settings: Any) -> str:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlora.data.tasks import Task, batches, encode_pair
+from hlora.run.models import context, vocabulary
 
 Tick = Callable[[int], None]
 """Called with the number of rows just done."""
@@ -50,7 +51,8 @@ class TaskScore:
     """Scores on one task.
 
     Attributes:
-        acc, acc_norm: share of right answers; NaN for rows with a single choice.
+        acc, acc_norm: share of right answers; NaN for rows with a single choice. Scores that
+            are no finite numbers make a question wrong.
         nll: negative log-likelihood of the right answer, nats per answer.
         n: number of questions.
         items: by question, the log-likelihood of each choice.
@@ -126,7 +128,7 @@ def score_text(
     means = torch.tensor(sums, dtype=torch.float64) / per_block
     loss = float(means.mean())
     return TextScore(
-        loss, _standard_error(means), math.exp(loss), per_block * len(blocks), means.tolist()
+        loss, _standard_error(means), exp(loss), per_block * len(blocks), means.tolist()
     )
 
 
@@ -159,13 +161,14 @@ def score_task(
     model: nn.Module, tokenizer: Any, task: Task, *, batch_size: int = 8, tick: Tick | None = None
 ) -> TaskScore:
     """Log-likelihood of every choice after its prompt, and what follows from it."""
-    limit = _context(model)
+    limit, known = context(model), vocabulary(model)
+    task = task.rendered(tokenizer)
     # By what the model reads, which is all but a choice's last token: choices of one token share
     # one pass.
     queue: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}
     for q, example in enumerate(task.examples):
         for c, choice in enumerate(example.choices):
-            head, tail = encode_pair(tokenizer, example.prompt, choice)
+            head, tail = encode_pair(tokenizer, example.prompt, choice, example.where, known)
             read = tuple((head + tail)[:-1][-limit:])
             queue.setdefault(read, []).append((q, c, tail[-limit:]))
     inputs = sorted(queue, key=len, reverse=True)
@@ -196,8 +199,8 @@ def summarize(task: Task, items: list[list[float]]) -> TaskScore:
         nll.append(-lls[example.answer])
         if len(lls) > 1:
             normed = [ll / max(len(c), 1) for ll, c in zip(lls, example.bare, strict=True)]
-            right.append(float(lls.index(max(lls)) == example.answer))
-            right_norm.append(float(normed.index(max(normed)) == example.answer))
+            right.append(float(best(lls) == example.answer))
+            right_norm.append(float(best(normed) == example.answer))
     acc, acc_norm, loss = (torch.tensor(v, dtype=torch.float64) for v in (right, right_norm, nll))
     return TaskScore(
         acc=_mean(acc), acc_se=_standard_error(acc),
@@ -205,6 +208,19 @@ def summarize(task: Task, items: list[list[float]]) -> TaskScore:
         nll=_mean(loss), nll_se=_standard_error(loss),
         n=len(items), items=items,
     )  # fmt: skip
+
+
+def best(lls: list[float]) -> int | None:
+    """The choice with the highest log-likelihood; None where they are not all numbers."""
+    return lls.index(max(lls)) if all(map(math.isfinite, lls)) else None
+
+
+def exp(nats: float) -> float:
+    """e to the loss, infinite where that is no float."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def _mean(values: Tensor) -> float:
@@ -232,12 +248,3 @@ class _evaluating:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _context(model: nn.Module) -> int:
-    """How many tokens the model takes."""
-    config: Any = model.config
-    for key in ("max_position_embeddings", "n_positions"):
-        if getattr(config, key, None):
-            return int(getattr(config, key))
-    return 1 << 30

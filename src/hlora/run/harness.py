@@ -1,7 +1,8 @@
 """lm-evaluation-harness on a model in memory, adapter and all.
 
-Tasks are names of its own zoo (data from the hub) or its task files (.yaml, whole: no `include`, no
-Python). Files of rows are `--task`'s, whose scores a test compares with the harness's to the digit.
+Tasks are names of its own zoo (data from the hub) or task files (`hlora.run.taskfile`), whose
+templates run in a sandbox. Files of rows are `--task`'s, whose scores a test compares with the
+harness's to the digit.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
-from hlora.data.read import SUFFIXES
+from hlora.data.read import SUFFIXES, suffix_of
+from hlora.data.sandbox import Sandbox
 from hlora.errors import InputError, suggest
+from hlora.files import is_full_disk
 from hlora.run.progress import watched
+from hlora.run.taskfile import read_task_file
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ def prepare(specs: Sequence[str]) -> HarnessTasks:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = [_task(s) for s in specs]
     names = [t for t in tasks if isinstance(t, str)]
+    called = [t if isinstance(t, str) else t["task"] for t in tasks]
+    if twice := [n for n in called if called.count(n) > 1]:
+        raise InputError(f"Two tasks of --lm-eval are named {twice[0]!r}: rename one.")
     manager = TaskManager(include_defaults=bool(names))
     for name in names:
         if name not in manager.all_tasks:
@@ -75,22 +81,41 @@ def run(
     Raises:
         InputError: the data of a task cannot be reached.
     """
-    from lm_eval import simple_evaluate
+    found: dict[str, HarnessScore] = {}
+    training = model.training
+    try:
+        for some in ([t for t in tasks.tasks if kind is type(t)] for kind in (dict, str)):
+            if some:
+                found |= _scores(model, tokenizer, some, tasks.manager, batch_size, limit)
+    finally:
+        model.train(training)
+    return found
+
+
+def _scores(
+    model: nn.Module, tokenizer: Any, tasks: list[Any], manager: Any, batch_size: int,
+    limit: int | None,
+) -> dict[str, HarnessScore]:  # fmt: skip
+    from lm_eval import simple_evaluate, utils
     from lm_eval.models.huggingface import HFLM
 
-    training = model.training
+    before = utils.env
+    if isinstance(tasks[0], dict):
+        utils.env = Sandbox()
     try:
         with _quiet():
             found = simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=tasks.tasks, task_manager=tasks.manager, limit=limit, bootstrap_iters=100,
+                tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=100,
                 log_samples=False,
             )  # fmt: skip
-    except (ConnectionError, FileNotFoundError, ValueError, OSError) as error:
-        text = " ".join(str(error).split())[:200]
+    except Exception as error:  # by a task, lm-eval may raise anything
+        if is_full_disk(error) or "out of memory" in str(error).lower():
+            raise
+        text = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"lm-eval cannot run these tasks: {text}") from None
     finally:
-        model.train(training)
+        utils.env = before
     return {
         name: HarnessScore(int(found["n-samples"][name]["effective"]), _values(of))
         for name, of in found["results"].items()
@@ -110,44 +135,12 @@ def _values(of: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
 
 
 def _task(spec: str) -> str | dict[str, Any]:
-    if Path(spec).suffix in (".yaml", ".yml"):
-        return _task_file(Path(spec))
-    if Path(spec).suffix not in SUFFIXES:
+    path = Path(spec)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return read_task_file(path)
+    if suffix_of(path) not in SUFFIXES:
         return spec
     raise InputError(f"{spec} is a file of rows: score it with --task, which says the same.")
-
-
-def _task_file(path: Path) -> dict[str, Any]:
-    try:
-        task = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"The task file {path} cannot be read ({error.strerror}).") from None
-    except yaml.constructor.ConstructorError as error:
-        raise InputError(
-            f"The task file {path} asks for Python code ({error.problem}), which is not run: use "
-            "templates only."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        said = " ".join(str(error).split())
-        raise InputError(f"The task file {path} is not YAML: {said}") from None
-    if not isinstance(task, dict):
-        raise InputError(f"The task file {path} must map names to values.")
-    if "include" in task:
-        raise InputError(
-            f"The task file {path} includes {task['include']!r}: copy that into it, since a task "
-            "file must be whole here."
-        )
-    missing = [k for k in ("task", "dataset_path", "output_type", "doc_to_text") if k not in task]
-    if missing:
-        raise InputError(f"The task file {path} lacks {missing[0]!r}.")
-    files = task.get("dataset_kwargs", {}).get("data_files")
-    if isinstance(files, dict):
-        for split, file in files.items():
-            here = path.parent / str(file)
-            if not here.is_file():
-                raise InputError(f"{path} names {file}, and there is no file {here}.")
-            files[split] = str(here.resolve())
-    return task
 
 
 @contextlib.contextmanager

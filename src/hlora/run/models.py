@@ -87,6 +87,33 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu") -> tuple[nn.Mod
     return model.to(device), tokenizer
 
 
+def vocabulary(model: nn.Module) -> int:
+    """How many tokens the model knows."""
+    return model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+
+
+def context(model: nn.Module) -> int:
+    """How many tokens the model takes at once."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    for key in ("max_position_embeddings", "n_positions"):
+        if isinstance(getattr(config, key, None), int):
+            return int(getattr(config, key))
+    return 1 << 30
+
+
+def check_block_size(model: nn.Module, size: int) -> None:
+    """Refuse blocks of text that the model cannot take.
+
+    Raises:
+        InputError: names the largest size.
+    """
+    if size > context(model):
+        raise InputError(
+            f"--block-size {size} is more than the {context(model)} tokens that the model takes: "
+            f"give --block-size {context(model)} or less."
+        )
+
+
 def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> nn.Module:
     """The model with the adapter of a folder on it.
 

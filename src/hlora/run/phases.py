@@ -23,7 +23,7 @@ from hlora.core.presets import RecordRule
 from hlora.core.recorder import summarize_norms
 from hlora.data.rows import Collate, Rows
 from hlora.data.tasks import answer_rows, load_task
-from hlora.data.text import Source, block_rows, blocks, mix
+from hlora.data.text import Source, block_rows, blocks, mix, sources
 from hlora.errors import InputError
 from hlora.files import check_space, publish, refuse_result, write_json
 from hlora.hf.distributed import is_main
@@ -32,7 +32,16 @@ from hlora.hf.peft import base_of, find_pairs, save_adapter
 from hlora.hf.record import RECORD_STATE, Record, save_importance
 from hlora.hf.regularize import Penalty
 from hlora.run import dry_run
-from hlora.run.models import load, load_adapter, new_adapter, pick_device, pick_dtype
+from hlora.run.models import (
+    check_block_size,
+    context,
+    load,
+    load_adapter,
+    new_adapter,
+    pick_device,
+    pick_dtype,
+    vocabulary,
+)
 from hlora.run.own_text import own_text
 from hlora.run.progress import bar
 from hlora.run.rewind import within_budget
@@ -136,11 +145,7 @@ class GeneralPhase(_Phase):
     def __init__(self, settings: RecordSettings) -> None:
         self.settings = settings
         self.output = Path(settings.output)
-        sources = [Source.parse(spec, settings.text_column) for spec in settings.text]
-        if len({s.name for s in sources}) < len(sources):
-            raise InputError(
-                "Two kinds of text have the same name: name them with --text NAME=WHERE ..."
-            )
+        texts = sources(settings.text, settings.text_column)
         refuse_result(self.output, settings.overwrite)
         check_unfinished(settings)
         self.recorder = _recorder(settings)
@@ -151,22 +156,25 @@ class GeneralPhase(_Phase):
             self.recorder.check_folders()
             self.of = kind_named(self.recorder.kind)
         taken = 0 if self.recorder else self.of.rows_needed(_options(settings))
-        if not (sources or self.of.own_text):
+        if not (texts or self.of.own_text):
             raise InputError(
                 "--text is missing: give general text, such as a .txt file or python-docs."
             )
-        own = (taken // 2 if sources else taken) if self.of.own_text else 0
-        size = settings.block_size or (GATHERED_BLOCK if self.of.own_text else BLOCK)
+        own = (taken // 2 if texts else taken) if self.of.own_text else 0
         self._load_model()
+        check_block_size(self.model, settings.block_size or 0)
+        size = settings.block_size or (GATHERED_BLOCK if self.of.own_text else BLOCK)
+        size = min(size, context(self.model))
         self.texts: dict[str, Tensor] = {
             s.name: blocks(
                 s, self.tokenizer, size,
                 settings.text_blocks or (max(HUB_BLOCKS, taken) if s.hub else None),
+                vocabulary(self.model),
             )
-            for s in sources
+            for s in texts
         }  # fmt: skip
         tokens = torch.zeros(0, size, dtype=torch.int64)
-        if sources:
+        if texts:
             tokens = mix(self.texts, settings.text_weights or None, settings.text_blocks or None)
         if not self.recorder:
             draw = torch.Generator().manual_seed(settings.seed)
@@ -294,7 +302,10 @@ class DomainPhase(_Phase):
         self.general = None
         if settings.forget_at_most:
             self.general = general(settings.text or MEASURED_ON, MEASURED_BLOCKS)
-        self.rows = answer_rows(self.task, self.tokenizer, settings.max_length)
+        self.rows = answer_rows(
+            self.task, self.tokenizer, settings.max_length,
+            vocabulary=vocabulary(self.model), context=context(self.model),
+        )  # fmt: skip
         if settings.replay:
             self.rows = self._with_replay()
         self.parts: list[Penalty | Divergence] = [*self.regularizers]
@@ -325,7 +336,8 @@ class DomainPhase(_Phase):
 
     def _general(self, text: list[str], limit: int) -> Tensor:
         """At most so many rows of each kind of text, shuffled, (N, T)."""
-        kinds = [blocks(Source.parse(spec), self.tokenizer, GATHERED_BLOCK, limit) for spec in text]
+        size, known = min(GATHERED_BLOCK, context(self.model)), vocabulary(self.model)
+        kinds = [blocks(Source.parse(s), self.tokenizer, size, limit, known) for s in text]
         rows, draw = torch.cat(kinds), torch.Generator().manual_seed(self.settings.seed)
         return rows[torch.randperm(len(rows), generator=draw)]
 

@@ -9,14 +9,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hlora.data.tasks import Task, load_task
-from hlora.data.text import Source, blocks
+from hlora.data.tasks import Task, load_tasks
+from hlora.data.text import blocks, sources
 from hlora.errors import InputError
 from hlora.files import write_json
 from hlora.run import harness
 from hlora.run.evaluate import TaskScore, TextScore, forgetting, score_task, score_text
 from hlora.run.harness import HarnessScore
-from hlora.run.models import load, load_adapter, pick_device, pick_dtype
+from hlora.run.models import (
+    check_block_size,
+    load,
+    load_adapter,
+    pick_device,
+    pick_dtype,
+    vocabulary,
+)
 from hlora.run.progress import bar
 from hlora.run.settings import EvalSettings
 
@@ -61,17 +68,22 @@ def prepare(
     settings: EvalSettings,
 ) -> tuple[nn.Module, Any, dict[str, Tensor], list[Task]]:
     """The base model, its tokenizer, blocks by kind of text, and tasks."""
-    sources = [Source.parse(spec, settings.text_column) for spec in settings.text]
-    tasks = [
-        load_task(t, split="test", format=settings.task_format, limit=settings.task_rows or None)
-        for t in settings.task
-    ]
+    texts = sources(settings.text, settings.text_column)
+    tasks = load_tasks(
+        settings.task, split="test", format=settings.task_format,
+        limit=settings.task_rows or None,
+    )  # fmt: skip
     device = pick_device(settings.device)
     model, tokenizer = load(settings.model, dtype=pick_dtype(settings.dtype, device), device=device)
+    if texts:
+        check_block_size(model, settings.block_size)
     kinds = {
-        s.name: blocks(s, tokenizer, settings.block_size, settings.text_blocks or None)
-        for s in sources
+        s.name: blocks(
+            s, tokenizer, settings.block_size, settings.text_blocks or None, vocabulary(model)
+        )
+        for s in texts
     }
+    tasks = [t.rendered(tokenizer) for t in tasks]
     return model, tokenizer, kinds, tasks
 
 
@@ -110,7 +122,9 @@ def _plain(score: TextScore | TaskScore | HarnessScore) -> dict[str, Any]:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN."""
+    """JSON has no NaN and no infinity."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,6 +7,7 @@ that `--help` is fast.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,22 +31,38 @@ def setting(
     metavar: str = "",
     more: bool = False,
     least: float | None = None,
+    most: float | None = None,
     positional: bool = False,
 ) -> Any:
     """A dataclass field with its help text.
 
     Args:
         more: shown by --help-all only.
-        least: the smallest value allowed.
+        least, most: the smallest and the largest value allowed; a whole number has 32 bits.
         positional: passed without a flag.
     """
     metadata = {
         "help": help, "required": required, "choices": choices, "metavar": metavar, "more": more,
-        "least": least, "positional": positional,
+        "least": least, "most": most, "positional": positional,
     }  # fmt: skip
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+SECRETS = ("hub_token", "push_to_hub_token")
+"""Fields of TrainingArguments that nobody else may read."""
+
+
+def without_secrets(training: dict[str, Any]) -> dict[str, Any]:
+    """The fields but for a hub token, which the hub's library then finds as HF_TOKEN.
+
+    Settings are written beside results and checkpoints, and Trainer pickles its arguments.
+    """
+    for name in SECRETS:
+        if training.get(name):
+            os.environ["HF_TOKEN"] = str(training[name])
+    return {k: v for k, v in training.items() if k not in SECRETS}
 
 
 @dataclass(kw_only=True)
@@ -70,19 +87,23 @@ class TrainSettings(Settings):
     """Settings of both training phases. The defaults are the paper's (section 5)."""
 
     output: str = setting("output folder", required=True, metavar="DIR")
-    epochs: float = setting("passes over the data", 5.0, least=0.001)
+    epochs: float = setting("passes over the data", 5.0, least=0.001, most=1e6)
     max_steps: int = setting("number of optimizer steps; 0 trains for --epochs", 0, least=0)
     batch_size: int = setting("rows per device in each micro-batch", 20, least=1)
     gradient_accumulation: int = setting("micro-batches per optimizer step", 1, least=1)
     learning_rate: float = setting("peak learning rate", 8e-4, least=0)
-    seed: int = setting("random seed for initialization, data order and dropout", 0, least=0)
+    seed: int = setting(
+        "random seed for initialization, data order and dropout", 0, least=0, most=2**32 - 1
+    )
     save_steps: int = setting("save a checkpoint every N optimizer steps; 0 for none", 500, least=0)
     resume: bool = setting("resume from the last checkpoint in the output folder", False)
     overwrite: bool = setting("replace an existing result in the output folder", False)
     dry_run: bool = setting("check all inputs, show what would be trained, and stop", False)
-    lora_rank: int = setting("rank r of the adapter", 8, more=True, least=1)
+    lora_rank: int = setting("rank r of the adapter", 8, more=True, least=1, most=65536)
     lora_alpha: float = setting("α; the adapter is scaled by α/r", 32.0, more=True, least=0.001)
-    lora_dropout: float = setting("dropout on the adapter's input", 0.0, more=True, least=0)
+    lora_dropout: float = setting(
+        "dropout on the adapter's input", 0.0, more=True, least=0, most=0.99
+    )
     rslora: bool = setting("scale the adapter by α/√r (rsLoRA)", False, more=True)
     targets: list[str] = setting(
         "modules to adapt; all-linear for every linear layer",
@@ -92,6 +113,9 @@ class TrainSettings(Settings):
     training: dict[str, Any] = setting(
         "any field of transformers' TrainingArguments", {}, metavar="VALUE", more=True
     )
+
+    def __post_init__(self) -> None:
+        self.training = without_secrets(self.training)
 
 
 @dataclass(kw_only=True)
@@ -347,7 +371,7 @@ class DemoSettings:
 
     output: str = setting("folder for the report and all results", "demo", metavar="DIR")
     phi: float = setting("strength of the penalty", 0.003, least=0)
-    seed: int = setting("random seed", 0, least=0)
+    seed: int = setting("random seed", 0, least=0, most=2**32 - 1)
     overwrite: bool = setting("start over; by default an interrupted demo is resumed", False)
     quick: bool = setting("run only a few steps, as a smoke test", False)
     model: str = setting("model; smollm2-135m is bundled", "smollm2-135m")

@@ -146,8 +146,8 @@ def _questions(results: Results, examples: list[Example]) -> Table:
     models = [r for r in results.lines if r["run"]["method"] != "nu"]
     rows = []
     for i, e in enumerate(examples[:ASKED]):
-        given = [(e.bare[r["answers"][i]], r["answers"][i] == e.answer) for r in models]
-        marked = [answer + (" ✓" if right else "") for answer, right in given]
+        given = [r["answers"][i] for r in models]
+        marked = ["–" if a is None else e.bare[a] + " ✓" * (a == e.answer) for a in given]
         rows.append([e.prompt, e.bare[e.answer], *marked])
     return Table(["question", "right", *(r["label"] for r in models)], rows, prose=True)
 

@@ -52,7 +52,7 @@ class Line(TypedDict, total=False):
     norms: dict[str, float]
     text: dict[str, dict[str, Any]]
     task: dict[str, float]
-    answers: list[int]
+    answers: list[int | None]
     forgetting: dict[str, dict[str, float]]
 
 

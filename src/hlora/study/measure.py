@@ -17,7 +17,7 @@ from hlora.errors import HloraError
 from hlora.files import write_json
 from hlora.run import machine
 from hlora.run.convert import convert
-from hlora.run.evaluate import TextScore, pooled_forgetting
+from hlora.run.evaluate import TextScore, best, pooled_forgetting
 from hlora.run.models import load_adapter
 from hlora.run.phases import TUNED, record, tune
 from hlora.run.scoring import prepare, score
@@ -142,7 +142,7 @@ def _scores(study: Study, task: str, adapter: Path | None) -> dict[str, Any]:
     return {
         "text": {k: asdict(s) for k, s in scores["text"].items()},
         "task": of_task.asdict(),
-        "answers": [lls.index(max(lls)) for lls in of_task.items],
+        "answers": [best(lls) for lls in of_task.items],
     }
 
 

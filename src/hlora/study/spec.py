@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from hlora.errors import InputError, refuse_unknown
-from hlora.files import sha256
-from hlora.run.build import build
-from hlora.run.settings import EvalSettings, RecordSettings, TuneSettings
+from hlora.files import read_yaml, sha256
+from hlora.run.build import build, plain
+from hlora.run.settings import EvalSettings, RecordSettings, TuneSettings, without_secrets
 from hlora.study.lines import groups_of_text
 from hlora.study.methods import METHODS, Method
 from hlora.study.metrics import FORGETTING, METRICS
@@ -109,16 +109,13 @@ def read_study(path: Path) -> Study:
         InputError: a missing or misspelt key, an unknown method (the nearest is named), or
             settings that the commands would refuse.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"The study {path} cannot be read: {' '.join(str(error).split())}"
-        ) from None
-    if not isinstance(values, dict):
-        raise InputError(f"The study {path} must map names to values.")
+    values = read_yaml(path, "study")
+    for key in ("seeds", "phi", "only", "record", "tune", "eval"):
+        if key in values:
+            values[key] = plain(values[key])
+    for key in ("record", "tune"):
+        if isinstance(values.get(key), dict) and isinstance(values[key].get("training"), dict):
+            values[key]["training"] = without_secrets(values[key]["training"])
     known = [f for f in fields(Study) if f.name != "digests"]
     refuse_unknown(values, [f.name for f in known], f"{path}: unknown key")
     missing = [f.name for f in known if f.name not in values and _required(f)]

@@ -1,0 +1,85 @@
+"""Text as token ids, in the one way that training and evaluation share.
+
+As lm-evaluation-harness and the models' own training do, a text gets the special tokens that its
+tokenizer adds (a Gemma without its <bos> is another model), unless it starts with one already.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+
+from hlora.errors import InputError
+
+
+def encode(
+    tokenizer: Any, text: str, where: str, vocabulary: int | None = None, *, special: bool = True
+) -> list[int]:
+    """The token ids of a text.
+
+    Args:
+        where: the file and row, for the error.
+        vocabulary: how many tokens the model knows; None does not check.
+        special: with the special tokens that the tokenizer adds.
+
+    Raises:
+        InputError: the tokenizer cannot take the text, or the model not its tokens.
+    """
+    start = tokenizer.decode(prefix_token(tokenizer)) if special else ""
+    try:
+        ids = tokenizer(
+            text, add_special_tokens=special and not text.startswith(start or "\0"), verbose=False
+        )["input_ids"]
+    except Exception as error:  # any tokenizer may raise anything
+        said = " ".join(f"{type(error).__name__} {error}".split())[:160]
+        said = said.encode("utf-8", "backslashreplace").decode("utf-8")
+        raise InputError(f"{where}: the tokenizer cannot take this text ({said}).") from None
+    if vocabulary is not None and ids and max(ids) >= vocabulary:
+        raise InputError(
+            f"{where}: the tokenizer gives the token {max(ids)}, and the model knows "
+            f"{vocabulary:,}: the two do not belong together."
+        )
+    return ids
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """What stands before a text that has nothing before it."""
+    bos = tokenizer.bos_token_id
+    return tokenizer.eos_token_id if bos is None else bos
+
+
+def leading(tokenizer: Any) -> list[int]:
+    """The beginning-of-text token as a list, empty where the tokenizer adds none."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of messages, each with a role and content."""
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    )
+
+
+def render_chat(tokenizer: Any, messages: Any, where: str, *, ask: bool = False) -> str:
+    """Messages as text, by the tokenizer's chat template (which transformers runs in a sandbox).
+
+    Args:
+        ask: end with what introduces the answer.
+
+    Raises:
+        InputError: there is no template, or it does not take these messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"{where} is a list of chat messages, and the tokenizer has no chat template: give "
+            "text, or a model that has one."
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{where}: the chat template refuses these messages: {said}") from None
