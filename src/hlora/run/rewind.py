@@ -120,8 +120,8 @@ def rewind(settings: RewindSettings) -> Rewound:
         own = [points[0], *(measure(OWN, share) for share in SHARES[1:])]
         candidates.append(_search(measure, OWN, own, settings.forget_at_most))
         points += own[1:]
-    # The last word has the domain; without one, what keeps more of the change.
-    chosen = min(candidates[::-1], key=lambda p: math.inf if p.nll is None else p.nll)
+    # The domain has the last word; without one, all alike, which was better wherever measured.
+    chosen = min(candidates, key=lambda p: math.inf if p.nll is None else p.nll)
     points += [p for p in candidates if p not in points]
     walk.go(chosen.way, chosen.share)
     result = Rewound(output, sorted(points, key=lambda p: (p.way, -p.share)), chosen)
