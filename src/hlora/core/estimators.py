@@ -13,15 +13,7 @@ from hlora.core.lowrank import LowRank
 
 
 def equivalent(
-    B: Tensor,
-    A: Tensor,
-    gB: Tensor,
-    gA: Tensor,
-    s: Tensor,
-    eta: float | Tensor,
-    *,
-    trains_A: bool = True,
-    trains_B: bool = True,
+    B: Tensor, A: Tensor, gB: Tensor, gA: Tensor, s: Tensor, eta: float | Tensor, **_: bool
 ) -> LowRank:
     """g̃ = g^B A + B g^A − η g^B g^A (Eq. 11): under plain SGD exactly −Δθ/(ηs)."""
     return LowRank(torch.cat([gB, B - eta * gB], dim=2), torch.cat([A, gA], dim=1))

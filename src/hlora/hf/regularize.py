@@ -290,9 +290,7 @@ class Penalty(Regularization):
                 # Where the initialization changed θ₀, the start and not B = 0 is the base model.
                 anchor[g.names] = (B, A) if self.needs_state else (torch.zeros_like(B), A)
                 continue
-            nu = {n: self.stored.factors[n] for n in g.names}
-            B_nu = g.stack({n: f[0] for n, f in nu.items()})
-            A_nu = g.stack({n: f[1] for n, f in nu.items()})
+            B_nu, A_nu = g.stack_both(self.stored.factors)
             anchor[g.names] = (B_nu, A_nu)
             if fresh:
                 if not B.any():
@@ -322,8 +320,8 @@ class Penalty(Regularization):
             return
         assert isinstance(self.regularizer, Quadratic)
         for g in self._groups:
-            B, A = (g.stack({n: tensors[f"{which}.{n}"] for n in g.names}) for which in "BA")
-            self.regularizer.anchor[g.names] = (B, A)
+            both = (g.stack(tensors, "B.{}"), g.stack(tensors, "A.{}"))
+            self.regularizer.anchor[g.names] = both
 
     def remedy(self) -> str:
         return "" if self.rule.normalize else ", or normalize the importance (normalize=True)"

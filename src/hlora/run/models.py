@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import io
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -215,16 +214,15 @@ def embedded_folder() -> Path:
         return Path(EMBEDDED_HUB_NAME)
     model, tokenizer = _from_gguf(str(files[0]), torch.float32)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        aside = Path(name, EMBEDDED)
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        aside.rename(folder)
-    except OSError:
-        if not (folder / "config.json").is_file():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was faster
+                raise
     return folder
 
 
