@@ -20,16 +20,9 @@ def equivalent(
 
 
 def projected(
-    B: Tensor,
-    A: Tensor,
-    gB: Tensor,
-    gA: Tensor,
-    s: Tensor,
-    eta: float | Tensor,
-    *,
-    trains_A: bool = True,
-    trains_B: bool = True,
-) -> LowRank:
+    B: Tensor, A: Tensor, gB: Tensor, gA: Tensor, s: Tensor, eta: float | Tensor, *,
+    trains_A: bool = True, trains_B: bool = True,
+) -> LowRank:  # fmt: skip
     """The true gradient projected on the directions in which B and A can move θ.
 
     P_T G = [g^B (AAᵀ)⁺A + B(BᵀB)⁺g^A − B(BᵀB)⁺(Bᵀg^B)(AAᵀ)⁺A] / s. Unlike Eq. 11 it makes

@@ -19,12 +19,7 @@ derivatives by B and by A."""
 
 @dataclass(frozen=True)
 class LowRank:
-    """The matrices P Q, a batch of L of them that share a shape.
-
-    Args:
-        P: (L, m, k).
-        Q: (L, k, n).
-    """
+    """The matrices P Q, a batch of L that share a shape: P (L, m, k) and Q (L, k, n)."""
 
     P: Tensor
     Q: Tensor

@@ -165,7 +165,6 @@ def check_same(
     """Refuse pairs that are not those of an importance folder.
 
     Args:
-        pairs: the model's.
         noted: `describe` of the model that was recorded.
         where: the folder, for the message.
         ranks: also compare r and s. The importance itself does not depend on them.

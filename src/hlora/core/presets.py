@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from hlora.core.estimators import ESTIMATORS
 from hlora.core.kinds import KINDS
 from hlora.core.layers import LAYER_WEIGHTS
-from hlora.errors import InputError, refuse_unknown
-
-
-def one_of(what: str, value: str, allowed: Iterable[str]) -> None:
-    """Raise InputError if the value is none of those allowed."""
-    allowed = list(allowed)
-    if value not in allowed:
-        raise InputError(f"{what} must be one of {', '.join(allowed)}, not {value!r}.")
+from hlora.errors import InputError, one_of, refuse_unknown
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
 from hlora.core.statefile import pack, read
-from hlora.errors import InputError
+from hlora.errors import InputError, one_of
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.peft import base_of, find_pairs, starts_at_base
@@ -211,8 +211,7 @@ class Penalty(Regularization):
         **rule: Any,
     ) -> None:
         super().__init__()
-        if anchor not in (None, *ANCHORS):
-            raise InputError(f"anchor must be one of {', '.join(ANCHORS)}, not {anchor!r}.")
+        one_of("anchor", anchor or "nu", ANCHORS)
         self.rule: PenaltyRule = choose(PENALTY_PRESETS, preset, phi=phi, **rule)
         self.stored = store.load(importance)
         held = self.stored.importance

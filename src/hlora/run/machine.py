@@ -89,8 +89,7 @@ def reset_peak() -> None:
 def peak_bytes(*, gpu: bool | None = None) -> int | None:
     """Most memory since `reset_peak`: allocated on the GPU, or resident in this process.
 
-    Args:
-        gpu: which of the two; None takes the GPU where there is one.
+    `gpu` says which; None takes the GPU where there is one.
     """
     import torch
 

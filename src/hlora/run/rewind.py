@@ -113,7 +113,7 @@ def rewind(settings: RewindSettings) -> Rewound:
     else:
         candidates = [_search(measure, ALIKE, points, settings.forget_at_most)]
     if stored and candidates[0] is not points[0]:
-        walk.learn(_task_gradients(model, walk.groups, tokenizer, tasks))
+        walk.K = core.costs(walk.sizes, _task_gradients(model, walk.groups, tokenizer, tasks))
         own = [points[0], *(measure(OWN, share) for share in SHARES[1:])]
         candidates.append(_search(measure, OWN, own, settings.forget_at_most))
         points += own[1:]
@@ -202,11 +202,7 @@ class _Walk:
         if stored:
             stored.importance.arrange(groups)
             self.Q = stored.importance.coupling(groups, changes).cpu().double()
-        self.K = core.costs(self.sizes)
-
-    def learn(self, gradients: Tensor | None) -> None:
-        """What the domain's rows say of each matrix."""
-        self.K = core.costs(self.sizes, gradients)
+        self.K = core.costs(self.sizes)  # until the domain's rows say more
 
     def measure(self, way: str, share: float) -> Point:
         scales, predicted = self.go(way, share)

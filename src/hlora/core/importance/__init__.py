@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from hlora.core.lowrank import LowRank, Weighed
 from hlora.core.pairs import Group, Pair, unstack
-from hlora.core.presets import RecordRule, one_of
-from hlora.errors import InputError
+from hlora.core.presets import RecordRule
+from hlora.errors import InputError, one_of
 
 Groups = Sequence[Group]
 Changes = Sequence[LowRank]

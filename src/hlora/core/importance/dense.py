@@ -86,29 +86,15 @@ class Dense(Importance):
 
     def arrange(self, groups: Iterable[Group]) -> None:
         for group in groups:
-            first = self._by_name[group.names[0]]
+            first: Any = self._by_name[group.names[0]]
             if isinstance(first, LogCodes):
-                self._stacked[group.names] = self._stack_codes(group)
-                continue
-            stacked = torch.empty(group.shape, dtype=first.dtype, device=group.device)
-            for row, name in zip(stacked, group.names, strict=True):
-                row.copy_(self._by_name[name])
-                self._by_name[name] = row  # the original is freed, one layer at a time
+                stacked: Any = LogCodes.empty(group.shape, group.device)
+            else:
+                stacked = torch.empty(group.shape, dtype=first.dtype, device=group.device)
+            for l, name in enumerate(group.names):
+                stacked[l].copy_(self._by_name[name])
+                self._by_name[name] = stacked[l]  # the original is freed, one layer at a time
             self._stacked[group.names] = stacked
-
-    def _stack_codes(self, group: Group) -> LogCodes:
-        L, m, n = group.shape
-        stacked = LogCodes(
-            torch.empty((L, m, n), dtype=torch.uint8, device=group.device),
-            torch.empty((L, m, 2), dtype=torch.float32, device=group.device),
-        )
-        for l, name in enumerate(group.names):
-            one = self._by_name[name]
-            assert isinstance(one, LogCodes)
-            stacked.codes[l].copy_(one.codes)
-            stacked.scale[l].copy_(one.scale)
-            self._by_name[name] = stacked[l]
-        return stacked
 
     def norms(self) -> dict[str, float]:
         return _per_layer(self._by_name, torch.linalg.vector_norm)

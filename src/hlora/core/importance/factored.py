@@ -47,11 +47,7 @@ class Factored(Importance):
 
     @classmethod
     def ones(cls, shapes: Mapping[str, tuple[int, int]]) -> Factored:
-        """Ω = 1 everywhere: the penalty is then plain L2 to the anchor.
-
-        Args:
-            shapes: (m, n) by layer name.
-        """
+        """Ω = 1 for shapes (m, n) by layer name: the penalty is then plain L2 to the anchor."""
         return cls(
             {
                 name: (torch.full((m,), float(n)), torch.full((n,), float(m)))
