@@ -64,7 +64,6 @@ def save(
 
     Args:
         save_adapter: writes the adapter's two files into the folder that it is given.
-        base: what identifies the base model.
         notes: join `importance.json`.
     """
     from hlora import __version__

@@ -119,17 +119,9 @@ def find_pairs(model: nn.Module) -> list[Pair]:
             )
         A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         _check_factors(name, A, B)
-        pairs.append(
-            Pair(
-                name,
-                B,
-                A,
-                float(module.scaling[adapter]),
-                module.get_base_layer().weight,
-                layer=module,
-                transposed=bool(getattr(module, "fan_in_fan_out", False)),
-            )
-        )
+        s, weight = float(module.scaling[adapter]), module.get_base_layer().weight
+        transposed = bool(getattr(module, "fan_in_fan_out", False))
+        pairs.append(Pair(name, B, A, s, weight, layer=module, transposed=transposed))
     if not pairs:
         raise UnsupportedModelError(f"Adapter {adapter!r} has no LoRA matrices in this model.")
     _check_nothing_else_is_trained(model, pairs)
