@@ -119,7 +119,7 @@ def test_the_peers_compute_the_same(monkeypatch):
         bench.step(optimizer)
     trace = ours._recorder.trace
     assert isinstance(trace, DenseTrace)
-    stacked = {n: o for g, t in trace.omega.items() for n, o in zip(g, t, strict=True)}
+    stacked = {n: o for g, (t,) in trace.omega.items() for n, o in zip(g, t, strict=True)}
     for pair, omega in zip(bench.pairs, plain.omega, strict=True):
         torch.testing.assert_close(stacked[pair.name], omega, rtol=1e-2, atol=1e-9)
 

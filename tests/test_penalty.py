@@ -231,7 +231,7 @@ def test_with_a_penalty_the_recorder_sees_what_it_sees_alone(kept, tmp_path):
     optimizer.step()
     assert any(not torch.equal(p.B.grad, b[2]) for p, b in zip(pairs, before, strict=True))
     trace = recorder._recorder.trace
-    omega = {n: o for names, t in trace.omega.items() for n, o in zip(names, t, strict=True)}
+    omega = {n: o for names, (t,) in trace.omega.items() for n, o in zip(names, t, strict=True)}
     for p, (B, A, gB, gA) in zip(pairs, before, strict=True):
         gradient = equivalent_gradient(B, A, gB, gA, 1e-2)
         expected = -gradient * p.s * (p.B @ p.A - B @ A).detach()

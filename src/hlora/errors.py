@@ -27,6 +27,13 @@ class StoreError(HloraError):
     """A file of an importance folder is missing, damaged or changed."""
 
 
+def one_of(what: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise InputError if the value is none of those allowed."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise InputError(f"{what} must be one of {', '.join(allowed)}, not {value!r}.")
+
+
 def suggest(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
     """How a sentence ends: `; did you mean NAME?`, or `otherwise` where nothing is near.
 

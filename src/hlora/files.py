@@ -113,8 +113,10 @@ def publish(folder: Path, marker: str) -> Iterator[Path]:
     Until then nothing of an earlier result is touched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder, prefix=".incoming-"))
-    try:
+    with tempfile.TemporaryDirectory(
+        dir=folder, prefix=".incoming-", ignore_cleanup_errors=True
+    ) as name:
+        aside = Path(name)
         yield aside
         files = sorted(p for p in aside.iterdir() if p.name != marker)
         for path in [*files, aside / marker]:
@@ -125,8 +127,6 @@ def publish(folder: Path, marker: str) -> Iterator[Path]:
             (folder / old).unlink(missing_ok=True)
         for path in [*files, aside / marker]:
             os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def refuse_result(folder: Path, overwrite: bool) -> None:

@@ -13,31 +13,16 @@ from hlora.core.lowrank import LowRank
 
 
 def equivalent(
-    B: Tensor,
-    A: Tensor,
-    gB: Tensor,
-    gA: Tensor,
-    s: Tensor,
-    eta: float | Tensor,
-    *,
-    trains_A: bool = True,
-    trains_B: bool = True,
+    B: Tensor, A: Tensor, gB: Tensor, gA: Tensor, s: Tensor, eta: float | Tensor, **_: bool
 ) -> LowRank:
     """g̃ = g^B A + B g^A − η g^B g^A (Eq. 11): under plain SGD exactly −Δθ/(ηs)."""
     return LowRank(torch.cat([gB, B - eta * gB], dim=2), torch.cat([A, gA], dim=1))
 
 
 def projected(
-    B: Tensor,
-    A: Tensor,
-    gB: Tensor,
-    gA: Tensor,
-    s: Tensor,
-    eta: float | Tensor,
-    *,
-    trains_A: bool = True,
-    trains_B: bool = True,
-) -> LowRank:
+    B: Tensor, A: Tensor, gB: Tensor, gA: Tensor, s: Tensor, eta: float | Tensor, *,
+    trains_A: bool = True, trains_B: bool = True,
+) -> LowRank:  # fmt: skip
     """The true gradient projected on the directions in which B and A can move θ.
 
     P_T G = [g^B (AAᵀ)⁺A + B(BᵀB)⁺g^A − B(BᵀB)⁺(Bᵀg^B)(AAᵀ)⁺A] / s. Unlike Eq. 11 it makes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from hlora.errors import InputError, suggest
+from hlora.errors import refuse_unknown
 
 if TYPE_CHECKING:
     from hlora.core.importance import Importance
@@ -27,8 +27,6 @@ def kind_named(name: str) -> type[Importance]:
     Raises:
         InputError: there is no such kind; those that exist are listed.
     """
-    if name not in KINDS:
-        listed = f": the kinds are {', '.join(KINDS)}."
-        raise InputError(f"Unknown kind of importance {name!r}" + suggest(name, KINDS, listed))
+    refuse_unknown([name], KINDS, "Unknown kind of importance")
     module, _, cls = KINDS[name].partition(":")
     return getattr(import_module(module), cls)

@@ -45,14 +45,11 @@ def effective_number(weights: dict[str, float]) -> float:
     return math.exp(-sum(w / total * math.log(w / total) for w in weights.values() if w > 0))
 
 
-def layer_grid(
-    values: dict[str, float],
-) -> tuple[list[str], list[int], list[list[float | None]]]:
+def layer_grid(values: dict[str, float]) -> tuple[list[str], list[int], list[list[float | None]]]:
     """Layers by block and target, as Fig. 7 draws them.
 
-    Targets, block numbers, and the value of each target (row) in each block (column).
-
-    A layer outside any numbered block counts as block 0; None where a block lacks the target.
+    Targets, block numbers, and the value of each target (row) in each block (column). A layer
+    outside any numbered block counts as block 0; None where a block lacks the target.
     """
     cells: dict[tuple[str, int], float] = {}
     targets: dict[str, None] = {}

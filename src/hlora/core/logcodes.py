@@ -41,6 +41,16 @@ class LogCodes:
         codes = torch.where(values > 0, codes, 0.0)
         return cls(codes.to(torch.uint8), torch.cat([low, step], dim=-1))
 
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int], device: torch.device) -> LogCodes:
+        """For `copy_`: the values (L, m, n) are not set."""
+        codes = torch.empty(shape, dtype=torch.uint8, device=device)
+        return cls(codes, torch.empty((*shape[:2], 2), dtype=torch.float32, device=device))
+
+    def copy_(self, other: LogCodes) -> None:
+        self.codes.copy_(other.codes)
+        self.scale.copy_(other.scale)
+
     def decode(self) -> Tensor:
         """float32 values (..., m, n)."""
         low, step = self.scale[..., :1], self.scale[..., 1:]

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Weighed = tuple[Tensor, Tensor, Tensor]
+"""Σ_i Ω_i D_i² of each matrix (L,), and half its gradient, G = Ω∘D, seen from two sides: G rightᵀ
+(L, m, r) and leftᵀ G (L, r, n). With θ = s·B A and D = θ − θ^ν, 2s·G Aᵀ and 2s·BᵀG are the
+derivatives by B and by A."""
+
 
 @dataclass(frozen=True)
 class LowRank:
-    """The matrices P Q, a batch of L of them that share a shape.
-
-    Args:
-        P: (L, m, k).
-        Q: (L, k, n).
-    """
+    """The matrices P Q, a batch of L that share a shape: P (L, m, k) and Q (L, k, n)."""
 
     P: Tensor
     Q: Tensor
@@ -62,19 +62,14 @@ class LowRank:
         columns = (((other.P.mT @ self.P) @ self.Q) * other.Q).sum(dim=1)
         return rows, columns
 
-    def weigh_rank_one(
-        self, u: Tensor, v: Tensor, left: Tensor, right: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Σ_ij u_i v_j (PQ)_ij² of each matrix (L,), and half its gradient, G = (u vᵀ)∘(PQ).
+    def weigh_rank_one(self, u: Tensor, v: Tensor, left: Tensor, right: Tensor) -> Weighed:
+        """This change weighed by Ω = u vᵀ.
 
         From k × k matrices alone: Σ_ab (Pᵀ diag(u) P)_ab (Q diag(v) Qᵀ)_ab.
 
         Args:
             u: (L, m), v: (L, n).
             left: (L, m, r), right: (L, r, n).
-
-        Returns:
-            The values, G rightᵀ (L, m, r) and leftᵀ G (L, r, n), as `hlora.core.ops.weigh` does.
         """
         uP, Qv = u[:, :, None] * self.P, self.Q * v[:, None, :]
         values = ((self.P.mT @ uP) * (Qv @ self.Q.mT)).sum(dim=(1, 2))

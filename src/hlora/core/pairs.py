@@ -5,7 +5,7 @@ The paper calls it a layer (its Fig. 7 draws q_proj and v_proj of each block).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -120,9 +120,18 @@ class Group:
             pair.B.copy_(b)
             pair.A.copy_(a)
 
-    def stack(self, by_name: dict[str, Tensor]) -> Tensor:
-        """Tensors kept by name as one stack in this group's order, on its device."""
-        return torch.stack([by_name[n].to(self.device, self.dtype) for n in self.names])
+    def stack(self, by_name: Mapping[str, Tensor], key: str = "{}") -> Tensor:
+        """Tensors kept by name as one stack in this group's order, on its device.
+
+        `key` makes a name a key: see `unstack`.
+        """
+        found = [by_name[key.format(n)] for n in self.names]
+        return torch.stack([t.to(self.device, self.dtype) for t in found])
+
+    def stack_both(self, by_name: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The same for two tensors a name."""
+        first, second = ({n: by_name[n][i] for n in self.names} for i in (0, 1))
+        return self.stack(first), self.stack(second)
 
 
 def group(pairs: Iterable[Pair]) -> list[Group]:
@@ -156,7 +165,6 @@ def check_same(
     """Refuse pairs that are not those of an importance folder.
 
     Args:
-        pairs: the model's.
         noted: `describe` of the model that was recorded.
         where: the folder, for the message.
         ranks: also compare r and s. The importance itself does not depend on them.

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from hlora.core.estimators import ESTIMATORS
 from hlora.core.kinds import KINDS
 from hlora.core.layers import LAYER_WEIGHTS
-from hlora.errors import InputError
-
-
-def one_of(what: str, value: str, allowed: Iterable[str]) -> None:
-    """Raise InputError if the value is none of those allowed."""
-    allowed = list(allowed)
-    if value not in allowed:
-        raise InputError(f"{what} must be one of {', '.join(allowed)}, not {value!r}.")
+from hlora.errors import InputError, one_of, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -102,9 +94,6 @@ def choose(presets: dict[str, Rule], preset: str | None, **overrides: Any) -> Ru
     """A preset, with the values that are not None in place of its own."""
     one_of("preset", preset or "default", presets)
     rule = presets[preset or "default"]
-    known = {f.name for f in fields(rule)}
     given = {k: v for k, v in overrides.items() if v is not None}
-    unknown = given.keys() - known
-    if unknown:
-        raise InputError(f"Unknown setting {sorted(unknown)[0]!r}: there are {sorted(known)}.")
+    refuse_unknown(given, [f.name for f in fields(rule)], "Unknown setting")
     return replace(rule, **given)

@@ -179,10 +179,7 @@ class Recorder:
         for k, count in self._counts.items():
             count.fill_(notes[k])
         for g in self.groups:
-            self._start[g.names] = (
-                g.stack({n: tensors[f"B0.{n}"] for n in g.names}),
-                g.stack({n: tensors[f"A0.{n}"] for n in g.names}),
-            )
+            self._start[g.names] = (g.stack(tensors, "B0.{}"), g.stack(tensors, "A0.{}"))
 
 
 def learning_rates(optimizer: Optimizer) -> dict[int, float]:

@@ -31,14 +31,7 @@ FORMAT = 1
 
 @dataclass
 class Stored:
-    """What an importance folder holds.
-
-    Attributes:
-        folder: where it was read from.
-        info: `importance.json`.
-        importance: Ω.
-        factors: θ^ν, as (B, A) by pair name.
-    """
+    """What an importance folder holds: `importance.json`, Ω, and θ^ν as (B, A) by pair name."""
 
     folder: Path
     info: dict[str, Any]
@@ -50,7 +43,6 @@ class Stored:
 
         Args:
             base: what identifies the model, from `hlora.hf.peft.base_of`.
-            pairs: its targets.
             ranks: also compare ranks and scalings.
 
         Raises:
@@ -72,7 +64,6 @@ def save(
 
     Args:
         save_adapter: writes the adapter's two files into the folder that it is given.
-        base: what identifies the base model.
         notes: join `importance.json`.
     """
     from hlora import __version__
@@ -176,17 +167,12 @@ def load(folder: Path | str) -> Stored:
             f"{', '.join(KINDS)}: upgrade hlora."
         )
     try:
-        tensors = load_file(folder / TENSORS)
-    except (SafetensorError, OSError) as error:
-        raise StoreError(f"{folder / TENSORS} cannot be read ({error}): record again.") from None
-    try:
-        importance = kind_named(info["kind"]).from_tensors(tensors)
-        if importance.names == info["pairs"].keys():
-            importance.check()
-    except (ValueError, KeyError) as error:
+        importance = kind_named(info["kind"]).from_tensors(load_file(folder / TENSORS))
+        if importance.names != info["pairs"].keys():
+            raise ValueError(f"it and {MARKER} name different layers")
+        importance.check()
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise StoreError(f"{folder / TENSORS} is damaged ({error}): record again.") from None
-    if importance.names != info["pairs"].keys():
-        raise StoreError(f"{folder / TENSORS} and {MARKER} name different layers: record again.")
     _, factors = read_adapter(folder)
     return Stored(folder, info, importance, factors)
 

@@ -1,8 +1,4 @@
-"""Where PEFT ends: the LoRA pairs of a model, and the only code that knows PEFT's insides.
-
-A pair is one target matrix with its two factors: θ = θ₀ + s·B A, B (m × r), A (r × n). The paper
-calls it a layer (its Fig. 7 draws q_proj and v_proj of each block).
-"""
+"""Where PEFT ends: the LoRA pairs of a model, and the only code that knows PEFT's insides."""
 
 from __future__ import annotations
 
@@ -123,17 +119,9 @@ def find_pairs(model: nn.Module) -> list[Pair]:
             )
         A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         _check_factors(name, A, B)
-        pairs.append(
-            Pair(
-                name,
-                B,
-                A,
-                float(module.scaling[adapter]),
-                module.get_base_layer().weight,
-                layer=module,
-                transposed=bool(getattr(module, "fan_in_fan_out", False)),
-            )
-        )
+        s, weight = float(module.scaling[adapter]), module.get_base_layer().weight
+        transposed = bool(getattr(module, "fan_in_fan_out", False))
+        pairs.append(Pair(name, B, A, s, weight, layer=module, transposed=transposed))
     if not pairs:
         raise UnsupportedModelError(f"Adapter {adapter!r} has no LoRA matrices in this model.")
     _check_nothing_else_is_trained(model, pairs)
@@ -154,8 +142,8 @@ def _check_factors(name: str, A: Tensor, B: Tensor) -> None:
 
 def _check_nothing_else_is_trained(model: nn.Module, pairs: list[Pair]) -> None:
     ours = {id(f) for p in pairs for f in (p.A, p.B)}
-    trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+    trained = {n: id(p) for n, p in model.named_parameters() if p.requires_grad}
+    others = [n for n, of in trained.items() if of not in ours]
     if others:
         raise UnsupportedModelError(
             f"{len(others)} trained parameters are not LoRA's, the first is {others[0]}: freeze "

@@ -17,7 +17,7 @@ from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
 from hlora.core.statefile import pack, read
-from hlora.errors import InputError
+from hlora.errors import InputError, one_of
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.peft import base_of, find_pairs, starts_at_base
@@ -211,8 +211,7 @@ class Penalty(Regularization):
         **rule: Any,
     ) -> None:
         super().__init__()
-        if anchor not in (None, *ANCHORS):
-            raise InputError(f"anchor must be one of {', '.join(ANCHORS)}, not {anchor!r}.")
+        one_of("anchor", anchor or "nu", ANCHORS)
         self.rule: PenaltyRule = choose(PENALTY_PRESETS, preset, phi=phi, **rule)
         self.stored = store.load(importance)
         held = self.stored.importance
@@ -290,9 +289,7 @@ class Penalty(Regularization):
                 # Where the initialization changed θ₀, the start and not B = 0 is the base model.
                 anchor[g.names] = (B, A) if self.needs_state else (torch.zeros_like(B), A)
                 continue
-            nu = {n: self.stored.factors[n] for n in g.names}
-            B_nu = g.stack({n: f[0] for n, f in nu.items()})
-            A_nu = g.stack({n: f[1] for n, f in nu.items()})
+            B_nu, A_nu = g.stack_both(self.stored.factors)
             anchor[g.names] = (B_nu, A_nu)
             if fresh:
                 if not B.any():
@@ -322,8 +319,8 @@ class Penalty(Regularization):
             return
         assert isinstance(self.regularizer, Quadratic)
         for g in self._groups:
-            B, A = (g.stack({n: tensors[f"{which}.{n}"] for n in g.names}) for which in "BA")
-            self.regularizer.anchor[g.names] = (B, A)
+            both = (g.stack(tensors, "B.{}"), g.stack(tensors, "A.{}"))
+            self.regularizer.anchor[g.names] = both
 
     def remedy(self) -> str:
         return "" if self.rule.normalize else ", or normalize the importance (normalize=True)"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from hlora.errors import InputError, suggest
+from hlora.errors import InputError, one_of, suggest
 from hlora.files import parse_yaml
 
 S = TypeVar("S")
@@ -80,10 +80,8 @@ def _one(name: str, value: Any, kind: type, f: Field) -> Any:
         raise InputError(f"{name} must be at least {least:g}, not {value:g}.")
     if most is not None and not value <= most:
         raise InputError(f"{name} must be at most {most}, not {value:g}.")
-    if f.metadata["choices"] and value not in f.metadata["choices"]:
-        raise InputError(
-            f"{name} must be one of {', '.join(f.metadata['choices'])}, not {value!r}."
-        )
+    if f.metadata["choices"]:
+        one_of(name, value, f.metadata["choices"])
     return value
 
 

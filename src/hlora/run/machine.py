@@ -62,13 +62,17 @@ def describe() -> dict[str, Any]:
 @lru_cache
 def processor() -> str:
     """The CPU's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+    found = _told_by_linux("/proc/cpuinfo", "model name")
+    return found or platform.processor() or platform.machine()
+
+
+def _told_by_linux(path: str, key: str) -> str:
+    """The first value of a key in a file of /proc; empty on other systems."""
+    with contextlib.suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(key):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def reset_peak() -> None:
@@ -85,19 +89,14 @@ def reset_peak() -> None:
 def peak_bytes(*, gpu: bool | None = None) -> int | None:
     """Most memory since `reset_peak`: allocated on the GPU, or resident in this process.
 
-    Args:
-        gpu: which of the two; None takes the GPU where there is one.
+    `gpu` says which; None takes the GPU where there is one.
     """
     import torch
 
     if torch.cuda.is_available() if gpu is None else gpu:
         return torch.cuda.max_memory_allocated()
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    if most := _told_by_linux("/proc/self/status", "VmHWM"):
+        return int(most.split()[0]) * 1024
     if os.name == "posix":
         import resource
 

@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import io
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hlora.errors import InputError, suggest
+from hlora.errors import InputError, one_of, suggest
 from hlora.run.settings import TrainSettings
 
 EMBEDDED = "smollm2-135m"
@@ -46,12 +45,11 @@ def pick_device(device: str) -> str:
 
 def pick_dtype(dtype: str, device: str) -> str:
     """`auto` becomes bf16 on a GPU or CPU that is fast at it, else fp16 on CUDA, else fp32."""
+    one_of("dtype", dtype, ("auto", *DTYPES))
     if dtype == "auto":
         if device.startswith("cuda"):
             return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         return "bf16" if device == "cpu" and fast_bf16() else "fp32"
-    if dtype not in DTYPES:
-        raise InputError(f"dtype must be auto, bf16, fp16 or fp32, not {dtype!r}.")
     return dtype
 
 
@@ -68,8 +66,6 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu") -> tuple[nn.Mod
 
     Args:
         name: a folder, a .gguf file, a name on the hub, or `smollm2-135m`, the embedded default.
-        dtype: bf16, fp16 or fp32.
-        device: a torch device.
 
     Raises:
         InputError: there is no such model, or it holds no weights that can be read safely.
@@ -215,16 +211,15 @@ def embedded_folder() -> Path:
         return Path(EMBEDDED_HUB_NAME)
     model, tokenizer = _from_gguf(str(files[0]), torch.float32)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        aside = Path(name, EMBEDDED)
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        aside.rename(folder)
-    except OSError:
-        if not (folder / "config.json").is_file():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was faster
+                raise
     return folder
 
 

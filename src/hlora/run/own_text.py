@@ -31,9 +31,7 @@ def own_text(
     chats = _chat_start(tokenizer)
     start = tokenizer.bos_token_id
     plain = [tokenizer.eos_token_id if start is None else start]
-    starts = {tuple(plain): count - count // 2, tuple(chats or plain): count // 2}
-    if not chats:
-        starts = {tuple(plain): count}
+    half = count // 2 if chats else 0
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     training = model.training
@@ -41,7 +39,7 @@ def own_text(
     try:
         written = [
             _continue(model, torch.tensor([start] * min(batch_size, n - done)), length, generator)
-            for start, n in starts.items()
+            for start, n in ((plain, count - half), (chats, half))
             for done in _steps(n, batch_size, tick)
         ]
     finally:

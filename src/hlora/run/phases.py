@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import set_seed
 
 from hlora import __version__
 from hlora.core import store
@@ -46,14 +47,7 @@ from hlora.run.own_text import own_text
 from hlora.run.progress import bar
 from hlora.run.rewind import within_budget
 from hlora.run.settings import BLOCK, GATHERED_BLOCK, RecordSettings, TrainSettings, TuneSettings
-from hlora.run.training import (
-    Trained,
-    arguments,
-    check_unfinished,
-    clean_up,
-    seed_everything,
-    train,
-)
+from hlora.run.training import Trained, arguments, check_unfinished, clean_up, train
 
 HUB_BLOCKS = 4000
 """Rows taken of a hub data set, which may be endless, unless --text-blocks says otherwise."""
@@ -65,14 +59,7 @@ TUNED = "tune.json"
 
 @dataclass(frozen=True)
 class Recorded:
-    """A finished general phase.
-
-    Attributes:
-        folder: the importance folder.
-        kind: of the importance.
-        summary: what was found.
-        bytes: the size of the folder's files.
-    """
+    """A finished general phase: its folder, the importance in it, and the size of its files."""
 
     folder: Path
     kind: str
@@ -99,27 +86,21 @@ def tune(settings: TuneSettings) -> Trained:
 
 
 class _Phase:
-    """What both have.
-
-    Attributes:
-        rows: what is trained on.
-        pairs: the target matrices.
-        held: bytes of the importance.
-    """
+    """What both have."""
 
     settings: TrainSettings
     model: nn.Module
     tokenizer: Any
     rows: Rows
     pairs: list[Pair]
-    held: int
+    held: int  # bytes of the importance
 
     def _load_model(self) -> None:
         s = self.settings
         arguments(s)
         device = pick_device(s.device)
         self.model, self.tokenizer = load(s.model, dtype=pick_dtype(s.dtype, device), device=device)
-        seed_everything(s.seed)  # here: loading a GGUF file draws random numbers
+        set_seed(s.seed)  # for the adapter's start; after loading, since a GGUF file draws numbers
         self.collate = Collate(self.tokenizer.pad_token_id)
 
     def plan(self) -> str:
@@ -151,7 +132,7 @@ class GeneralPhase(_Phase):
         self.recorder = _recorder(settings)
         if self.recorder is None:
             self.of = kind_named(str(settings.kind))
-            self.of.check_settings(_NO_RULE, settings.storage)
+            self.of.check_settings(RecordRule(), settings.storage)
         else:
             self.recorder.check_folders()
             self.of = kind_named(self.recorder.kind)
@@ -215,6 +196,7 @@ class GeneralPhase(_Phase):
     def _gather(self, notes: dict[str, Any]) -> dict[str, Any]:
         """An importance that needs no training: sequences forward and backward."""
         options = _options(self.settings)
+        given = {k: v for k, v in options.items() if v and k != "sequences"}
         began = time.monotonic()
         if self.own:
             with bar("the model's own text", self.own) as shown:
@@ -227,7 +209,7 @@ class GeneralPhase(_Phase):
         with bar(f"{self.of.kind} importance", len(self.tokens)) as shown:
             found, summary = self.of.gather(
                 self.model, self.pairs, self.tokens, batch_size=self.settings.batch_size,
-                seed=self.settings.seed, tick=shown.update, **options,
+                seed=self.settings.seed, tick=shown.update, **given,
             )  # fmt: skip
         importance: Importance = found.stored_as(self.settings.storage)
         summary["own_text"] = self.own
@@ -243,9 +225,6 @@ class GeneralPhase(_Phase):
         if is_main():
             save_importance(self.output, self.model, self.pairs, importance, notes)
         return summary
-
-
-_NO_RULE = RecordRule()
 
 
 def _recorder(settings: RecordSettings) -> Record | None:
@@ -352,20 +331,18 @@ class DomainPhase(_Phase):
 
     def _write(self, trained: Trained) -> None:
         penalties = [vars(p.rule) for p in self.regularizers]
+        info = {
+            "hlora_version": __version__,
+            "settings": asdict(self.settings),
+            "penalty": penalties[0] if penalties else None,
+            "seconds": round(trained.seconds, 1),
+            "steps": trained.steps,
+            "forgetting": trained.forgetting,
+            "log": trained.log,
+        }
         with publish(self.output, TUNED) as aside:
             save_adapter(self.model, aside)
-            write_json(
-                aside / TUNED,
-                {
-                    "hlora_version": __version__,
-                    "settings": asdict(self.settings),
-                    "penalty": penalties[0] if penalties else None,
-                    "seconds": round(trained.seconds, 1),
-                    "steps": trained.steps,
-                    "forgetting": trained.forgetting,
-                    "log": trained.log,
-                },
-            )
+            write_json(aside / TUNED, info)
 
 
 _OF_A_PENALTY = ("phi", "forget_at_most", "anchor", "layer_weights", "normalize")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Point:
     scales: dict[str, float]
     predicted: float | None
     measured: Forgetting
-    nll: float | None
+    nll: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,14 @@ def rewind(settings: RewindSettings) -> Rewound:
     pairs = find_pairs(model)
     if stored:
         stored.check(base_of(model, pairs), pairs, ranks=False)
-    text = torch.cat(list(kinds.values()))
-    walk = _Walk(model, group(pairs), stored)
+    walk = _Walk(model, group(pairs), torch.cat(list(kinds.values())), settings.batch_size, stored)
 
     def measure(way: str, share: float) -> Point:
-        scales, predicted = walk.go(way, share)
-        with bar(f"{way}, {share:.2f}", len(text)) as shown:
-            lost = divergence(model, text, batch_size=settings.batch_size, tick=shown.update)
-        if not math.isfinite(lost.nats):
+        point = walk.measure(way, share)
+        if not math.isfinite(point.measured.nats):
             raise InputError(f"{settings.adapter} gives no finite predictions: train it again.")
         nll = [score_task(model, tokenizer, t, batch_size=settings.batch_size).nll for t in tasks]
-        return Point(way, share, scales, predicted, lost, nll[0] if nll else None)
+        return replace(point, nll=nll[0]) if nll else point
 
     points = [measure(ALIKE, share) for share in SHARES]
     if points[0].measured.nats <= settings.forget_at_most:
@@ -116,7 +113,7 @@ def rewind(settings: RewindSettings) -> Rewound:
     else:
         candidates = [_search(measure, ALIKE, points, settings.forget_at_most)]
     if stored and candidates[0] is not points[0]:
-        walk.learn(_task_gradients(model, walk.groups, tokenizer, tasks))
+        walk.K = core.costs(walk.sizes, _task_gradients(model, walk.groups, tokenizer, tasks))
         own = [points[0], *(measure(OWN, share) for share in SHARES[1:])]
         candidates.append(_search(measure, OWN, own, settings.forget_at_most))
         points += own[1:]
@@ -145,18 +142,11 @@ def within_budget(
     Returns:
         The adapter as it was, and as it is now.
     """
-    walk = _Walk(model, group(find_pairs(model)), None)
-
-    def measure(way: str, share: float) -> Point:
-        scales, _ = walk.go(way, share)
-        with bar(f"measuring at {share:.2f}", len(text)) as shown:
-            lost = divergence(model, text, batch_size=batch_size, tick=shown.update)
-        return Point(way, share, scales, None, lost, None)
-
-    whole = measure(ALIKE, 1.0)
+    walk = _Walk(model, group(find_pairs(model)), text, batch_size)
+    whole = walk.measure(ALIKE, 1.0)
     if whole.measured.nats <= at_most:
         return whole, whole
-    chosen = _search(measure, ALIKE, [measure(ALIKE, 0.5), whole], at_most)
+    chosen = _search(walk.measure, ALIKE, [walk.measure(ALIKE, 0.5), whole], at_most)
     walk.go(ALIKE, chosen.share)
     return whole, chosen
 
@@ -197,10 +187,13 @@ def _search(
 
 
 class _Walk:
-    """Moves the adapter along its path and back."""
+    """Moves the adapter along its path and back, and measures on text (N, T)."""
 
-    def __init__(self, model: nn.Module, groups: list[Group], stored: store.Stored | None) -> None:
-        self.model, self.groups = model, groups
+    def __init__(
+        self, model: nn.Module, groups: list[Group], text: Tensor, batch_size: int,
+        stored: store.Stored | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.groups, self.text, self.batch_size = model, groups, text, batch_size
         self.whole = [g.factors() for g in groups]
         self.names = [n for g in groups for n in g.names]
         changes = [LowRank(g.s * B, A) for g, (B, A) in zip(groups, self.whole, strict=True)]
@@ -209,11 +202,13 @@ class _Walk:
         if stored:
             stored.importance.arrange(groups)
             self.Q = stored.importance.coupling(groups, changes).cpu().double()
-        self.K = core.costs(self.sizes)
+        self.K = core.costs(self.sizes)  # until the domain's rows say more
 
-    def learn(self, gradients: Tensor | None) -> None:
-        """What the domain's rows say of each matrix."""
-        self.K = core.costs(self.sizes, gradients)
+    def measure(self, way: str, share: float) -> Point:
+        scales, predicted = self.go(way, share)
+        with bar(f"{way}, {share:.2f}", len(self.text)) as shown:
+            lost = divergence(self.model, self.text, batch_size=self.batch_size, tick=shown.update)
+        return Point(way, share, scales, predicted, lost)
 
     def go(self, way: str, share: float) -> tuple[dict[str, float], float | None]:
         """To a point of the path; its scales, and its predicted forgetting."""

@@ -109,6 +109,10 @@ class TrainSettings(Settings):
         "modules to adapt; all-linear for every linear layer",
         ["q_proj", "v_proj"], metavar="NAME", more=True,
     )  # fmt: skip
+    preset: str = setting(
+        "paper: Eq. 11-13 and 14-16 to the letter; official: the authors' code", "default",
+        choices=("default", "paper", "official"), more=True,
+    )  # fmt: skip
     logging_steps: int = setting("log every N optimizer steps", 10, more=True, least=1)
     training: dict[str, Any] = setting(
         "any field of transformers' TrainingArguments", {}, metavar="VALUE", more=True
@@ -130,14 +134,12 @@ class RecordSettings(TrainSettings):
     )  # fmt: skip
     text_column: str | None = setting("column with the text; detected if there is only one", None)
     text_weights: list[float] = setting(
-        "relative share of each kind of text; by default all text is used", [],
-        metavar="W",
-    )  # fmt: skip
+        "relative share of each kind of text; by default all text is used", [], metavar="W"
+    )
     block_size: int = setting(
         f"tokens per row; 0 for {BLOCK}, or {GATHERED_BLOCK} for importance gathered at the base",
-        0,
-        least=0,
-    )
+        0, least=0,
+    )  # fmt: skip
     text_blocks: int = setting(
         "maximum number of rows; 0 for all (4000 from a hub data set)", 0, more=True, least=0
     )
@@ -154,10 +156,6 @@ class RecordSettings(TrainSettings):
     storage: str = setting(
         "file format of dense importance; int8 stores logarithms", "fp32",
         choices=("fp32", "bf16", "int8"), more=True,
-    )  # fmt: skip
-    preset: str = setting(
-        "paper: Eq. 11-13 to the letter; official: the authors' code", "default",
-        choices=("default", "paper", "official"), more=True,
     )  # fmt: skip
     sequences: int = setting(
         "rows of text for importance gathered without training; 0 for 160 (fisher: 200, and as in "
@@ -186,10 +184,9 @@ class TuneSettings(TrainSettings):
     """The domain phase (μ): learn a domain without forgetting what matters for general text."""
 
     importance: str | None = setting(
-        "folder written by `hlora record`; without it, plain LoRA from the base model",
-        None,
+        "folder written by `hlora record`; without it, plain LoRA from the base model", None,
         metavar="DIR",
-    )
+    )  # fmt: skip
     task: str = setting(
         "sciq, piqa, medmcqa, openbookqa, arc_easy, arc_challenge (from the hub), or a .jsonl or "
         ".parquet file with the same columns or with prompt and completion",
@@ -226,17 +223,12 @@ class TuneSettings(TrainSettings):
     )  # fmt: skip
     task_format: str | None = setting(
         "how to read the rows, if their columns do not tell: a task's name, choices, completion, "
-        "or a .yaml file",
-        None, more=True,
+        "or a .yaml file", None, more=True,
     )  # fmt: skip
     task_rows: int = setting("maximum number of rows; 0 for all", 0, more=True, least=0)
     max_length: int = setting(
         "maximum tokens per row; longer prompts are cut at the start", 512, more=True, least=8
     )
-    preset: str = setting(
-        "paper: Eq. 14-16 to the letter; official: the authors' code", "default",
-        choices=("default", "paper", "official"), more=True,
-    )  # fmt: skip
     layer_weights: str | None = setting(
         "layer weights: softmax (Eq. 15), normalized or uniform", None,
         choices=("softmax", "normalized", "uniform"), more=True,
@@ -338,20 +330,16 @@ class ReportSettings:
     """Tables and figures of a study, and a check of the paper's claims."""
 
     results: str = setting(
-        "results file written by `hlora study` (.jsonl)",
-        required=True,
-        metavar="FILE",
+        "results file written by `hlora study` (.jsonl)", required=True, metavar="FILE",
         positional=True,
-    )
-    output: str | None = setting(
-        "folder for index.html and figures; default RESULTS-report", None,
-        metavar="DIR",
     )  # fmt: skip
-    page: str | None = setting(
-        "also write a Markdown page, with its figures in a folder next to it",
-        None,
-        metavar="FILE.md",
+    output: str | None = setting(
+        "folder for index.html and figures; default RESULTS-report", None, metavar="DIR"
     )
+    page: str | None = setting(
+        "also write a Markdown page, with its figures in a folder next to it", None,
+        metavar="FILE.md",
+    )  # fmt: skip
     metrics: list[str] = setting(
         "columns of the tables", list(USUAL_METRICS), metavar="NAME", more=True
     )

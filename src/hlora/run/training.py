@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hlora.core.regularizer import Regularizer
 from hlora.errors import InputError, StoreError, suggest
@@ -127,7 +128,8 @@ def train(
     checkpoint = last_checkpoint(work, state) if settings.resume else None
     if checkpoint is not None:
         args.resume_from_checkpoint = str(checkpoint)
-    note_settings(settings)
+    if is_main():  # for the check at a resume
+        write_json(work / "settings.json", asdict(settings))
     if args.gradient_checkpointing:  # else a frozen base has no path for gradients
         model.enable_input_require_grads()  # type: ignore[operator]
     stop = Interruptible(resume_with or "Continue with --resume.")
@@ -157,11 +159,6 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:240]
 
 
-def seed_everything(seed: int) -> None:
-    """Before the adapter is made, so that its initialization is the seed's."""
-    set_seed(seed)
-
-
 def work_folder(settings: TrainSettings) -> Path:
     """Where the checkpoints of an unfinished run lie."""
     return Path(settings.output) / "checkpoints"
@@ -187,8 +184,6 @@ def check_unfinished(settings: TrainSettings) -> None:
         InputError: there are checkpoints and neither --resume nor --overwrite says what to do;
             or the run to be resumed had other settings.
     """
-    import json
-
     work = work_folder(settings)
     if not any(work.glob("checkpoint-*")):
         return
@@ -213,12 +208,6 @@ def check_unfinished(settings: TrainSettings) -> None:
             raise InputError(
                 f"Cannot resume: --{key.replace('_', '-')} was {was} and is {value} now."
             )
-
-
-def note_settings(settings: TrainSettings) -> None:
-    """Keep the settings beside the checkpoints, for the check at a resume."""
-    if is_main():
-        write_json(work_folder(settings) / "settings.json", asdict(settings))
 
 
 def clean_up(settings: TrainSettings) -> None:

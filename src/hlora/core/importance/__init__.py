@@ -7,15 +7,22 @@ registered in `hlora.core.kinds`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from hlora.core.lowrank import LowRank
-from hlora.core.pairs import Group, Pair
+from hlora.core.lowrank import LowRank, Weighed
+from hlora.core.pairs import Group, Pair, unstack
 from hlora.core.presets import RecordRule
-from hlora.errors import InputError
+from hlora.errors import InputError, one_of
+
+Groups = Sequence[Group]
+Changes = Sequence[LowRank]
+Tensors = Sequence[Tensor]
+Shapes = Iterable[tuple[int, int]]
+Pulled = tuple[list[Weighed], Tensor | None]
 
 
 class Importance(ABC):
@@ -44,11 +51,7 @@ class Importance(ABC):
     @classmethod
     def check_settings(cls, rule: RecordRule, storage: str) -> None:
         """Raise InputError for settings that this kind cannot be gathered or stored with."""
-        if storage not in cls.storages:
-            raise InputError(
-                f"storage of {cls.kind} importance must be one of {', '.join(cls.storages)}, not "
-                f"{storage!r}."
-            )
+        one_of(f"storage of {cls.kind} importance", storage, cls.storages)
 
     @classmethod
     def trace(cls, groups: list[Group], earlier: Importance | None) -> Trace:
@@ -62,17 +65,13 @@ class Importance(ABC):
 
     @classmethod
     def gather(
-        cls,
-        model: nn.Module,
-        pairs: list[Pair],
-        rows: Tensor,
-        *,
-        batch_size: int,
-        seed: int,
-        tick: Callable[[int], None] | None = None,
-        **options: Any,
+        cls, model: nn.Module, pairs: list[Pair], rows: Tensor, **options: Any
     ) -> tuple[Importance, dict[str, Any]]:
-        """If not `trained`: it and a summary, from passes over (N, T) tokens at fixed weights."""
+        """If not `trained`: it and a summary, from passes over (N, T) tokens at fixed weights.
+
+        Args:
+            options: those of `passes.backward_passes`, and the kind's own.
+        """
         raise NotImplementedError
 
     # ---------------------------------------------------------------- checked, sized, converted
@@ -92,9 +91,7 @@ class Importance(ABC):
 
     @classmethod
     @abstractmethod
-    def bytes(
-        cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32", sequences: int = 0
-    ) -> int:
+    def bytes(cls, shapes: Shapes, storage: str = "fp32", sequences: int = 0) -> int:
         """Size for matrices of the shapes (m, n), in the domain phase and on disk."""
 
     def stored_as(self, storage: str) -> Importance:
@@ -145,18 +142,10 @@ class Importance(ABC):
         """Σ_i Ω_i by layer; of the diagonal, where Ω is a full matrix."""
 
     @abstractmethod
-    def pull(
-        self, group: Group, change: LowRank, left: Tensor, right: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """R_l of Eq. 14 (L,), and half its gradient from two sides: see `hlora.core.ops.weigh`."""
+    def pull(self, group: Group, change: LowRank, left: Tensor, right: Tensor) -> Weighed:
+        """A change of a group weighed by Ω: R_l (Eq. 14) and half its gradient."""
 
-    def pulls(
-        self,
-        groups: Sequence[Group],
-        changes: Sequence[LowRank],
-        lefts: Sequence[Tensor],
-        rights: Sequence[Tensor],
-    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
+    def pulls(self, groups: Groups, changes: Changes, lefts: Tensors, rights: Tensors) -> Pulled:
         """`pull` of all groups, and the predicted forgetting where the kind is `natural`.
 
         A kind that couples layers overrides this one.
@@ -164,32 +153,70 @@ class Importance(ABC):
         pulled = [self.pull(*of) for of in zip(groups, changes, lefts, rights, strict=True)]
         return pulled, None
 
-    def forgetting(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
+    def forgetting(self, groups: Groups, changes: Changes) -> Tensor:
         """If `natural`: the predicted KL divergence from the base model, nats per token."""
         raise NotImplementedError
 
-    def coupling(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
+    def coupling(self, groups: Groups, changes: Changes) -> Tensor:
         """If `natural`: Q (L, L), so that αᵀQα is the forgetting of the changes α_l D_l."""
         raise NotImplementedError
 
 
-class Trace(Protocol):
-    """What the recorder asks of a kind that is gathered along the training path."""
+Running = dict[tuple[str, ...], tuple[Tensor, ...]]
+"""Stacks (L, ...) by the names of a group."""
 
+
+class Trace(ABC):
+    """Gathers ω along the training path and consolidates it into Ω (Eq. 12, 13).
+
+    Attributes:
+        parts: what follows a layer's name in a checkpoint, for each stack of a group.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("",)
+
+    def __init__(self) -> None:
+        self.omega: Running = {}
+        self.Omega: Running = {}
+
+    @abstractmethod
     def add(self, group: Group, gradient: LowRank, step: LowRank, *, clamp: bool) -> None:
         """One optimizer step (Eq. 12); `clamp` sets negative ω to zero after it."""
 
     def total(self, group: Group) -> Tensor:
-        """Σ_i ω_i over the group, a float64 scalar."""
+        """Σ_i ω_i over the group, a float64 scalar: an estimate of the loss drop (Eq. 3)."""
+        return self.omega[group.names][0].sum(dtype=torch.float64)
 
+    @abstractmethod
     def consolidate(self, group: Group, delta: LowRank, xi: Tensor, *, last: bool) -> Tensor:
-        """Add to Ω and reset ω (Eq. 13). Returns the number of negative ω."""
+        """Add max(ω, 0)/(Δ² + ξ) to Ω and reset ω (Eq. 13).
 
+        Args:
+            last: ω is not needed any more.
+
+        Returns:
+            The number of negative ω.
+        """
+
+    @abstractmethod
     def importance(self) -> Importance:
-        """Ω, for the store."""
+        """Ω as float32, for the store."""
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
+        """For a checkpoint: ω and Ω by `omega.NAME` and `Omega.NAME`."""
+        found: dict[str, Tensor] = {}
+        for running, keys in self._running():
+            for names, stacks in running.items():
+                found |= unstack(names, stacks, keys)
+        return found
 
     def load_state(self, groups: Iterable[Group], state: dict[str, Tensor]) -> None:
         """From a checkpoint."""
+        for group in groups:
+            for running, keys in self._running():
+                if keys[0].format(group.names[0]) in state:
+                    running[group.names] = tuple(group.stack(state, key) for key in keys)
+
+    def _running(self) -> list[tuple[Running, list[str]]]:
+        both = (("omega", self.omega), ("Omega", self.Omega))
+        return [(of, [f"{which}.{{}}{part}" for part in self.parts]) for which, of in both]

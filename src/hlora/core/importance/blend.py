@@ -7,14 +7,14 @@ about as much. The sketch alone is the meter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 
+from hlora.core.importance import Changes, Groups, Pulled, Tensors
 from hlora.core.importance.kronecker import Kronecker
-from hlora.core.importance.sequences import TOKENS, Projected, Sequences
+from hlora.core.importance.sequences import Projected, Sequences
 from hlora.core.importance.sketch import Sketch
-from hlora.core.lowrank import LowRank
 from hlora.core.pairs import Group
 
 SMOOTH = 4.0
@@ -29,7 +29,7 @@ class Blend(Sequences):
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__(tensors)
-        self.smooth, self.sketch = Kronecker(_of(Kronecker, tensors)), Sketch(_of(Sketch, tensors))
+        self.smooth, self.sketch = Kronecker(tensors), Sketch(tensors)  # each takes its parts
         self.smooth.weight = SMOOTH
 
     @classmethod
@@ -41,22 +41,16 @@ class Blend(Sequences):
         self.smooth.arrange(groups)
         self.sketch.arrange(groups)
 
-    def pulls(
-        self,
-        groups: Sequence[Group],
-        changes: Sequence[LowRank],
-        lefts: Sequence[Tensor],
-        rights: Sequence[Tensor],
-    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
+    def pulls(self, groups: Groups, changes: Changes, lefts: Tensors, rights: Tensors) -> Pulled:
         of = groups, changes, lefts, rights
         (seen, forgetting), (smooth, _) = self.sketch.pulls(*of), self.smooth.pulls(*of)
         pulled = [(a + x, b + y, c + z) for (a, b, c), (x, y, z) in zip(seen, smooth, strict=True)]
         return pulled, forgetting
 
-    def forgetting(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
+    def forgetting(self, groups: Groups, changes: Changes) -> Tensor:
         return self.sketch.forgetting(groups, changes)
 
-    def coupling(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
+    def coupling(self, groups: Groups, changes: Changes) -> Tensor:
         return self.sketch.coupling(groups, changes)
 
     def norms(self) -> dict[str, float]:
@@ -64,8 +58,3 @@ class Blend(Sequences):
 
     def totals(self) -> dict[str, float]:
         return self.smooth.totals()
-
-
-def _of(kind: type[Sequences], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those that a kind keeps."""
-    return {k: t for k, t in tensors.items() if k == TOKENS or k.rpartition(".")[2] in kind.parts}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hlora.core import ops
-from hlora.core.importance import Importance
+from hlora.core.importance import Importance, Shapes, Trace
 from hlora.core.logcodes import LogCodes
-from hlora.core.lowrank import LowRank
+from hlora.core.lowrank import LowRank, Weighed
 from hlora.core.pairs import Group, unstack
 
 SCALE = ".scale"
@@ -60,9 +60,7 @@ class Dense(Importance):
                 raise ValueError(f"the importance of {name} is negative or not finite")
 
     @classmethod
-    def bytes(
-        cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32", sequences: int = 0
-    ) -> int:
+    def bytes(cls, shapes: Shapes, storage: str = "fp32", sequences: int = 0) -> int:
         each = {"fp32": 4, "bf16": 2, "int8": 1}[storage]
         scales = 8 if storage == "int8" else 0
         return sum(m * (each * n + scales) for m, n in shapes)
@@ -88,29 +86,15 @@ class Dense(Importance):
 
     def arrange(self, groups: Iterable[Group]) -> None:
         for group in groups:
-            first = self._by_name[group.names[0]]
+            first: Any = self._by_name[group.names[0]]
             if isinstance(first, LogCodes):
-                self._stacked[group.names] = self._stack_codes(group)
-                continue
-            stacked = torch.empty(group.shape, dtype=first.dtype, device=group.device)
-            for row, name in zip(stacked, group.names, strict=True):
-                row.copy_(self._by_name[name])
-                self._by_name[name] = row  # the original is freed, one layer at a time
+                stacked: Any = LogCodes.empty(group.shape, group.device)
+            else:
+                stacked = torch.empty(group.shape, dtype=first.dtype, device=group.device)
+            for l, name in enumerate(group.names):
+                stacked[l].copy_(self._by_name[name])
+                self._by_name[name] = stacked[l]  # the original is freed, one layer at a time
             self._stacked[group.names] = stacked
-
-    def _stack_codes(self, group: Group) -> LogCodes:
-        L, m, n = group.shape
-        stacked = LogCodes(
-            torch.empty((L, m, n), dtype=torch.uint8, device=group.device),
-            torch.empty((L, m, 2), dtype=torch.float32, device=group.device),
-        )
-        for l, name in enumerate(group.names):
-            one = self._by_name[name]
-            assert isinstance(one, LogCodes)
-            stacked.codes[l].copy_(one.codes)
-            stacked.scale[l].copy_(one.scale)
-            self._by_name[name] = stacked[l]
-        return stacked
 
     def norms(self) -> dict[str, float]:
         return _per_layer(self._by_name, torch.linalg.vector_norm)
@@ -118,9 +102,7 @@ class Dense(Importance):
     def totals(self) -> dict[str, float]:
         return _per_layer(self._by_name, torch.sum)
 
-    def pull(
-        self, group: Group, change: LowRank, left: Tensor, right: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def pull(self, group: Group, change: LowRank, left: Tensor, right: Tensor) -> Weighed:
         return ops.weigh(self._stacked[group.names], change, left, right)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -133,70 +115,41 @@ class Dense(Importance):
         return result
 
 
-class DenseTrace:
-    """Gathers ω along the training path and consolidates it into Ω (Eq. 12, 13)."""
+class DenseTrace(Trace):
+    """ω and Ω as (L, m, n). At the consolidation Ω takes over ω's memory."""
 
     def __init__(self, groups: Iterable[Group], earlier: Importance | None = None) -> None:
-        """Start with ω = 0, and with the Ω of an earlier task if there is one."""
-        self.omega: dict[tuple[str, ...], Tensor] = {}
-        self.Omega: dict[tuple[str, ...], Tensor] = {}
+        super().__init__()
         for group in groups:
-            self.omega[group.names] = torch.zeros(
-                group.shape, dtype=group.dtype, device=group.device
-            )
+            omega = torch.zeros(group.shape, dtype=group.dtype, device=group.device)
+            self.omega[group.names] = (omega,)
             if isinstance(earlier, Dense):
-                self.Omega[group.names] = group.stack(earlier.decoded())
+                self.Omega[group.names] = (group.stack(earlier.decoded()),)
 
     def add(self, group: Group, gradient: LowRank, step: LowRank, *, clamp: bool) -> None:
-        """One optimizer step; `clamp` sets negative ω to zero after it."""
-        ops.accumulate(self.omega[group.names], gradient, step)
+        (omega,) = self.omega[group.names]
+        ops.accumulate(omega, gradient, step)
         if clamp:
-            self.omega[group.names].clamp_(min=0)
-
-    def total(self, group: Group) -> Tensor:
-        """Σ_i ω_i over the group, in float64: an estimate of the loss drop (Eq. 3)."""
-        return self.omega[group.names].sum(dtype=torch.float64)
+            omega.clamp_(min=0)
 
     def consolidate(self, group: Group, delta: LowRank, xi: Tensor, *, last: bool) -> Tensor:
-        """Add max(ω, 0)/(Δ² + ξ) to Ω and reset ω. Returns the number of negative ω.
-
-        Ω takes over ω's memory and ω gets new memory, unless this is the `last` time: the two
-        are never one tensor.
-        """
-        omega = self.omega.pop(group.names)
+        (omega,) = self.omega.pop(group.names)
         negative = ops.consolidate(omega, delta, xi)
         if group.names in self.Omega:
-            self.Omega[group.names].add_(omega)
+            self.Omega[group.names][0].add_(omega)
             if not last:
-                self.omega[group.names] = omega.zero_()
+                self.omega[group.names] = (omega.zero_(),)
         else:
-            self.Omega[group.names] = omega
-            if not last:
-                self.omega[group.names] = torch.zeros_like(omega)
+            self.Omega[group.names] = (omega,)
+            if not last:  # memory of its own: the two are never one tensor
+                self.omega[group.names] = (torch.zeros_like(omega),)
         return negative
 
     def importance(self) -> Dense:
-        """Ω as float32, for the store."""
         rows: dict[str, Tensor] = {}
-        for names, stacked in self.Omega.items():
+        for names, (stacked,) in self.Omega.items():
             rows |= unstack(names, [stacked.to(torch.float32)])
         return Dense(rows)
-
-    def state(self) -> dict[str, Tensor]:
-        """For a checkpoint: the running tensors by `omega.NAME` and `Omega.NAME`."""
-        found: dict[str, Tensor] = {}
-        for which in ("omega", "Omega"):
-            for names, stacked in getattr(self, which).items():
-                found |= unstack(names, [stacked], (which + ".{}",))
-        return found
-
-    def load_state(self, groups: Iterable[Group], state: dict[str, Tensor]) -> None:
-        for group in groups:
-            for which in ("omega", "Omega"):
-                if f"{which}.{group.names[0]}" in state:
-                    getattr(self, which)[group.names] = group.stack(
-                        {n: state[f"{which}.{n}"] for n in group.names}
-                    )
 
 
 def _converted(values: Tensor | LogCodes, storage: str) -> Tensor | LogCodes:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hlora.core import ops
-from hlora.core.importance import Importance
-from hlora.core.lowrank import LowRank
+from hlora.core.importance import Importance, Shapes, Trace
+from hlora.core.lowrank import LowRank, Weighed
 from hlora.core.pairs import Group
 from hlora.core.presets import RecordRule
 from hlora.errors import InputError
@@ -47,11 +47,7 @@ class Factored(Importance):
 
     @classmethod
     def ones(cls, shapes: Mapping[str, tuple[int, int]]) -> Factored:
-        """Ω = 1 everywhere: the penalty is then plain L2 to the anchor.
-
-        Args:
-            shapes: (m, n) by layer name.
-        """
+        """Ω = 1 for shapes (m, n) by layer name: the penalty is then plain L2 to the anchor."""
         return cls(
             {
                 name: (torch.full((m,), float(n)), torch.full((n,), float(m)))
@@ -78,9 +74,7 @@ class Factored(Importance):
                 raise ValueError(f"the importance of {name} is negative or not finite")
 
     @classmethod
-    def bytes(
-        cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32", sequences: int = 0
-    ) -> int:
+    def bytes(cls, shapes: Shapes, storage: str = "fp32", sequences: int = 0) -> int:
         return sum(4 * (m + n) for m, n in shapes)
 
     def converted(self, to: str) -> Importance:
@@ -99,9 +93,7 @@ class Factored(Importance):
 
     def arrange(self, groups: Iterable[Group]) -> None:
         for group in groups:
-            rows, columns = (
-                group.stack({n: self._by_name[n][i] for n in group.names}) for i in (0, 1)
-            )
+            rows, columns = group.stack_both(self._by_name)
             # Each factor takes the root of the total, so that neither overflows in float32.
             root = rows.sum(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny).sqrt()
             self._stacked[group.names] = (rows / root, columns / root)
@@ -117,9 +109,7 @@ class Factored(Importance):
     def totals(self) -> dict[str, float]:
         return {n: float(r.double().sum()) for n, (r, _) in self._by_name.items()}
 
-    def pull(
-        self, group: Group, change: LowRank, left: Tensor, right: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def pull(self, group: Group, change: LowRank, left: Tensor, right: Tensor) -> Weighed:
         return change.weigh_rank_one(*self._stacked[group.names], left, right)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -130,41 +120,31 @@ class Factored(Importance):
         }
 
 
-class FactoredTrace:
-    """Gathers the row sums and column sums of ω (Eq. 12) and consolidates them (Eq. 13).
+class FactoredTrace(Trace):
+    """Row sums (L, m) and column sums (L, n) of ω and Ω.
 
     The sums of ω are exact. At the consolidation ω itself is taken for the rank-one matrix that
     has them; Ω = ω/(Δ² + ξ) is then formed tile by tile and only its sums are kept. Those of
     several general tasks add up.
     """
 
+    parts = (ROWS, COLUMNS)
+
     def __init__(self, groups: Iterable[Group], earlier: Importance | None = None) -> None:
-        self.omega: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
-        self.Omega: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        super().__init__()
         for group in groups:
             self.omega[group.names] = _zeros(group)
             if isinstance(earlier, Factored):
-                self.Omega[group.names] = tuple(  # type: ignore[assignment]
-                    group.stack({n: earlier._by_name[n][i] for n in group.names}) for i in (0, 1)
-                )
+                self.Omega[group.names] = group.stack_both(earlier._by_name)
 
     def add(self, group: Group, gradient: LowRank, step: LowRank, *, clamp: bool) -> None:
-        """One optimizer step: both sums of −g̃ ∘ Δθ."""
         if clamp:
             raise ValueError("only sums of ω are known: no element can be clamped")
         for sums, of_step in zip(self.omega[group.names], gradient.marginals(step), strict=True):
             sums -= of_step
 
-    def total(self, group: Group) -> Tensor:
-        """Σ_i ω_i over the group, in float64: an estimate of the loss drop (Eq. 3)."""
-        return self.omega[group.names][0].sum(dtype=torch.float64)
-
     def consolidate(self, group: Group, delta: LowRank, xi: Tensor, *, last: bool) -> Tensor:
-        """Add the sums of max(ω, 0)/(Δ² + ξ) to those of Ω and reset ω.
-
-        Returns:
-            The number of elements in rows whose sum is negative, which count as zero.
-        """
+        """Rows and columns whose sum is negative count as zero; the rows' elements are returned."""
         rows, columns = self.omega[group.names]
         negative = (rows < 0).sum() * group.n
         sums = ops.consolidate_rank_one(rows.clamp(min=0), columns.clamp(min=0), delta, xi)
@@ -176,7 +156,6 @@ class FactoredTrace:
         return negative
 
     def importance(self) -> Factored:
-        """The sums of Ω as float32, for the store."""
         return Factored(
             {
                 name: (rows.float(), columns.float())
@@ -184,25 +163,6 @@ class FactoredTrace:
                 for name, rows, columns in zip(names, *both, strict=True)
             }
         )
-
-    def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
-        return {
-            f"{which}.{name}{suffix}": row
-            for which in ("omega", "Omega")
-            for names, both in getattr(self, which).items()
-            for suffix, stacked in zip((ROWS, COLUMNS), both, strict=True)
-            for name, row in zip(names, stacked, strict=True)
-        }
-
-    def load_state(self, groups: Iterable[Group], state: dict[str, Tensor]) -> None:
-        for group in groups:
-            for which in ("omega", "Omega"):
-                if f"{which}.{group.names[0]}{ROWS}" in state:
-                    getattr(self, which)[group.names] = tuple(
-                        group.stack({n: state[f"{which}.{n}{suffix}"] for n in group.names})
-                        for suffix in (ROWS, COLUMNS)
-                    )
 
 
 def _zeros(group: Group) -> tuple[Tensor, Tensor]:

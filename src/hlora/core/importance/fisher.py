@@ -8,7 +8,6 @@ time, with the corpus tokens as labels: `fisher_original`.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,36 +41,21 @@ class Fisher(Dense):
 
     @classmethod
     def gather(
-        cls,
-        model: nn.Module,
-        pairs: list[Pair],
-        rows: Tensor,
-        *,
-        batch_size: int = 8,
-        seed: int = 0,
-        tick: Callable[[int], None] | None = None,
+        cls, model: nn.Module, pairs: list[Pair], rows: Tensor, *, method: str = "lean",
         **options: Any,
-    ) -> tuple[Fisher, dict[str, Any]]:
-        """The Fisher information at the model's present weights, the mean over rows.
+    ) -> tuple[Fisher, dict[str, Any]]:  # fmt: skip
+        """The mean over rows.
 
         Args:
-            model: called as `model(input_ids=...)`; its output has `logits`.
-            pairs: where to look; a new adapter (B = 0) is the base model.
-            rows: (N, T) tokens.
-            batch_size: rows in one pass.
-            seed: of the sampled labels.
-            tick: called with the number of rows just done.
-            options: `labels`, sampled from the `model` or the next tokens of the `corpus` (the
-                empirical Fisher); `method`, `lean` or `original` (as EWC-LoRA published it).
+            method: `lean` or `original` (as EWC-LoRA published it).
+            options: of `passes.backward_passes`; the original looks at `tick` only.
         """
-        labels, method = options.get("labels"), options.get("method") or "lean"
         notes: dict[str, Any] = {"sequences": len(rows), "method": method}
         if method == "original":
-            sums, everything = fisher_original.gather(model, pairs, rows, tick=tick)
+            sums, everything = fisher_original.gather(model, pairs, rows, tick=options.get("tick"))
             return cls(sums), {**notes, "labels": "corpus", "all_parameters_bytes": everything}
-        labels = labels or "model"
-        sums = _lean(model, pairs, rows, labels=labels, batch_size=batch_size, seed=seed, tick=tick)
-        return cls(sums), {**notes, "labels": labels}
+        sums = _lean(model, pairs, rows, **options)
+        return cls(sums), {**notes, "labels": options.get("labels", "model")}
 
     @staticmethod
     def describe(summary: dict[str, Any]) -> list[str]:

@@ -8,13 +8,13 @@ and the sum is too low by about as much as they do (see `sketch`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from hlora.core.importance import Changes, Groups, Pulled, Tensors
 from hlora.core.importance.sequences import Projected, Sequences, total_of
-from hlora.core.lowrank import LowRank
 from hlora.core.pairs import Group
 
 
@@ -47,13 +47,7 @@ class Kronecker(Sequences):
             share = self.weight / (2 * self._tokens * trace).clamp(min=torch.finfo(rows.dtype).tiny)
             stacked[1], stacked[2] = left * share[:, None, None], rows * share[:, None]
 
-    def pulls(
-        self,
-        groups: Sequence[Group],
-        changes: Sequence[LowRank],
-        lefts: Sequence[Tensor],
-        rights: Sequence[Tensor],
-    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
+    def pulls(self, groups: Groups, changes: Changes, lefts: Tensors, rights: Tensors) -> Pulled:
         pulled = []
         for group, D, left, right in zip(groups, changes, lefts, rights, strict=True):
             U, inner, rows, V, outer, columns = self._stacked[group.names]
@@ -63,7 +57,7 @@ class Kronecker(Sequences):
             pulled.append((values, GP @ (QC @ right.mT), (left.mT @ GP) @ QC))
         return pulled, total_of(pulled)
 
-    def coupling(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
+    def coupling(self, groups: Groups, changes: Changes) -> Tensor:
         sides = [c.P for c in changes], [c.Q for c in changes]
         values = [v for v, _, _ in self.pulls(groups, changes, *sides)[0]]
         return torch.cat([v.to(values[0].device) for v in values]).diag()

@@ -14,7 +14,7 @@ them are projected.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, TypeVar
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from hlora.core import linearcodes
-from hlora.core.importance import Importance
+from hlora.core.importance import Changes, Groups, Importance, Shapes
 from hlora.core.importance.passes import backward_passes
+from hlora.core.lowrank import LowRank, Weighed
 from hlora.core.pairs import Group, Pair
 from hlora.errors import InputError, UnsupportedModelError
 
@@ -99,27 +100,11 @@ class Sequences(Importance):
 
     @classmethod
     def gather(
-        cls: type[Self],
-        model: nn.Module,
-        pairs: list[Pair],
-        rows: Tensor,
-        *,
-        batch_size: int = 8,
-        seed: int = 0,
-        tick: Callable[[int], None] | None = None,
-        **options: Any,
+        cls: type[Self], model: nn.Module, pairs: list[Pair], rows: Tensor, **options: Any
     ) -> tuple[Self, dict[str, Any]]:
-        """At the model's present weights.
-
-        Args:
-            options: `rank`, the columns of U and V.
-        """
-        found = project(
-            model, pairs, rows, rank=options.get("rank") or RANK, seed=seed,
-            batch_size=batch_size, tick=tick,
-        )  # fmt: skip
+        """At the model's present weights; the options are those of `project`."""
         summary = {"sequences": len(rows), "tokens": rows.shape[1]}
-        return cls.of(found, rows.shape[1] - 1), summary
+        return cls.of(project(model, pairs, rows, **options), rows.shape[1] - 1), summary
 
     @classmethod
     def of(cls: type[Self], found: dict[str, Projected], tokens: int) -> Self:
@@ -162,9 +147,7 @@ class Sequences(Importance):
         }  # fmt: skip
 
     @classmethod
-    def bytes(
-        cls, shapes: Iterable[tuple[int, int]], storage: str = "fp32", sequences: int = 0
-    ) -> int:
+    def bytes(cls, shapes: Shapes, storage: str = "fp32", sequences: int = 0) -> int:
         return sum(
             prod(shape) * width
             for m, n in shapes
@@ -174,21 +157,20 @@ class Sequences(Importance):
 
     def stack(self, group: Group, part: str) -> Tensor:
         """A part of all layers of a group, decoded, (L, ...)."""
-        found = {n: self._tensors[f"{n}.{part}"] for n in group.names}
-        stacked = group.stack(found)
+        stacked = group.stack(self._tensors, "{}." + part)
         if f"{group.names[0]}.{part}_scale" in self._tensors:
-            stacked *= group.stack({n: self._tensors[f"{n}.{part}_scale"] for n in group.names})
+            stacked *= group.stack(self._tensors, "{}." + part + "_scale")
         return stacked
 
-    def forgetting(self, groups, changes):  # type: ignore[no-untyped-def]
+    def forgetting(self, groups: Groups, changes: Changes) -> Tensor:
         nothing = [c.P[:, :, :1] for c in changes], [c.Q[:, :1] for c in changes]
-        return self.pulls(groups, changes, *nothing)[1]
+        return total_of(self.pulls(groups, changes, *nothing)[0])
 
-    def pull(self, group, change, left, right):  # type: ignore[no-untyped-def]
+    def pull(self, group: Group, change: LowRank, left: Tensor, right: Tensor) -> Weighed:
         return self.pulls([group], [change], [left], [right])[0][0]
 
 
-def total_of(pulled: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def total_of(pulled: list[Weighed]) -> Tensor:
     """R of all layers, a scalar."""
     values = [values for values, _, _ in pulled]
     return torch.stack([v.sum().to(values[0].device) for v in values]).sum()

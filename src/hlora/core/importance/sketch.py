@@ -7,14 +7,14 @@ it can be dodged: a training can leave the N directions that it sees (see `blend
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from hlora.core import linearcodes
+from hlora.core.importance import Changes, Groups, Pulled, Tensors
 from hlora.core.importance.sequences import Projected, Sequences, total_of
-from hlora.core.lowrank import LowRank
 from hlora.core.pairs import Group
 
 
@@ -36,13 +36,7 @@ class Sketch(Sequences):
             V = self.stack(g, "V")[:, :, : cores.shape[3]]
             self._stacked[g.names] = (V.contiguous(), cores.flatten(2))
 
-    def pulls(
-        self,
-        groups: Sequence[Group],
-        changes: Sequence[LowRank],
-        lefts: Sequence[Tensor],
-        rights: Sequence[Tensor],
-    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
+    def pulls(self, groups: Groups, changes: Changes, lefts: Tensors, rights: Tensors) -> Pulled:
         seen = self._seen(groups, changes)
         total = _over_layers(seen)
         total = total / (2 * self._tokens * len(total))
@@ -54,16 +48,16 @@ class Sketch(Sequences):
             pulled.append((of_layer @ a, W @ (right @ V).mT, (left.mT @ W) @ V.mT))
         return pulled, total_of(pulled)
 
-    def forgetting(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
+    def forgetting(self, groups: Groups, changes: Changes) -> Tensor:
         total = _over_layers(self._seen(groups, changes))
         return total.square().mean() / (2 * self._tokens)
 
-    def coupling(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> Tensor:
+    def coupling(self, groups: Groups, changes: Changes) -> Tensor:
         seen = self._seen(groups, changes)
         by_layer = torch.cat([s.to(seen[0].device) for s in seen])
         return by_layer @ by_layer.mT / (2 * self._tokens * by_layer.shape[1])
 
-    def _seen(self, groups: Sequence[Group], changes: Sequence[LowRank]) -> list[Tensor]:
+    def _seen(self, groups: Groups, changes: Changes) -> list[Tensor]:
         """⟨g_nl, D_l⟩ of each group, (L, N)."""
         found = []
         for group, D in zip(groups, changes, strict=True):

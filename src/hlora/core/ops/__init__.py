@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, float32
 
 from hlora.core.logcodes import LogCodes
-from hlora.core.lowrank import LowRank
+from hlora.core.lowrank import LowRank, Weighed
 from hlora.core.ops import reference
 from hlora.core.ops.reference import add_squared_gradients, consolidate, consolidate_rank_one
 
@@ -32,10 +32,8 @@ def accumulate(omega: Tensor, gradient: LowRank, step: LowRank) -> None:
     _run("accumulate", 1, omega, gradient, step)
 
 
-def weigh(
-    Omega: Tensor | LogCodes, change: LowRank, left: Tensor, right: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_i Ω_i D_i² of each matrix with half its gradient (Eq. 14). See `reference.weigh`."""
+def weigh(Omega: Tensor | LogCodes, change: LowRank, left: Tensor, right: Tensor) -> Weighed:
+    """The change weighed by Ω (Eq. 14). See `reference.weigh`."""
     return _run("weigh", left.shape[2], Omega, change, left, right)
 
 

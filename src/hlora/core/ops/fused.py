@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hlora.core.logcodes import LogCodes
-from hlora.core.lowrank import LowRank
+from hlora.core.lowrank import LowRank, Weighed
 
 CHUNK = 16
 """Columns of P at a time: a longer product, unrolled, would spill registers."""
@@ -37,10 +37,8 @@ def accumulate(omega: Tensor, gradient: LowRank, step: LowRank) -> None:
     )  # fmt: skip
 
 
-def weigh(
-    Omega: Tensor | LogCodes, change: LowRank, left: Tensor, right: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_i Ω_i D_i² of each matrix (Eq. 14), half its gradient from two sides. See `reference`.
+def weigh(Omega: Tensor | LogCodes, change: LowRank, left: Tensor, right: Tensor) -> Weighed:
+    """The change weighed by Ω (Eq. 14). See `reference`.
 
     One pass: Ω is read once. A program owns a block of Ω; its parts of the two results go to
     memory of its own, and the parts are added up in a fixed order.

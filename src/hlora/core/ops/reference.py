@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hlora.core.logcodes import LogCodes
-from hlora.core.lowrank import LowRank
+from hlora.core.lowrank import LowRank, Weighed
 
 TILE = 1 << 20
 """Elements of a temporary. 4 MiB in float32: it stays in a CPU's cache."""
@@ -101,21 +101,14 @@ def add_squared_gradients(total: Tensor, delta: Tensor, x: Tensor) -> None:
         total[rows] += (delta[:, :, rows].mT @ x).square_().sum(dim=0)
 
 
-def weigh(
-    Omega: Tensor | LogCodes, change: LowRank, left: Tensor, right: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_i Ω_i D_i² of each matrix (Eq. 14), and half its gradient, G = Ω∘D, seen from two sides.
-
-    With θ = s·B A and D = θ − θ^ν, 2s·G Aᵀ and 2s·BᵀG are the derivatives by B and by A.
+def weigh(Omega: Tensor | LogCodes, change: LowRank, left: Tensor, right: Tensor) -> Weighed:
+    """The change D weighed by Ω (Eq. 14).
 
     Args:
         Omega: (L, m, n), in any float type or as 8-bit codes; it is read tile by tile.
         change: D = P Q.
         left: (L, m, r).
         right: (L, r, n).
-
-    Returns:
-        The values (L,), G rightᵀ (L, m, r) and leftᵀ G (L, r, n).
     """
     P, Q = change.P, change.Q
     values = P.new_zeros(P.shape[0])
