@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import shutil
 from dataclasses import Field, fields
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from hlora.errors import InputError
-from hlora.run.build import build, default_of, kind_of, unknown_setting
+from hlora.run.build import build, default_of, kind_of, read_yaml, unknown_setting
 
 S = TypeVar("S")
 
@@ -104,17 +103,8 @@ def _help(f: Field, kind: type) -> str:
 def _from_yaml(cls: type, file: str | None) -> dict[str, Any]:
     if file is None:
         return {}
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(file).read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The settings file {file} cannot be read ({error}).") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"The settings file {file} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"The settings file {file} must map names to values.")
-    values = {str(k).replace("-", "_"): v for k, v in values.items()}
+    read = read_yaml(file, "The settings file")
+    values = {str(k).replace("-", "_"): v for k, v in read.items()}
     known = [f.name for f in fields(cls)]
     if unknown := [key for key in values if key not in known]:
         raise InputError(f"{file}: {unknown_setting(unknown[0], known)}")

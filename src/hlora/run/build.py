@@ -7,6 +7,7 @@ import shlex
 import types
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hlora.errors import InputError, suggest
@@ -34,6 +35,20 @@ def build(cls: type[S], values: dict[str, Any]) -> S:
             )
             raise InputError(f"{called} is missing: {f.metadata['help']}.")
     return cls(**result)
+
+
+def read_yaml(file: str | Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file; `what` it is begins the sentence of an InputError."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(file).read_text("utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"{what} {file} cannot be read as YAML: {said}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{what} {file} must map names to values.")
+    return values
 
 
 def kind_of(hint: Any) -> tuple[type, bool]:
