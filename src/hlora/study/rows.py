@@ -14,6 +14,7 @@ from hlora.study.extras import extra
 from hlora.study.lines import Line, read_lines
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS, forgetting_on
+from hlora.study.stats import mean_se
 
 
 @dataclass(frozen=True, order=True)
@@ -90,6 +91,10 @@ class Results:
         of = self.frame[self.frame["row"] == row.label]
         wide = of.pivot(index="seed", columns="task", values=metric).astype(float)
         return wide.reindex(columns=list(tasks)).dropna().mean(axis=1).to_dict()
+
+    def mean(self, metric: str, row: Row, *tasks: str) -> float:
+        """Over the seeds that have all these tasks."""
+        return mean_se(self.values(metric, row, *tasks).values())[0]
 
 
 def read(path: Path, where: Iterable[str] = (), *, mixed: bool = False) -> Results:
