@@ -142,12 +142,8 @@ def write(
     """A self-contained HTML page with the figures beside it, and a Markdown page too.
 
     Args:
-        index: the HTML file.
         command: what made it, for the Markdown page's head.
         page: the Markdown file; the figures then lie in a folder beside it.
-
-    Returns:
-        What was written.
     """
     drawn = index.parent if page is None else page.with_suffix("")
     svgs = {

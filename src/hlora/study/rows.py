@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -146,18 +146,15 @@ def _chosen(lines: list[Line], where: list[str], path: Path) -> list[Line]:
 
 def _flat(line: Line) -> dict[str, str]:
     """Everything that must be the same for two runs to be averaged, as `a.b` → text."""
-    flat: dict[str, str] = {}
+    return dict(pair for part in ("study", "versions") for pair in _leaves(part, line.get(part)))
 
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for k, v in value.items():
-                walk(f"{prefix}.{k}", v)
-        else:
-            flat[prefix] = str(value)
 
-    for part in ("study", "versions"):
-        walk(part, line.get(part))
-    return flat
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    if not isinstance(value, dict) or not value:
+        yield name, str(value)
+        return
+    for key, inner in value.items():
+        yield from _leaves(f"{name}.{key}", inner)
 
 
 def _differences(lines: list[Line]) -> list[str]:

@@ -26,12 +26,10 @@ class Study:
     """A study file, checked.
 
     Attributes:
-        model: as for --model.
         general: kinds of text that phase ν reads, by name.
         held_out: kinds that forgetting is measured on; those that `general` lacks are unseen.
         tasks: name → {train, test}.
         methods: names from `hlora.study.methods`.
-        seeds: one run each.
         phi: values for the methods that sweep, one list for all or method → list; empty for the
             default.
         only: method → {tasks, seeds}, for methods too dear to run on all of them.
