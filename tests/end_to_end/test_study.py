@@ -121,7 +121,7 @@ def test_a_phase_nu_that_fails_is_noted_by_the_runs_that_need_it(place, monkeypa
             settings.text = ["nowhere.txt"]
         return settings
 
-    monkeypatch.setattr(measure, "record_settings", broken)
+    monkeypatch.setattr(spec, "record_settings", broken)
     assert cli.main(["study", "s.yaml"]) == 2
     failed = [r for r in lines(place) if r["error"]]
     assert {r["run"]["method"] for r in failed} == {"hlora-factored"}

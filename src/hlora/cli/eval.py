@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from hlora.run.evaluate import TaskScore, TextScore, forgetting
-from hlora.run.harness import HarnessScore
+from hlora.cli.show import show
+from hlora.run.evaluate import TextScore, forgetting
 from hlora.run.scoring import Scores, evaluate
 from hlora.run.settings import EvalSettings
+
+WORDS = ("model", "measure")
 
 
 def run(settings: EvalSettings) -> None:
@@ -21,55 +22,37 @@ def run(settings: EvalSettings) -> None:
 
 
 def _show(scores: dict[str, Scores]) -> None:
-    console = Console()
-    both = "adapter" in scores
-    text: dict[str, TextScore] = scores["base"]["text"]
-    if text:
-        title = "General text (perplexity = e^loss; forgetting in nats per token)"
-        more = ("adapter", "forgetting") if both else ()
-        table = _table(title, "kind", "tokens", "base", *more)
-        for name, base in text.items():
-            row = [name, f"{base.tokens:,}", _perplexity(base)]
-            if both:
-                after = scores["adapter"]["text"][name]
-                lost = forgetting(base, after)
-                row += [_perplexity(after), f"{lost.nats:+.4f} ± {lost.se:.4f}"]
-            table.add_row(*row)
-        console.print(table)
-    tasks: dict[str, TaskScore] = scores["base"]["task"]
-    if tasks:
-        title = "Tasks (± one standard error; NLL of the right answer in nats)"
-        table = _table(title, "task", "model", "n", "acc %", "acc_norm %", "NLL")
-        for name in tasks:
-            for which, of in scores.items():
-                s: TaskScore = of["task"][name]
-                table.add_row(
-                    name, which, f"{s.n:,}", _percent(s.acc, s.acc_se),
-                    _percent(s.acc_norm, s.acc_norm_se), f"{s.nll:.3f} ± {s.nll_se:.3f}",
-                )  # fmt: skip
-        console.print(table)
-    if "lm_eval" in scores["base"]:
-        _show_harness(console, scores)
+    base, after = scores["base"], scores.get("adapter")
+    headings = ["kind", "tokens", "base", *(("adapter", "forgetting") if after else ())]
+    rows = []
+    for name, before in base["text"].items():
+        rows.append([name, f"{before.tokens:,}", _perplexity(before)])
+        if after:
+            lost = forgetting(before, after["text"][name])
+            rows[-1] += [_perplexity(after["text"][name]), f"{lost.nats:+.4f} ± {lost.se:.4f}"]
+    show("General text (perplexity = e^loss; forgetting in nats per token)", headings, rows)
+    rows = []
+    for name, which, s in _each(scores, "task"):
+        percents = [_percent(s.acc, s.acc_se), _percent(s.acc_norm, s.acc_norm_se)]
+        rows.append([name, which, f"{s.n:,}", *percents, f"{s.nll:.3f} ± {s.nll_se:.3f}"])
+    headings = ["task", "model", "n", "acc %", "acc_norm %", "NLL"]
+    show(
+        "Tasks (± one standard error; NLL of the right answer in nats)", headings, rows, words=WORDS
+    )
+    rows = []
+    for name, which, found in _each(scores, "lm_eval"):
+        for measure, (value, error) in found.values.items():
+            text = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+            rows.append([name, which, f"{found.n:,}", measure, text])
+    headings = ["task", "model", "n", "measure", "value"]
+    show("lm-evaluation-harness (± one standard error)", headings, rows, words=WORDS)
 
 
-def _show_harness(console: Console, scores: dict[str, Scores]) -> None:
-    title = "lm-evaluation-harness (± one standard error)"
-    table = _table(title, "task", "model", "n", "measure", "value")
-    for name in scores["base"]["lm_eval"]:
-        for which, of in scores.items():
-            found: HarnessScore = of["lm_eval"][name]
-            for measure, (value, error) in found.values.items():
-                text = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
-                table.add_row(name, which, f"{found.n:,}", measure, text)
-    console.print(table)
-
-
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title)
-    for heading in headings:
-        text = heading in ("kind", "task", "model", "measure")
-        table.add_column(heading, justify="left" if text else "right")
-    return table
+def _each(scores: dict[str, Scores], of: str) -> Iterator[tuple[str, str, Any]]:
+    """Each task's name, the model's, and the score, task by task."""
+    for name in scores["base"].get(of, {}):
+        for which, found in scores.items():
+            yield name, which, found[of][name]
 
 
 def _perplexity(score: TextScore) -> str:

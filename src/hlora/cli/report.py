@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table as RichTable
-
+from hlora.cli.show import show
 from hlora.errors import InputError, refuse_unknown
 from hlora.run.build import command_line
 from hlora.run.settings import ReportSettings
@@ -34,10 +32,12 @@ def run(settings: ReportSettings) -> None:
     markdown = Path(settings.page) if settings.page else None
     written = page.write(found, folder / "index.html", command=command, page=markdown)
     print(page.about(results))
-    for task in results.tasks:
-        _show(tables.means(results, [task], settings.metrics), task)
-    if len(results.tasks) > 1:
-        _show(tables.means(results, results.tasks, settings.metrics), "all tasks")
+    shown = {task: [task] for task in results.tasks}
+    if len(shown) > 1:
+        shown["all tasks"] = results.tasks
+    for title, tasks in shown.items():
+        table = tables.means(results, tasks, settings.metrics)
+        show(title, table.headings, table.rows, width=130)
     print(f"Written: {', '.join(map(str, written))}")
 
 
@@ -56,14 +56,3 @@ def _row(results: Results, text: str, *, optional: bool) -> Row | None:
         there = ", ".join(by_phi) or "none"
         raise InputError(f"--compare: {method} was not run with φ {phi}; there are {there}.")
     return by_phi[phi]
-
-
-def _show(table: tables.Table, title: str) -> None:
-    shown = RichTable(title=title)
-    for i, heading in enumerate(table.headings):
-        shown.add_column(heading, justify="right" if i else "left")
-    for row in table.rows:
-        shown.add_row(*row)
-    console = Console()
-    console.width = console.width if console.is_terminal else max(console.width, 130)
-    console.print(shown)

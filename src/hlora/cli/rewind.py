@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
-
+from hlora.cli.show import show
 from hlora.run.rewind import rewind
 from hlora.run.settings import RewindSettings
 
@@ -12,16 +10,15 @@ from hlora.run.settings import RewindSettings
 def run(settings: RewindSettings) -> None:
     """Print the curve of what is forgotten and what the domain loses, the chosen point marked."""
     done = rewind(settings)
-    table = Table(title="Forgetting (KL from the base model, nats per token) on the way back")
-    for i, heading in enumerate(["", "share", "predicted", "measured", "NLL of the domain"]):
-        table.add_column(heading, justify="right" if i else "left")
+    rows = []
     for p in done.points:
         predicted = "-" if p.predicted is None else f"{p.predicted:.4f}"
         measured = f"{p.measured.nats:.4f} ± {p.measured.se:.4f}"
         nll = "-" if p.nll is None else f"{p.nll:.3f}"
-        style = "bold" if p is done.chosen else ""
-        table.add_row(p.way, f"{p.share:.3f}", predicted, measured, nll, style=style)
-    Console().print(table)
+        rows.append([p.way, f"{p.share:.3f}", predicted, measured, nll])
+    title = "Forgetting (KL from the base model, nats per token) on the way back"
+    headings = ["", "share", "predicted", "measured", "NLL of the domain"]
+    show(title, headings, rows, strong=done.points.index(done.chosen))
     chosen, whole = done.chosen, next(p for p in done.points if p.share == 1)
     if chosen is whole:
         print(f"The adapter is within the budget of {settings.forget_at_most:g} as it is.")

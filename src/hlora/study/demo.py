@@ -13,20 +13,13 @@ from hlora.files import size
 from hlora.run.build import command_line
 from hlora.run.evaluate import TextScore, pooled_forgetting
 from hlora.run.settings import DemoSettings
-from hlora.study import figures
+from hlora.study import figures, spec
 from hlora.study.claims import mean_norms
 from hlora.study.lines import Line
 from hlora.study.metrics import perplexity
 from hlora.study.page import Part, write
 from hlora.study.rows import Results
-from hlora.study.spec import (
-    Study,
-    nu_folder,
-    read_study,
-    record_settings,
-    runs_of,
-    tune_settings,
-)
+from hlora.study.spec import Study
 from hlora.study.tables import Table
 
 TITLE = "LoRA that does not forget"
@@ -43,7 +36,7 @@ ASKED = 8
 def demo_study(settings: DemoSettings) -> Study:
     """`demo.yaml` for a model, seed, φ and output folder."""
     with as_file(files("hlora.study").joinpath("demo.yaml")) as path:
-        study = read_study(path)
+        study = spec.read_study(path)
     common = {"device": settings.device, "dtype": settings.dtype}
     changed: dict[str, Any] = {
         name: {**getattr(study, name), **common, **(quick if settings.quick else {})}
@@ -58,7 +51,7 @@ def demo_study(settings: DemoSettings) -> Study:
 
 def refuse_another(study: Study, results: Results) -> None:
     """Raise InputError where the results are of a demo with other settings."""
-    runs = [asdict(r) for r in runs_of(study)]
+    runs = [asdict(r) for r in spec.runs_of(study)]
     for line in [*results.lines, *results.failed]:
         if line["study"] != study.settings() or line["run"] not in runs:
             raise InputError(
@@ -133,11 +126,11 @@ def verdict(results: Results) -> str:
 
 def commands(study: Study) -> list[str]:
     """What the demo ran, as commands to copy."""
-    by_method = {r.method: r for r in runs_of(study)}
+    by_method = {r.method: r for r in spec.runs_of(study)}
     [seed] = study.seeds
-    nu = nu_folder(study, OURS, seed)
-    tuned = [tune_settings(study, by_method[m], nu) for m in ("lora-mu", PLAIN, OURS)]
-    recorded = command_line("record", record_settings(study, OURS, seed))
+    nu = spec.nu_folder(study, OURS, seed)
+    tuned = [spec.tune_settings(study, by_method[m], nu) for m in ("lora-mu", PLAIN, OURS)]
+    recorded = command_line("record", spec.record_settings(study, OURS, seed))
     return [recorded, *(command_line("tune", t) for t in tuned)]
 
 

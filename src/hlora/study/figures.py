@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,7 @@ def losses(results: Results, row: Row) -> Any:
         for style, (key, label, at) in zip(STYLES, curves, strict=False):
             at.plot(*_mean_curve(logs, key), linestyle=style, color="black", label=label)
         above.set_title(task, loc="left")
-        below.set_ylim(bottom=0)
-        below.set_xlabel("optimizer step")
+        below.set(ylim=(0, None), xlabel="optimizer step")
     axes[0][0].set_ylabel("loss (nats)")
     axes[1][0].set_ylabel("φR")
     axes[0][-1].legend(frameon=False)
@@ -79,9 +79,8 @@ def cost_bars(found: dict[str, Cost]) -> Any:
     for at, (unit, values) in zip(panels, units.items(), strict=True):
         bars = at.barh(list(found), values, color="white", edgecolor="black", height=0.6)
         at.bar_label(bars, [f"{v:,.3g}" for v in values], padding=3, fontsize="small")
-        at.set_xscale("log")
+        at.set(xscale="log", xlabel=unit)
         at.set_xlim(right=at.get_xlim()[1] * 4)
-        at.set_xlabel(unit)
         at.tick_params(axis="y", length=0)
     for drawn, cost in zip(panels[0].patches, found.values(), strict=True):
         if cost.extrapolated:
@@ -93,12 +92,10 @@ def cost_bars(found: dict[str, Cost]) -> Any:
 def phi_curves(results: Results) -> Any | None:
     """Fig. 6: each measure against φ, the mean over tasks, ± one standard error over seeds."""
     metrics = ("forgetting_seen", "forgetting_unseen", "nll", "acc")
-    sweeps: dict[str, list[Row]] = {}
-    for row in results.rows:
-        if row.phi is not None and row.phi > 0:
-            sweeps.setdefault(row.method, []).append(row)
-    # Only means over the same tasks can be compared.
     tasks = results.tasks
+    swept = groupby((r for r in results.rows if r.phi), key=lambda r: r.method)
+    sweeps = {method: list(rows) for method, rows in swept}
+    # Only means over the same tasks can be compared.
     sweeps = {m: rs for m, rs in sweeps.items() if all(results.of(r, t) for r in rs for t in tasks)}
     if not sweeps:
         return None
@@ -114,7 +111,7 @@ def phi_curves(results: Results) -> Any | None:
                 label=METHODS[method].label,
             )  # fmt: skip
         if plain in results.rows:
-            level = mean_se(results.values(metric, plain, *tasks).values())[0]
+            level = results.mean(metric, plain, *tasks)
             at.axhline(level, color="black", linewidth=0.8, linestyle=":", label="no penalty (ν+μ)")
         at.set_xscale("log")
         values = sorted({r.phi for rows in sweeps.values() for r in rows if r.phi})
@@ -135,9 +132,7 @@ def frontier(results: Results) -> Any:
     for task, at in zip(tasks, panels, strict=True):
         for method in methods:
             of = [r for r in rows if r.method == method and results.values(up, r, task)]
-            points = [
-                [mean_se(results.values(m, r, task).values())[0] for m in (across, up)] for r in of
-            ]
+            points = [[results.mean(m, r, task) for m in (across, up)] for r in of]
             if not points:
                 continue
             line, fill = (OURS, OURS) if method.startswith("hlora") else ("black", "white")
@@ -253,11 +248,7 @@ def save_figure(figure: Any, *paths: Path) -> None:
 
 
 def save_both(figure: Any, stem: Path) -> str:
-    """Write STEM.svg and STEM.png; returns the figure as an <svg> element.
-
-    Raises:
-        InputError: they cannot be written.
-    """
+    """Write STEM.svg and STEM.png; returns the figure as an <svg> element."""
     svg = stem.with_suffix(".svg")
     save_figure(figure, stem.with_suffix(".png"), svg)
     text = svg.read_text("utf-8")

@@ -22,18 +22,10 @@ from hlora.run.models import load_adapter
 from hlora.run.phases import TUNED, record, tune
 from hlora.run.scoring import prepare, score
 from hlora.run.settings import ConvertSettings
+from hlora.study import spec
 from hlora.study.lines import groups_of_text
 from hlora.study.methods import METHODS
-from hlora.study.spec import (
-    Run,
-    Study,
-    digest,
-    eval_settings,
-    key_of,
-    nu_folder,
-    record_settings,
-    tune_settings,
-)
+from hlora.study.spec import Run, Study
 
 LOGGED = ("step", "loss", "R", "penalty", "total_loss")
 """What is kept of each log entry: Fig. 4."""
@@ -67,7 +59,7 @@ def failed(study: Study, run: Run, error: BaseException) -> dict[str, Any]:
 
 def _heading(study: Study, run: Run) -> dict[str, Any]:
     return {
-        "key": key_of(study, run), "run": asdict(run), "label": METHODS[run.method].label,
+        "key": spec.key_of(study, run), "run": asdict(run), "label": METHODS[run.method].label,
         "error": None, "study": study.settings(), "task_files": study.tasks[run.task],
         "seen": list(study.general), "unseen": study.unseen, "versions": machine.versions(),
         "machine": machine.describe(),
@@ -82,10 +74,10 @@ def _measured(study: Study, run: Run) -> dict[str, Any]:
     nu = phase_nu(study, run.method, run.seed)
     adapter, tuned = nu, dict[str, Any]()
     if method.tune is not None:
-        adapter = Path(study.work) / "mu" / key_of(study, run)
+        adapter = Path(study.work) / "mu" / spec.key_of(study, run)
         machine.reset_peak()
         if not (adapter / TUNED).exists():
-            tune(tune_settings(study, run, nu))
+            tune(spec.tune_settings(study, run, nu))
         tuned = json.loads((adapter / TUNED).read_text("utf-8"))
         tuned["peak"] = machine.peak_bytes()
     recorded = store.read_info(nu)
@@ -105,11 +97,11 @@ def _measured(study: Study, run: Run) -> dict[str, Any]:
 
 def phase_nu(study: Study, method: str, seed: int) -> Path:
     """The importance folder of a method and seed, made if it is not there yet."""
-    folder = nu_folder(study, method, seed)
+    folder = spec.nu_folder(study, method, seed)
     if not (folder / store.MARKER).exists():
         with _logged(study, f"phase ν of {method}, seed {seed}"):
             machine.reset_peak()
-            record(record_settings(study, method, seed))
+            record(spec.record_settings(study, method, seed))
     if not METHODS[method].ones:
         return folder
     ones = folder.with_name(f"{folder.name}-ones")
@@ -125,7 +117,7 @@ def base_scores(study: Study, task: str) -> dict[str, Any]:
         "model": study.model, "held_out": study.held_out, "task": study.tasks[task],
         "eval": study.eval, "digests": study.digests,
     }  # fmt: skip
-    path = Path(study.work) / "base" / f"{digest(what)}.json"
+    path = Path(study.work) / "base" / f"{spec.digest(what)}.json"
     if not path.exists():
         write_json(path, _scores(study, task, None))
     return json.loads(path.read_text("utf-8"))
@@ -133,7 +125,7 @@ def base_scores(study: Study, task: str) -> dict[str, Any]:
 
 def _scores(study: Study, task: str, adapter: Path | None) -> dict[str, Any]:
     """Scores as plain values, the loss of each block of text included."""
-    settings = eval_settings(study, task)
+    settings = spec.eval_settings(study, task)
     model, tokenizer, kinds, tasks = prepare(settings)
     if adapter is not None:
         model = load_adapter(model, adapter)

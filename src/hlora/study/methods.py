@@ -19,7 +19,6 @@ class Method:
     """One row of a comparison.
 
     Attributes:
-        label: as tables print it.
         record: settings of phase ν that differ; None where the base model itself is scored.
         tune: settings of phase μ that differ; None where the general phase itself is scored.
         ones: replace the importance by Ω = 1.

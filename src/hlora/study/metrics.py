@@ -16,10 +16,8 @@ class Metric:
     """One measure.
 
     Attributes:
-        label: as tables print it.
         of: from a line of the results; None where the run has no such measure.
         digits: behind the point.
-        signed: printed with its sign.
     """
 
     label: str

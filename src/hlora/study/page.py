@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +142,8 @@ def write(
     """A self-contained HTML page with the figures beside it, and a Markdown page too.
 
     Args:
-        index: the HTML file.
         command: what made it, for the Markdown page's head.
         page: the Markdown file; the figures then lie in a folder beside it.
-
-    Returns:
-        What was written.
     """
     drawn = index.parent if page is None else page.with_suffix("")
     svgs = {
@@ -156,27 +151,18 @@ def write(
         for part in found
         for stem, figure, _ in part.figures
     }
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(
-        files("hlora.study").joinpath("report.html").read_text(encoding="utf-8")
-    )
-    write_whole(index, template.render(title=title, lead=lead, parts=found, svgs=svgs))
+    said = {"title": title, "lead": lead, "command": command, "parts": found}
+    write_whole(index, _rendered("report.html", svgs=svgs, **said))
     if page is None:
         return [index]
-    write_whole(page, _markdown(found, title, drawn.name, command))
+    markdown = _rendered("report.md", folder=drawn.name, **said)
+    write_whole(page, markdown.rstrip() + "\n")
     return [index, page]
 
 
-def _markdown(found: list[Part], title: str, folder: str, command: str) -> str:
-    lines = [f"# {title}", "", "Written by", "", "```bash", command, "```"]
-    for part in found:
-        if part.code:
-            continue
-        lines += ["", f"## {part.title}", ""]
-        if part.text:
-            lines += [part.text, ""]
-        if part.table:
-            lines += [*part.table.markdown(), ""]
-        for stem, _, caption in part.figures:
-            lines += [f"![{caption}]({folder}/{stem}.svg)", "", caption, ""]
-    return "\n".join(lines).rstrip() + "\n"
+def _rendered(name: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hlora.study", ""), trim_blocks=True, lstrip_blocks=True,
+        autoescape=name.endswith(".html"),
+    )  # fmt: skip
+    return environment.get_template(f"{name}.jinja").render(values)

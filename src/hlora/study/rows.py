@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from hlora.study.extras import extra
 from hlora.study.lines import Line, read_lines
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS, forgetting_on
+from hlora.study.stats import mean_se
 
 
 @dataclass(frozen=True, order=True)
@@ -91,6 +92,10 @@ class Results:
         wide = of.pivot(index="seed", columns="task", values=metric).astype(float)
         return wide.reindex(columns=list(tasks)).dropna().mean(axis=1).to_dict()
 
+    def mean(self, metric: str, row: Row, *tasks: str) -> float:
+        """Over the seeds that have all these tasks."""
+        return mean_se(self.values(metric, row, *tasks).values())[0]
+
 
 def read(path: Path, where: Iterable[str] = (), *, mixed: bool = False) -> Results:
     """The runs of a results file that may be averaged together.
@@ -141,18 +146,15 @@ def _chosen(lines: list[Line], where: list[str], path: Path) -> list[Line]:
 
 def _flat(line: Line) -> dict[str, str]:
     """Everything that must be the same for two runs to be averaged, as `a.b` → text."""
-    flat: dict[str, str] = {}
+    return dict(pair for part in ("study", "versions") for pair in _leaves(part, line.get(part)))
 
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for k, v in value.items():
-                walk(f"{prefix}.{k}", v)
-        else:
-            flat[prefix] = str(value)
 
-    for part in ("study", "versions"):
-        walk(part, line.get(part))
-    return flat
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    if not isinstance(value, dict) or not value:
+        yield name, str(value)
+        return
+    for key, inner in value.items():
+        yield from _leaves(f"{name}.{key}", inner)
 
 
 def _differences(lines: list[Line]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -26,12 +26,10 @@ class Study:
     """A study file, checked.
 
     Attributes:
-        model: as for --model.
         general: kinds of text that phase ν reads, by name.
         held_out: kinds that forgetting is measured on; those that `general` lacks are unseen.
         tasks: name → {train, test}.
         methods: names from `hlora.study.methods`.
-        seeds: one run each.
         phi: values for the methods that sweep, one list for all or method → list; empty for the
             default.
         only: method → {tasks, seeds}, for methods too dear to run on all of them.
@@ -67,7 +65,8 @@ class Study:
 
     def where(self, spec: str) -> str:
         """A text or task as the commands take it."""
-        return _where(spec, self.data)
+        head, sep, rest = spec.partition("/")
+        return f"{os.environ.get(DATA) or self.data}/{rest}" if head == "data" and sep else spec
 
     def phis(self, method: str) -> list[float | None]:
         """The values of φ of a method's runs; None leaves φ to the method."""
@@ -118,11 +117,11 @@ def read_study(path: Path) -> Study:
             values[key]["training"] = without_secrets(values[key]["training"])
     known = [f for f in fields(Study) if f.name != "digests"]
     refuse_unknown(values, [f.name for f in known], f"{path}: unknown key")
-    missing = [f.name for f in known if f.name not in values and _required(f)]
-    if missing:
-        raise InputError(f"{path}: {missing[0]} is missing.")
+    for f in known:
+        if f.name not in values and f.default is f.default_factory is MISSING:
+            raise InputError(f"{path}: {f.name} is missing.")
     _check_types(values, path)
-    study = _chosen(values, path)
+    study = _chosen(Study(**values), path)
     refuse_unknown(study.methods, METHODS, f"{path}: unknown method")
     refuse_unknown(study.metrics, METRICS, f"{path}: unknown metric")
     refuse_unknown(study.only, study.methods, f"{path}: only names no method of the study:")
@@ -237,16 +236,15 @@ def _check_types(values: dict[str, Any], path: Path) -> None:
             raise InputError(f"{path}: task {name} must name its `train` and its `test`.")
 
 
-def _chosen(values: dict[str, Any], path: Path) -> Study:
+def _chosen(study: Study, path: Path) -> Study:
     """The study with the first text or task of each list that there is."""
-    folder = values.get("data", "data")
     digests: dict[str, str] = {}
 
     def choose(of: str | list[str]) -> str:
         specs = of if isinstance(of, list) else [of]
         if not specs or not all(isinstance(s, str) for s in specs):
             raise InputError(f"{path}: a text or task must be text, or a list of it, not {of!r}.")
-        files = {s: Path(_where(s, folder)) for s in specs}
+        files = {s: Path(study.where(s)) for s in specs}
         # A file that is missing is passed over if something else may stand for it.
         spec = next((s for s in specs if files[s].exists() or not files[s].suffix), specs[-1])
         if files[spec].is_file():
@@ -256,17 +254,7 @@ def _chosen(values: dict[str, Any], path: Path) -> Study:
     def all_of(named: dict[str, Any]) -> dict[str, str]:
         return {k: choose(v) for k, v in named.items()}
 
-    study = {
-        **values, "general": all_of(values["general"]), "held_out": all_of(values["held_out"]),
-        "tasks": {k: all_of(v) for k, v in values["tasks"].items()}, "digests": digests,
-    }  # fmt: skip
-    return Study(**study)
-
-
-def _where(spec: str, data: str) -> str:
-    head, sep, rest = spec.partition("/")
-    return f"{os.environ.get(DATA) or data}/{rest}" if head == "data" and sep else spec
-
-
-def _required(f: Field) -> bool:
-    return f.default is MISSING and f.default_factory is MISSING
+    return replace(
+        study, general=all_of(study.general), held_out=all_of(study.held_out),
+        tasks={k: all_of(v) for k, v in study.tasks.items()}, digests=digests,
+    )  # fmt: skip

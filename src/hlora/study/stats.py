@@ -19,7 +19,6 @@ class Independent:
         welch, student: p-values of the t-tests without and with equal variances; NaN if n < 2 or
             neither sample varies.
         g: Hedges' g, the difference in pooled standard deviations, corrected for small samples.
-        n: sizes of the two samples.
     """
 
     welch: float
@@ -35,7 +34,6 @@ class Paired:
     Attributes:
         mean, se: of the differences; se is NaN for one.
         p: of a t-test against zero; NaN if n < 2 or the differences do not vary.
-        n: how many.
     """
 
     mean: float

@@ -12,7 +12,7 @@ from hlora.study.cost import Cost
 from hlora.study.metrics import METRICS, forgetting_on
 from hlora.study.paper import COST, TABLE_1, TABLE_2, TASKS, Score, e_perplexity
 from hlora.study.rows import Results, Row
-from hlora.study.stats import independent, mean_se, p_text, shown
+from hlora.study.stats import independent, p_text, shown
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ def beside_the_paper(results: Results, rows: Sequence[Row], paper: dict) -> Tabl
 
 
 def _triple(results: Results, row: Row, task: str) -> str:
-    found = [results.values(m, row, task).values() for m in ("ppl_seen", "ppl_unseen", "acc")]
-    means = (mean_se(values)[0] for values in found)
+    means = (results.mean(m, row, task) for m in ("ppl_seen", "ppl_unseen", "acc"))
     return "{:.2f} · {:.2f} / {:.1f}".format(*means) if results.of(row, task) else "–"
 
 
