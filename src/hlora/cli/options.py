@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from hlora.errors import InputError
