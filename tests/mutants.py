@@ -208,7 +208,7 @@ MUTANTS = [
     Mutant("φ is steered away from the budget", C + "budget.py", "(GAIN * over).exp()",
            "(-GAIN * over).exp()", BUDGET + " -k within_the_budget"),
     Mutant("what is above the budget at the end stays", C + "budget.py",
-           "if predicted > self.at_most:", "if False:", BUDGET + " -k within_the_budget"),
+           "if predicted > self.at_most:", "if False:", BUDGET + " -k taken_back"),
     Mutant("a resumed budget begins with its ramp", H + "regularize.py",
            "self.regularizer.taken.fill_(state.global_step)", "pass", BUDGET + " -k resumed"),
     Mutant("rewinding stops above the budget", "run/rewind.py",
