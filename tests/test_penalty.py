@@ -12,7 +12,7 @@ from hlora.core import store
 from hlora.core.layers import effective_number, layer_weights
 from hlora.core.steps import steps_of
 from hlora.hf.peft import find_pairs
-from tests.conftest import lora_model, make_trainer, perturb, token_rows
+from tests.conftest import base_model, lora_model, make_trainer, perturb, token_rows
 from tests.reference import equivalent_gradient
 from tests.reference import penalty as dense_penalty
 
@@ -421,3 +421,22 @@ def test_presets_are_the_paper_s_and_the_authors_code_s(nu):
     assert (paper.phi, paper.normalize) == (math.exp(-3), False)
     assert (official.phi, official.softmax_scale, official.apart) == (1e-3, 1e-8, True)
     assert hlora.Penalty(nu, preset="paper", phi=1.0).rule.phi == 1.0
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", False])
+def test_a_start_at_another_b_is_refused_for_what_it_is(tmp_path, init):
+    import peft
+
+    def model():
+        return lora_model(init_lora_weights=init)
+
+    make_trainer(model(), tmp_path / "run", [hlora.Record(tmp_path / "nu")]).train()
+    with pytest.raises(hlora.UnsupportedModelError, match=rf"init_lora_weights={init!r}.*B ≠ 0"):
+        make_trainer(model(), tmp_path / "mu", [hlora.Penalty(tmp_path / "nu")]).train()
+    started = peft.PeftModel.from_pretrained(base_model(), tmp_path / "nu", is_trainable=True)
+    penalty = hlora.Penalty(tmp_path / "nu")
+    trained = [p for p in started.parameters() if p.requires_grad]
+    penalty.start(started, torch.optim.SGD(trained, lr=0.1))
+    assert float(penalty.value()) == 0.0
+    for pair in find_pairs(started):
+        assert torch.equal(pair.B, penalty.stored.factors[pair.name][0])

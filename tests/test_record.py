@@ -412,3 +412,28 @@ def test_a_retried_or_repeated_training_is_recorded_once(kind, tmp_path):
 def test_groups_hold_all_pairs_of_a_shape():
     groups = group(find_pairs(lora_model()))
     assert sorted(len(g.pairs) for g in groups) == [2, 2]  # q_proj 16x16, v_proj 8x16
+
+
+def test_going_back_to_the_best_weights_is_refused(tmp_path):
+    trainer = make_trainer(lora_model(), tmp_path / "run", [hlora.Record(tmp_path / "nu")])
+    trainer.args.load_best_model_at_end = True  # needs an evaluation to be accepted
+    with pytest.raises(hlora.InputError, match="load_best_model_at_end"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("how", ["record", "penalty", "attached"])
+def test_an_optimizer_whose_steps_do_nothing_ends_with_an_error(tmp_path, nu, how):
+    class Idle(torch.optim.SGD):
+        def step(self, closure=None):
+            return None
+
+    model = lora_model()
+    trainer = make_trainer(model, tmp_path / "run")
+    trainer.optimizer = Idle([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    parts = {"record": [hlora.Record(tmp_path / "new")], "penalty": [hlora.Penalty(nu)]}
+    hlora.attach(trainer, *parts.get(how, []))
+    trainer.create_optimizer_and_scheduler(6)
+    with pytest.raises(hlora.UnsupportedModelError, match="moved any weight"):
+        trainer.train()
+    assert not (tmp_path / "new" / store.MARKER).exists()

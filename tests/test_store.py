@@ -172,3 +172,17 @@ def store_umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_an_adapter_config_is_compared_by_what_it_says(nu):
+    path = nu / "adapter_config.json"
+    config = json.loads(path.read_text())
+    other = {**config, "base_model_name_or_path": "/elsewhere"}
+    path.write_bytes(json.dumps(other, indent=4).replace("\n", "\r\n").encode())
+    assert store.load(nu).factors
+    path.write_text(json.dumps({**config, "lora_alpha": 99}))
+    with pytest.raises(hlora.StoreError, match=r"edited after the recording.*lora_alpha"):
+        store.load(nu)
+    path.write_text("[1, 2")
+    with pytest.raises(hlora.StoreError, match=r"adapter_config\.json cannot be read"):
+        store.load(nu)

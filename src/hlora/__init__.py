@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ERRORS = ("HloraError", "InputError", "MismatchError", "StoreError", "UnsupportedModelError")
+_ERRORS = (
+    "DivergedError", "HloraError", "InputError", "MismatchError", "StoreError",
+    "UnsupportedModelError",
+)  # fmt: skip
 _WHERE = {
     "Penalty": "hlora.hf.regularize",
     "Pull": "hlora.core.regularizer",

@@ -27,6 +27,10 @@ class StoreError(HloraError):
     """A file of an importance folder is missing, damaged or changed."""
 
 
+class DivergedError(HloraError):
+    """Losses, gradients or weights are not finite: training cannot go on."""
+
+
 def one_of(what: str, value: str, allowed: Iterable[str]) -> None:
     """Raise InputError if the value is none of those allowed."""
     allowed = list(allowed)

@@ -15,7 +15,13 @@ from typing import Any
 
 from hlora.errors import InputError
 
-RESULTS = ("importance.json", "tune.json", "adapter_config.json")
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+MARKERS = ("importance.json", "tune.json", "rewind.json")
+RESULTS = (*MARKERS, "adapter_config.json")
 """A folder with one of these files holds a result: of a phase, or another adapter."""
 
 
@@ -104,14 +110,53 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"it is not YAML: {error}") from None
 
 
+MANIFEST = "hlora_manifest.json"
+"""Size and checksum of every file of a checkpoint, written last."""
+READY = ".ready-"
+"""With its marker, a result that is whole and on the disk, on its way into the folder around it."""
+
+
+def seal(folder: Path) -> None:
+    """Note the checksums of all files of a folder, once they are on the disk."""
+    noted = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        noted[path.name] = checksum(path)
+    write_json(folder / MANIFEST, noted)
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a sealed folder; None if it is whole."""
+    try:
+        noted = json.loads((folder / MANIFEST).read_text("utf-8"))
+        for name, of in noted.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if checksum(folder / name) != of:
+                return f"{name} is damaged"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """Bytes and SHA-256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
 @contextmanager
 def publish(folder: Path, marker: str) -> Iterator[Path]:
     """A folder to write a result into; its files move to `folder` together.
 
     The marker of an earlier result is removed first and `marker` put in place last, so a folder
     that has one is whole.
-    Until then nothing of an earlier result is touched.
+    Until then nothing of an earlier result is touched. From the renaming to READY on, the next
+    start finishes what a kill leaves.
     """
+    recover(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=folder, prefix=".incoming-", ignore_cleanup_errors=True
@@ -123,16 +168,74 @@ def publish(folder: Path, marker: str) -> Iterator[Path]:
             os.chmod(path, 0o666 & ~_umask())  # safetensors keeps them to their owner
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        for old in RESULTS:
-            (folder / old).unlink(missing_ok=True)
-        for path in [*files, aside / marker]:
-            os.replace(path, folder / path.name)
+        os.replace(aside, folder / (READY + marker))
+        recover(folder)
+    unlock(folder)
+
+
+def recover(folder: Path) -> None:
+    """Finish the publishing that a kill cut short, and drop a result that was never whole."""
+    for ready in folder.glob(READY + "*"):
+        marker = ready / ready.name.removeprefix(READY)
+        if marker.exists():  # else it has moved, as the last one
+            for old in MARKERS:
+                (folder / old).unlink(missing_ok=True)
+            files = sorted(p for p in ready.iterdir() if p != marker)
+            for path in [*files, marker]:
+                os.replace(path, folder / path.name)
+        ready.rmdir()
+    for aside in folder.glob(".incoming-*"):
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+_LOCKS: dict[tuple[int, int], int] = {}
+
+
+def lock(folder: Path) -> None:
+    """Keep other processes from writing to a folder, until `unlock` or the end of this one.
+
+    Raises:
+        InputError: another process does.
+    """
+    if fcntl is None or os.environ.get("RANK", "0") != "0":
+        return
+    unlock(folder)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise InputError(
+                f"Another process is writing to {folder}: wait for it, or choose another folder."
+            ) from None
+        return  # a file system without locks
+    _LOCKS[_identity(folder)] = handle
+
+
+def unlock(folder: Path) -> None:
+    handle = _LOCKS.pop(_identity(folder), None) if folder.exists() else None
+    if handle is not None:
+        os.close(handle)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Of the folder itself, which may be moved."""
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def refuse_result(folder: Path, overwrite: bool) -> None:
-    """Raise InputError if the output cannot be written or already holds a finished result."""
+    """Lock an output folder and clean it of what a kill left.
+
+    Raises:
+        InputError: it cannot be written, is in use, or already holds a finished result.
+    """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"The output {folder} is a file: name a folder.")
+    if folder.exists():
+        lock(folder)
+        recover(folder)
     held = [m for m in RESULTS if (folder / m).exists()]
     if held and not overwrite:
         raise InputError(
@@ -145,6 +248,7 @@ def refuse_result(folder: Path, overwrite: bool) -> None:
             pass
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error.strerror}).") from None
+    lock(folder)
 
 
 def check_space(folder: Path, needed: int) -> None:

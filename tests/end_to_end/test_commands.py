@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 import time
@@ -129,22 +130,6 @@ def test_a_killed_run_resumes_to_the_same_bits(place, phase, monkeypatch):
     if phase == "record":
         whole, killed = (store.load(place.folder / n) for n in ("whole", "killed"))
         assert same(whole.importance.tensors(), killed.importance.tensors())
-
-
-def test_a_half_written_checkpoint_is_passed_over(place):
-    from hlora.run.training import last_checkpoint
-
-    work = place.folder / "nu" / "checkpoints"
-    for step, files in (
-        (2, ["trainer_state.json", "adapter_model.safetensors", "extra"]),
-        (4, ["adapter_model.safetensors", "extra"]),
-        (6, ["trainer_state.json", "adapter_model.safetensors"]),
-    ):
-        (work / f"checkpoint-{step}").mkdir(parents=True)
-        for file in files:
-            (work / f"checkpoint-{step}" / file).write_text("")
-    assert last_checkpoint(work, "extra").name == "checkpoint-2"
-    assert last_checkpoint(work, None).name == "checkpoint-6"
 
 
 def test_other_settings_cannot_resume(place, capsys, monkeypatch):
@@ -362,7 +347,8 @@ def test_help_answers_in_under_a_second_of_processor_time():
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def test_ctrl_c_keeps_a_checkpoint_and_resumes(place):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_keep_a_checkpoint(place, number):
     """A real signal to a real process, half-way."""
     argv = [
         sys.executable, "-m", "hlora", "record", "--model", place.model, "--text",
@@ -375,7 +361,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_resumes(place):
     while not settings.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.2)
     time.sleep(3)
-    process.send_signal(2)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Stopped at step" in err
@@ -405,3 +391,27 @@ def test_a_seed_gives_the_same_bits_however_the_model_was_loaded(place, phase, m
     monkeypatch.setattr(phases, "load", load)
     assert run(*more, output="two") == 0
     assert same(place.adapter("one"), place.adapter("two"))
+
+
+def test_the_importance_decides_the_adapter(place, capsys):
+    place.record("--lora-rank", "4", "--targets", "q_proj", "v_proj", "o_proj")
+    assert place.tune("--lora-rank", "64") == 2
+    assert "--lora-rank 64 does not fit" in capsys.readouterr().err
+    assert place.tune("--targets", "all-linear") == 2
+    assert "--targets" in capsys.readouterr().err
+    assert place.record("--lora-alpha", "1", "--importance", str(place.folder / "nu"),
+                        output="both") == 2  # fmt: skip
+    assert "--lora-alpha 1.0 does not fit" in capsys.readouterr().err
+    assert place.tune("--dry-run") == 0
+    assert "r 4 on 6 matrices" in capsys.readouterr().out
+    assert place.tune("--lora-rank", "4") == 0
+    noted = json.loads((place.folder / "mu" / phases.TUNED).read_text())["settings"]
+    assert noted["lora_rank"] == 4
+    assert sorted(noted["targets"]) == ["o_proj", "q_proj", "v_proj"]
+    free = ["--lora-rank", "16", "--targets", "q_proj", "v_proj", "o_proj", "--anchor", "base"]
+    assert place.tune(*free, output="base") == 0
+
+
+def test_targets_that_were_recorded_may_be_named_again(place):
+    assert place.record("--targets", "all-linear") == 0
+    assert place.tune("--targets", "all-linear") == 0

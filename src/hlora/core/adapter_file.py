@@ -8,27 +8,43 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, isfinite
 
 from hlora.errors import StoreError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter's settings, without where its base model lies.
+
+    Raises:
+        StoreError: they cannot be read.
+    """
+    try:
+        config = dict(json.loads((folder / ADAPTER_FILES[0]).read_text("utf-8")))
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        raise StoreError(f"{folder / ADAPTER_FILES[0]} cannot be read ({error}).") from None
+    return {k: v for k, v in config.items() if k not in ("base_model_name_or_path", "revision")}
+
+
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
     """The adapter in a folder: its config and (B, A) by the pair's name.
 
     Raises:
-        StoreError: a file is missing or damaged.
+        StoreError: a file is missing or damaged, or holds values that are not finite.
     """
     for file in ADAPTER_FILES:
         if not (folder / file).is_file():
             raise StoreError(f"{folder} holds no LoRA adapter: {file} is missing.")
+    config = read_config(folder)
     try:
-        config = json.loads((folder / ADAPTER_FILES[0]).read_text("utf-8"))
         tensors = load_file(folder / ADAPTER_FILES[1])
     except (ValueError, SafetensorError, OSError) as error:
         raise StoreError(f"The adapter in {folder} cannot be read ({error}).") from None
+    for key, value in tensors.items():
+        if not isfinite(value).all():
+            raise StoreError(f"{folder / ADAPTER_FILES[1]} is damaged: {key} is not finite.")
     factors: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         for which in ("lora_A", "lora_B"):

@@ -5,6 +5,7 @@ The paper calls it a layer (its Fig. 7 draws q_proj and v_proj of each block).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -81,18 +82,12 @@ class Group:
 
     @torch.no_grad()
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """Copies of g^B (L, m, r) and g^A (L, r, n); zero where a factor is frozen.
-
-        A step that the fp16 scaler is about to skip has infinite gradients. They become zero
-        here, since infinity times no movement is not a number.
-        """
+        """Copies of g^B (L, m, r) and g^A (L, r, n); zero where a factor is frozen."""
         gB, gA = (
             torch.stack([torch.zeros_like(f) if f.grad is None else f.grad for f in factors])
             for factors in ([p.B for p in self.pairs], [p.A for p in self.pairs])
         )
-        return tuple(  # type: ignore[return-value]
-            g.to(self.dtype).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) for g in (gB, gA)
-        )
+        return gB.to(self.dtype), gA.to(self.dtype)
 
     @torch.no_grad()
     def add_gradients(self, dB: Tensor, dA: Tensor) -> None:
@@ -141,6 +136,14 @@ def group(pairs: Iterable[Pair]) -> list[Group]:
         key = (*p.shape, p.A.device, p.A.dtype, p.A.requires_grad, p.B.requires_grad)
         by_shape.setdefault(key, []).append(p)
     return [Group(ps) for ps in by_shape.values()]
+
+
+def digest(groups: Iterable[Group]) -> str:
+    """Of the factors' bits: which weights a state beside a checkpoint belongs to."""
+    found = hashlib.sha256()
+    for factor in (f for g in groups for p in g.pairs for f in (p.B, p.A)):
+        found.update(factor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def unstack(

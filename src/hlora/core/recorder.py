@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hlora.core.estimators import ESTIMATORS
-from hlora.core.importance import Importance
+from hlora.core.importance import Importance, Trace
 from hlora.core.kinds import kind_named
 from hlora.core.layers import effective_number, layer_weights
 from hlora.core.lowrank import LowRank
-from hlora.core.pairs import Group, unstack
+from hlora.core.pairs import Group, digest, unstack
 from hlora.core.presets import RecordRule
 from hlora.core.statefile import pack, read
 from hlora.core.steps import Steps, pending_scale
@@ -44,29 +44,34 @@ class Recorder:
         max_grad_norm: float = 0.0,
     ) -> None:
         self.groups, self.rule, self.max_grad_norm = groups, rule, max_grad_norm
-        self.trace = kind_named(rule.kind).trace(groups, earlier)
+        self._trace = kind_named(rule.kind).trace(groups, earlier)
         # Taken just before the first step: a penalty may still put ν's weights in.
         self._start: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self._before: dict[tuple[str, ...], tuple[LowRank, Tensor, Tensor]] = {}
+        # The last step, until the next one shows that it led to weights with a finite loss.
+        self._held: list[tuple[Group, LowRank, LowRank]] = []
         self._counts = {
             k: torch.zeros((), dtype=torch.float64, device=groups[0].device)
             for k in ("negative", "clipped", "omega", "recorded")
         }
         self._consolidations = 0
-        self._pending = 0  # steps since the last consolidation
+        self._pending = 0
         self._seconds, self._began = 0.0, time.monotonic()
 
     def attach(self, steps: Steps) -> None:
         """Record the steps of an optimizer from now on."""
         steps.observers.append(self.take_gradients)
         steps.after.append(self.take_step)
+        steps.undo.append(self._held.clear)
 
     def detach(self, steps: Steps) -> None:
         steps.forget(self.take_gradients, self.take_step)
+        steps.undo = [u for u in steps.undo if u != self._held.clear]
 
     @torch.no_grad()
     def take_gradients(self, optimizer: Optimizer) -> None:
         """Before a step: g̃ (Eq. 11), B and A."""
+        self._settle()
         scale = pending_scale(optimizer)
         squares = torch.zeros_like(self._counts["clipped"])
         rates = learning_rates(optimizer)
@@ -88,15 +93,29 @@ class Recorder:
 
     @torch.no_grad()
     def take_step(self, optimizer: Optimizer) -> None:
-        """After it: Δθ (Eq. 10) and ω (Eq. 12)."""
-        if not self._before:  # attached in the middle of a step
+        """After it: Δθ (Eq. 10)."""
+        if not self._before:  # a skipped step, or attached in the middle of one
             return
         for g in self.groups:
             gradient, B0, A0 = self._before.pop(g.names)
-            step = LowRank.moved(B0, A0, *g.factors(), g.s)
-            self.trace.add(g, gradient, step, clamp=self.rule.clamp == "step")
+            self._held.append((g, gradient, LowRank.moved(B0, A0, *g.factors(), g.s)))
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """ω of the last step (Eq. 12)."""
+        if not self._held:
+            return
+        for g, gradient, step in self._held:
+            self._trace.add(g, gradient, step, clamp=self.rule.clamp == "step")
+        self._held.clear()
         self._counts["recorded"] += 1
         self._pending += 1
+
+    @property
+    def trace(self) -> Trace:
+        """ω and Ω, the last step included."""
+        self._settle()
+        return self._trace
 
     @torch.no_grad()
     def consolidate(self, *, last: bool = False) -> None:
@@ -119,9 +138,14 @@ class Recorder:
         self._consolidations += 1
         self._pending = 0
 
+    @property
+    def pending(self) -> int:
+        """Steps since the last consolidation."""
+        return self._pending + bool(self._held)
+
     def collect(self) -> tuple[Importance, dict[str, Any]]:
         """Ω and a summary of it, at the end. Every process calls it."""
-        if self._pending or self._consolidations == 0:
+        if self.pending or self._consolidations == 0:
             self.consolidate(last=True)
         importance = self.trace.importance()
         recorded = int(self._counts["recorded"])
@@ -156,11 +180,12 @@ class Recorder:
             "pending": self._pending,
             "seconds": self._elapsed(),
             "rule": asdict(self.rule),
+            "weights": digest(self.groups),
         }
         return pack(tensors, notes)
 
-    def load_state(self, path: Path) -> None:
-        """Go on from what `state` gave.
+    def load_state(self, path: Path) -> dict[str, Any]:
+        """Go on from what `state` gave; returns its notes.
 
         Raises:
             StoreError: the file is missing or damaged.
@@ -180,6 +205,7 @@ class Recorder:
             count.fill_(notes[k])
         for g in self.groups:
             self._start[g.names] = (g.stack(tensors, "B0.{}"), g.stack(tensors, "A0.{}"))
+        return notes
 
 
 def learning_rates(optimizer: Optimizer) -> dict[int, float]:

@@ -1,5 +1,6 @@
 """What happens around an optimizer step: who watches it, what is added, what is logged.
 
+A step whose loss or gradients are not finite is skipped: nobody sees it and no weight moves.
 Hooks on the torch optimizer fire around the real step only, in any training loop. A trainer's own
 callbacks also fire for a step that mixed precision drops because of infinite gradients.
 """
@@ -31,6 +32,10 @@ class Steps:
         seen: how many steps there were.
         forward: φ and R of the micro-batches of the coming step, R divided by their number.
         largest_ratio: of the gradient norms measured so far, the added over the task's.
+        bad: how many steps were skipped, their loss or a gradient not being finite.
+        losses: how many micro-batches there were since the last log, where they are told.
+        bad_losses: those of them whose loss is not finite.
+        undo: called when the last step turns out to have led nowhere.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -41,6 +46,11 @@ class Steps:
         self.seen = 0
         self.forward: list[tuple[float | Tensor, Tensor]] = []
         self.largest_ratio: float | None = None
+        self.bad = 0
+        self.losses, self.bad_losses = 0, torch.zeros(())
+        self.undo: list[Callable[[], None]] = []
+        self._bad_now: Tensor | None = None
+        self.restart()
         self._clear()
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
@@ -54,6 +64,8 @@ class Steps:
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.seen += 1
+        if self._skipped(optimizer):
+            return
         for watcher in list(self.observers):
             watcher(optimizer)
         self.regularize(optimizer)
@@ -61,6 +73,63 @@ class Steps:
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for watcher in list(self.after):
             watcher(optimizer)
+
+    def restart(self) -> None:
+        """Training begins here: what was kept of the weights is of another."""
+        self._good: tuple[list[Tensor], list[Tensor]] | None = None
+        self._first: tuple[list[Tensor], list[Tensor]] | None = None
+
+    def moved(self) -> bool:
+        """Whether any weight has changed since the first good step; True if there was none."""
+        return self._first is None or not all(map(torch.equal, *self._first))
+
+    def note_loss(self, loss: Tensor) -> None:
+        """The loss of a micro-batch of the coming step: one that is not finite skips the step."""
+        bad = ~loss.detach().isfinite().all()
+        self._bad_now = bad if self._bad_now is None else self._bad_now | bad
+        self.losses, self.bad_losses = self.losses + 1, self.bad_losses.to(bad.device) + bad
+
+    def begin(self) -> None:
+        """Nothing of a step that mixed precision dropped is left for the coming one."""
+        self.forward, self._bad_now = [], None
+
+    @torch.no_grad()
+    def _skipped(self, optimizer: Optimizer) -> bool:
+        """Whether this step is bad: without gradients an optimizer then leaves all as it is."""
+        trained = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        largest = torch._foreach_norm([p.grad for p in trained], torch.inf) if trained else []
+        flags = [~t.isfinite() for t in largest] + (
+            [] if self._bad_now is None else [self._bad_now]
+        )
+        self._bad_now = None
+        if not flags:
+            return False
+        bad = torch.stack([f.to(flags[0].device) for f in flags]).any()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            everywhere = bad.float()  # a loss is its process's own
+            torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MAX)
+            bad = everywhere > 0
+        if bool(bad):
+            self.bad += 1
+            self.forward = []
+            for p in trained:
+                p.grad = None
+        elif self._good is None or len(self._good[0]) != len(trained):
+            self._good = (list(trained), [p.detach().clone() for p in trained])
+            self._first = self._first or (list(trained), [p.clone() for p in self._good[1]])
+        else:
+            torch._foreach_copy_(self._good[1], trained)
+        return bool(bad)
+
+    @torch.no_grad()
+    def restore(self) -> bool:
+        """Back to the weights of the last good step, before it; False if there was none."""
+        if self._good is None:
+            return False
+        torch._foreach_copy_(*self._good)
+        for undo in list(self.undo):
+            undo()
+        return True
 
     def add(self, regularizer: Regularizer, groups: list[Group]) -> None:
         """Regularize from the next step on; the same regularizer is never added twice."""

@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hlora.core.adapter_file import ADAPTER_FILES, read_adapter
+from hlora.core.adapter_file import ADAPTER_FILES, read_adapter, read_config
 from hlora.core.importance import Importance
 from hlora.core.kinds import KINDS, kind_named
 from hlora.core.pairs import Pair, check_same, describe
-from hlora.errors import InputError, MismatchError, StoreError
-from hlora.files import publish, sha256, write_json
+from hlora.errors import DivergedError, InputError, MismatchError, StoreError
+from hlora.files import checksum, publish, sha256, write_json
 
 TENSORS = "importance.safetensors"
 MARKER = "importance.json"
@@ -82,17 +82,25 @@ def save(
 
 
 def write(aside: Path, importance: Importance, info: dict[str, Any]) -> dict[str, Any]:
-    """Write the importance and its `importance.json` beside an adapter; returns the latter."""
+    """Write the importance and its `importance.json` beside an adapter; returns the latter.
+
+    Raises:
+        DivergedError: the importance is not finite.
+    """
+    try:
+        importance.check()
+    except ValueError as error:
+        raise DivergedError(
+            f"The importance is not written: {error}. Likely cause: the learning rate; try a tenth."
+        ) from None
     tensors = {n: t.detach().cpu().contiguous() for n, t in importance.tensors().items()}
     save_file(tensors, aside / TENSORS, metadata={"format": "pt"})
     info = {
         **info,
         "kind": importance.kind,
         "norms": importance.norms(),
-        "files": {
-            f: {"bytes": (aside / f).stat().st_size, "sha256": sha256(aside / f)}
-            for f in (*ADAPTER_FILES, TENSORS)
-        },
+        "adapter_config": read_config(aside),
+        "files": {f: checksum(aside / f) for f in (*ADAPTER_FILES, TENSORS)},
     }
     write_json(aside / MARKER, info)
     return info
@@ -154,6 +162,13 @@ def load(folder: Path | str) -> Stored:
         path = folder / file
         if not path.is_file():
             raise StoreError(f"{path} is missing: record again.")
+        if file == ADAPTER_FILES[0] and (edited := _edited(folder, info)) is not None:
+            if edited:
+                raise StoreError(
+                    f"{path} was edited after the recording: it has another {edited[0]}. Put the "
+                    "old value back, or record again with the new one."
+                )
+            continue
         if path.stat().st_size != noted["bytes"]:
             raise StoreError(
                 f"{path} has {path.stat().st_size} bytes and was written with {noted['bytes']}: it "
@@ -175,6 +190,18 @@ def load(folder: Path | str) -> Stored:
         raise StoreError(f"{folder / TENSORS} is damaged ({error}): record again.") from None
     _, factors = read_adapter(folder)
     return Stored(folder, info, importance, factors)
+
+
+def _edited(folder: Path, info: dict[str, Any]) -> list[str] | None:
+    """The adapter's settings that differ from those recorded; None where they were not noted.
+
+    Other line ends and another place of the base model are no difference.
+    """
+    noted = info.get("adapter_config")
+    if not isinstance(noted, dict):
+        return None
+    here = read_config(folder)
+    return sorted(k for k in here.keys() | noted.keys() if here.get(k) != noted.get(k))
 
 
 def check_base(here: dict[str, Any], noted: dict[str, Any], where: str) -> None:

@@ -9,6 +9,8 @@ from transformers import TrainerCallback
 
 from hlora.core.regularizer import Regularizer
 from hlora.errors import InputError
+from hlora.hf.badsteps import BadSteps
+from hlora.hf.checkpoints import Seal, join_train
 from hlora.hf.distributed import refuse_sharded
 from hlora.hf.peft import unwrap
 from hlora.hf.regularize import Regularization
@@ -47,26 +49,42 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer) -> None:
             callback.joined = True
         if callback not in handler.callbacks:
             callbacks.append(callback)
+    if not any(isinstance(c, BadSteps) for c in [*callbacks, *handler.callbacks]):
+        callbacks.append(BadSteps())
+    # What counts bad steps comes first: it keeps the others from writing what diverged.
+    callbacks.sort(key=lambda c: not isinstance(c, BadSteps))
     handler.callbacks[:0] = callbacks
-    if any(isinstance(c, Regularization) for c in callbacks):
-        _join_the_loss(trainer)
+    if not any(isinstance(c, Seal) for c in handler.callbacks):
+        handler.callbacks.append(Seal())
+    _join_the_loss(trainer)
+    join_train(trainer)
 
 
 def _join_the_loss(trainer: Any) -> None:
-    """Add what `on_forward` gives to the loss of each micro-batch, once however often attached."""
+    """Watch the loss of each micro-batch, and add what `on_forward` gives to it.
+
+    Once, however often attached.
+    """
     if getattr(trainer.compute_loss, "joined_by_hlora", False):
         return
     inner = trainer.compute_loss
 
     def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        callbacks = trainer.callback_handler.callbacks
+        watched = next((c.steps for c in callbacks if isinstance(c, BadSteps)), None)
+        if watched is None or not model.training:
+            return inner(model, inputs, return_outputs=return_outputs, **kwargs)
         acting = [
-            (c.regularizer, c.steps) for c in trainer.callback_handler.callbacks
+            (c.regularizer, c.steps) for c in callbacks
             if isinstance(c, Regularization) and c.steps is not None and not c.regularizer.off
             and c.regularizer.acts_on_data
         ]  # fmt: skip
-        if not acting or not model.training:
-            return inner(model, inputs, return_outputs=return_outputs, **kwargs)
-        loss, outputs = inner(model, dict(inputs), return_outputs=True, **kwargs)
+        more = return_outputs or bool(acting)
+        inputs = dict(inputs) if acting else inputs
+        got = inner(model, inputs, return_outputs=more, **kwargs)
+        loss, outputs = got if more else (got, None)
+        watched.note_loss(loss)
+        loss = loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # out of the mean that is logged
         micro_batches = trainer.current_gradient_accumulation_steps
         divided = _divides_later(trainer, kwargs.get("num_items_in_batch"))
         for regularizer, steps in acting:

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from hlora.core.pairs import Group, digest
 from hlora.core.steps import Steps, steps_of
-from hlora.errors import UnsupportedModelError
+from hlora.errors import StoreError, UnsupportedModelError
 from hlora.hf.distributed import refuse_sharded
 
 
@@ -27,6 +28,7 @@ class Attached(TrainerCallback):
         """Act on the steps of this optimizer from now on."""
         self.steps = steps_of(optimizer)
         self._seen = self.steps.seen
+        self.steps.restart()
         return self.steps
 
     def begin(self, args: Any, state: Any) -> bool:
@@ -36,7 +38,7 @@ class Attached(TrainerCallback):
         return state.global_step == 0
 
     def check_reached(self, args: Any, state: Any) -> None:
-        """Raise UnsupportedModelError where the Trainer trained and no step was seen.
+        """Raise UnsupportedModelError where no step of the training was seen, or none acted.
 
         In fp16 all steps of a short run may be skipped, because of infinite gradients.
         """
@@ -48,10 +50,28 @@ class Attached(TrainerCallback):
                 "such as adamw_torch."
             )
 
+        if reached and self.steps is not None and args.learning_rate and not self.steps.moved():
+            raise UnsupportedModelError(
+                "No step of the optimizer moved any weight, so nothing was learned: this optimizer "
+                "is not supported, or its learning rate stayed 0."
+            )
+
     @staticmethod
-    def checkpoint(args: Any, state: Any) -> Path:
-        """The folder of the present step: about to be written, or just resumed from."""
-        given = args.resume_from_checkpoint
-        if isinstance(given, str) and given.rstrip("/").endswith(f"-{state.global_step}"):
-            return Path(given)
+    def written_to(args: Any, state: Any) -> Path:
+        """The checkpoint of the present step."""
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+    @classmethod
+    def resumed_from(cls, args: Any, state: Any) -> Path:
+        """The checkpoint that was just resumed; `attach` tells it by the arguments."""
+        given = args.resume_from_checkpoint
+        return Path(given) if isinstance(given, str) else cls.written_to(args, state)
+
+    @staticmethod
+    def check_bound(notes: dict[str, Any], groups: list[Group], path: Path) -> None:
+        """Raise StoreError where a state was written with other weights than are resumed."""
+        if notes.get("weights", digest(groups)) != digest(groups):
+            raise StoreError(
+                f"{path} belongs to another run: it was written with other LoRA weights than those "
+                "that were resumed. Attach with hlora.attach, which takes it from the checkpoint."
+            )

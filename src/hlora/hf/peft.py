@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hlora.core.adapter_file import ADAPTER_FILES
 from hlora.core.pairs import Pair
-from hlora.errors import UnsupportedModelError
+from hlora.errors import DivergedError, UnsupportedModelError
 
 _REFUSED_SETTINGS = {
     "use_dora": "DoRA also trains a magnitude for each row",
@@ -21,6 +21,15 @@ _REFUSED_SETTINGS = {
     "alora_invocation_tokens": "an adapter that acts on some tokens only is not one change of θ",
     "layer_replication": "replicated layers share one θ₀",
 }
+
+_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_PEFTS_OWN = {
+    "modules_to_save": "PEFT adds them itself for task_type={task}, whose new head is trained "
+    "whole. Give no task_type, or CAUSAL_LM, and leave the head as it is",
+    "target_parameters": "If you did not set it, PEFT did, since the targets are parameters of "
+    "fused experts: name Linear modules in target_modules, such as q_proj and v_proj",
+}
+"""What to say of a setting that may be PEFT's own."""
 
 _FINGERPRINT_ENTRIES = 64
 _CONFIG_KEYS = {
@@ -90,7 +99,12 @@ def find_pairs(model: nn.Module) -> list[Pair]:
     adapter, config = adapter_config(model)
     for setting, why in _REFUSED_SETTINGS.items():
         if getattr(config, setting, None):
-            raise UnsupportedModelError(f"LoraConfig({setting}=...) is not supported: {why}.")
+            task = getattr(config.task_type, "value", config.task_type)
+            own = setting in _PEFTS_OWN and (setting != "modules_to_save" or task in _HEADS)
+            raise UnsupportedModelError(
+                f"LoraConfig({setting}=...) is not supported: {why}."
+                + (f" {_PEFTS_OWN[setting].format(task=task)}." if own else "")
+            )
     if getattr(config, "bias", "none") != "none":
         raise UnsupportedModelError(
             f"LoraConfig(bias={config.bias!r}) is not supported: a trained bias is not part of "
@@ -162,10 +176,26 @@ def starts_at_base(model: nn.Module) -> bool:
     return not (isinstance(init, str) and init.lower().startswith(_MUTATING_INITS))
 
 
+def init_of(model: nn.Module) -> Any:
+    """`init_lora_weights` where a new adapter begins at B ≠ 0; None where it begins at B = 0."""
+    init = adapter_config(unwrap(model))[1].init_lora_weights
+    return None if init is True or init in ("gaussian", "eva") else init
+
+
 def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the active adapter in PEFT's own format, so that it loads without hlora."""
+    """Write the active adapter in PEFT's own format, so that it loads without hlora.
+
+    Raises:
+        DivergedError: its weights are not finite, or too large for float32 to square.
+    """
     model = unwrap(model)
     adapter, _ = adapter_config(model)
+    for name, p in model.named_parameters():
+        if "lora_" in name and not torch.linalg.vector_norm(p.detach().float()).isfinite():
+            raise DivergedError(
+                f"The adapter is not written: {name} is not finite or beyond all measure. Likely "
+                "cause: the learning rate; try a tenth of it."
+            )
     model.save_pretrained(  # type: ignore[operator]
         str(folder),
         selected_adapters=[adapter],

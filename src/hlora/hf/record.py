@@ -181,12 +181,21 @@ class Record(Attached):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
         fresh = self.begin(args, state)
+        if args.load_best_model_at_end:
+            raise InputError(
+                "load_best_model_at_end goes back to earlier weights when training ends, and the "
+                "importance would be that of the whole path: record without it."
+            )
         if self.rule.max_grad_norm is not None:
             self._clipping = args.max_grad_norm
             args.max_grad_norm = self.rule.max_grad_norm
         self.start(model, optimizer, max_grad_norm=args.max_grad_norm or 0.0)
         if not fresh and self._recorder is not None:
-            self._recorder.load_state(self.checkpoint(args, state) / RECORD_STATE)
+            path = self.resumed_from(args, state) / RECORD_STATE
+            self.check_bound(self._recorder.load_state(path), self._recorder.groups, path)
+            # Trainer saves before the epoch's end, and does not come back to it.
+            if self._recorder.pending and float(state.epoch or 0.5).is_integer():
+                self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if self._recorder is not None and self.rule.every == "epoch":
@@ -194,7 +203,7 @@ class Record(Attached):
 
     def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if self._recorder is not None and state.is_world_process_zero:
-            write_whole(self.checkpoint(args, state) / RECORD_STATE, self._recorder.state())
+            write_whole(self.written_to(args, state) / RECORD_STATE, self._recorder.state())
 
     def on_train_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
         if self._recorder is None:

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from hlora.core import store
 from hlora.core.budget import Budgeted, check_budget
-from hlora.core.pairs import Group, group, unstack
+from hlora.core.pairs import Group, digest, group, unstack
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
 from hlora.core.statefile import pack, read
-from hlora.errors import InputError, one_of
+from hlora.errors import InputError, UnsupportedModelError, one_of
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
-from hlora.hf.peft import base_of, find_pairs, starts_at_base
+from hlora.hf.peft import base_of, find_pairs, init_of, starts_at_base
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +100,9 @@ class Regularization(Attached):
                 "loss: use hlora.attach(trainer, ...) in place of add_callback."
             )
         self.start(model, optimizer, fresh=fresh)
-        path = self.checkpoint(args, state) / self._state_file
         if fresh:
             return
+        path = self.resumed_from(args, state) / self._state_file
         if path.exists() or self.needs_state:
             self._load_state(path)
         else:
@@ -129,8 +129,9 @@ class Regularization(Attached):
 
     def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if self.steps is not None and state.is_world_process_zero:
-            content = pack(self.state_tensors(), {"phi": float(self.phi)})
-            write_whole(self.checkpoint(args, state) / self._state_file, content)
+            notes = {"phi": float(self.phi), "weights": digest(self._groups)}
+            content = pack(self.state_tensors(), notes)
+            write_whole(self.written_to(args, state) / self._state_file, content)
 
     def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if self.steps is None:
@@ -150,6 +151,7 @@ class Regularization(Attached):
 
     def _load_state(self, path: Path) -> None:
         tensors, notes = read(path, "penalty")
+        self.check_bound(notes, self._groups, path)
         self.load_tensors(tensors)
         if isinstance(self.phi, Tensor):  # whoever steers it holds it
             self.phi.fill_(notes["phi"])
@@ -296,6 +298,12 @@ class Penalty(Regularization):
                     g.set_factors(B_nu, A_nu)
                 else:
                     moved |= not (torch.equal(B, B_nu) and torch.equal(A, A_nu))
+        if moved and (init := init_of(model)) is not None:
+            raise UnsupportedModelError(
+                f"LoraConfig(init_lora_weights={init!r}) begins at B ≠ 0, where a new adapter "
+                "cannot be told from a trained one, so it is not moved to θ^ν. Start from that: "
+                f"PeftModel.from_pretrained(model, {str(self.stored.folder)!r}, is_trainable=True)."
+            )
         if moved:
             logger.warning(
                 "The adapter is neither new nor the one in %s: training starts where it is and is "

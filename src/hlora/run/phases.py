@@ -6,6 +6,7 @@ phase, ask it for its `plan`, and `run` it.
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,16 +27,17 @@ from hlora.data.rows import Collate, Rows
 from hlora.data.tasks import answer_rows, load_task
 from hlora.data.text import Source, block_rows, blocks, mix, sources
 from hlora.errors import InputError
-from hlora.files import check_space, publish, refuse_result, write_json
+from hlora.files import check_space, publish, write_json
 from hlora.hf.distributed import is_main
 from hlora.hf.divergence import Divergence
 from hlora.hf.peft import base_of, find_pairs, save_adapter
-from hlora.hf.record import RECORD_STATE, Record, save_importance
+from hlora.hf.record import Record, save_importance
 from hlora.hf.regularize import Penalty
 from hlora.run import dry_run
 from hlora.run.models import (
     check_block_size,
     context,
+    follow_adapter,
     load,
     load_adapter,
     new_adapter,
@@ -47,7 +49,7 @@ from hlora.run.own_text import own_text
 from hlora.run.progress import bar
 from hlora.run.rewind import within_budget
 from hlora.run.settings import BLOCK, GATHERED_BLOCK, RecordSettings, TrainSettings, TuneSettings
-from hlora.run.training import Trained, arguments, check_unfinished, clean_up, train
+from hlora.run.training import Trained, arguments, begin_run, check_unfinished, clean_up, train
 
 HUB_BLOCKS = 4000
 """Rows taken of a hub data set, which may be endless, unless --text-blocks says otherwise."""
@@ -94,6 +96,7 @@ class _Phase:
     rows: Rows
     pairs: list[Pair]
     held: int  # bytes of the importance
+    finished: bool  # a resumed run that had come to its end
 
     def _load_model(self) -> None:
         s = self.settings
@@ -102,6 +105,10 @@ class _Phase:
         self.model, self.tokenizer = load(s.model, dtype=pick_dtype(s.dtype, device), device=device)
         set_seed(s.seed)  # for the adapter's start; after loading, since a GGUF file draws numbers
         self.collate = Collate(self.tokenizer.pad_token_id)
+
+    def _begin(self) -> dict[str, Any]:
+        base = base_of(self.model, self.pairs)
+        return begin_run(self.settings, base, self.rows, getattr(self, "also_read", []))
 
     def plan(self) -> str:
         """What a run would train, and about how much time and memory it would take."""
@@ -127,14 +134,16 @@ class GeneralPhase(_Phase):
         self.settings = settings
         self.output = Path(settings.output)
         texts = sources(settings.text, settings.text_column)
-        refuse_result(self.output, settings.overwrite)
-        check_unfinished(settings)
+        if settings.importance:
+            self.settings = settings = follow_adapter(settings, settings.importance)
+        self.finished = check_unfinished(settings, store.MARKER)
         self.recorder = _recorder(settings)
         if self.recorder is None:
             self.of = kind_named(str(settings.kind))
             self.of.check_settings(RecordRule(), settings.storage)
         else:
-            self.recorder.check_folders()
+            if not self.finished:
+                self.recorder.check_folders()
             self.of = kind_named(self.recorder.kind)
         taken = 0 if self.recorder else self.of.rows_needed(_options(settings))
         if not (texts or self.of.own_text):
@@ -174,15 +183,24 @@ class GeneralPhase(_Phase):
         check_space(self.output, self.held + (4 * running if settings.save_steps else 0))
 
     def run(self) -> Recorded:
-        """Train and record, or gather, and write the output folder."""
+        """Train and record, or gather, and write the output folder.
+
+        A finished run that is resumed is read.
+        """
+        if self.finished:
+            info = store.read_info(self.output)
+            size = sum(f["bytes"] for f in info["files"].values())
+            return Recorded(self.output, info["kind"], info["summary"], size)
+        run = self._begin()
         notes = {
-            "settings": asdict(self.settings), "text": {n: len(b) for n, b in self.texts.items()},
+            "run": run["run"], "settings": asdict(self.settings),
+            "text": {n: len(b) for n, b in self.texts.items()},
         }  # fmt: skip
         if self.recorder is not None:
             self.recorder.notes = notes
             train(
                 self.settings, self.model, self.rows, [self.recorder], what="general phase",
-                state=RECORD_STATE, collate=self.collate,
+                run=run, collate=self.collate,
                 resume_with=f"Continue with: hlora record ... --output {self.output} --resume",
             )  # fmt: skip
             clean_up(self.settings)
@@ -260,19 +278,22 @@ class DomainPhase(_Phase):
             raise InputError("--output and --importance are one folder: choose another --output.")
         if settings.text and not settings.forget_at_most:
             raise InputError("--text is what --forget-at-most is checked on: give both.")
-        refuse_result(self.output, settings.overwrite)
-        check_unfinished(settings)
         self.regularizers = regularizers(settings)
+        starts_at_nu = bool(nu) and self.regularizers[0].anchor == "nu"
+        if nu and starts_at_nu:
+            self.settings = settings = follow_adapter(settings, nu)
+        self.finished = check_unfinished(settings, TUNED)
         self.task = load_task(
             settings.task, format=settings.task_format, limit=settings.task_rows or None
         )
         self._load_model()
-        if nu and self.regularizers[0].anchor == "nu":
+        if nu and starts_at_nu:
             self.model = load_adapter(self.model, nu, trainable=True)
         else:
             self.model = new_adapter(self.model, settings)
         self.pairs = find_pairs(self.model)
         self.held = 0
+        self.also_read: list[Tensor] = []
         for penalty in self.regularizers:
             base = base_of(self.model, self.pairs)
             penalty.stored.check(base, self.pairs, ranks=penalty.anchor == "nu")
@@ -294,10 +315,17 @@ class DomainPhase(_Phase):
         check_space(self.output, 64 << 20)
 
     def run(self) -> Trained:
-        """Train, and write the adapter to the output folder."""
+        """Train, and write the adapter to the output folder.
+
+        A finished run that is resumed is read.
+        """
+        if self.finished:
+            info = json.loads((self.output / TUNED).read_text("utf-8"))
+            return Trained(info["log"], info["seconds"], info["steps"], info["forgetting"])
+        run = self._begin()
         trained = train(
             self.settings, self.model, self.rows, self.parts,
-            what=f"domain phase, {self.task.name}", collate=self.collate,
+            what=f"domain phase, {self.task.name}", run=run, collate=self.collate,
             resume_with=f"Continue with: hlora tune ... --output {self.output} --resume",
         )  # fmt: skip
         budget = self.settings.forget_at_most
@@ -309,7 +337,7 @@ class DomainPhase(_Phase):
                 "share": kept.share, "kept": kept.measured.nats,
             })  # fmt: skip
         if is_main():
-            self._write(trained)
+            self._write(trained, run)
         clean_up(self.settings)
         return trained
 
@@ -318,6 +346,7 @@ class DomainPhase(_Phase):
         size, known = min(GATHERED_BLOCK, context(self.model)), vocabulary(self.model)
         kinds = [blocks(Source.parse(s), self.tokenizer, size, limit, known) for s in text]
         rows, draw = torch.cat(kinds), torch.Generator().manual_seed(self.settings.seed)
+        self.also_read.append(rows)
         return rows[torch.randperm(len(rows), generator=draw)]
 
     def _with_replay(self) -> Rows:
@@ -329,10 +358,11 @@ class DomainPhase(_Phase):
         general = block_rows(self._general(self.settings.replay, count)[:count])
         return Rows([*self.rows.rows, *general.rows])
 
-    def _write(self, trained: Trained) -> None:
+    def _write(self, trained: Trained, run: dict[str, Any]) -> None:
         penalties = [vars(p.rule) for p in self.regularizers]
         info = {
             "hlora_version": __version__,
+            "run": run["run"],
             "settings": asdict(self.settings),
             "penalty": penalties[0] if penalties else None,
             "seconds": round(trained.seconds, 1),

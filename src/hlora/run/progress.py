@@ -58,7 +58,7 @@ class Progress(TrainerCallback):
 
 
 class Interruptible(TrainerCallback):
-    """Ctrl-C finishes the step, writes a checkpoint and stops; a second one stops at once.
+    """Ctrl-C or SIGTERM finishes the step, writes a checkpoint and stops; another stops at once.
 
     It must be the last callback, so that the others have written their state.
     """
@@ -77,11 +77,12 @@ class Interruptible(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():  # only it may listen
             yield
             return
-        before = signal.signal(signal.SIGINT, self._ask)
+        before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         control.should_save |= self.asked

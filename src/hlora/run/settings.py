@@ -113,6 +113,10 @@ class TrainSettings(Settings):
         "paper: Eq. 11-13 and 14-16 to the letter; official: the authors' code", "default",
         choices=("default", "paper", "official"), more=True,
     )  # fmt: skip
+    max_bad_steps: int = setting(
+        "stop after N steps in a row whose loss or gradients are not finite; each is skipped", 10,
+        more=True, least=1,
+    )  # fmt: skip
     logging_steps: int = setting("log every N optimizer steps", 10, more=True, least=1)
     training: dict[str, Any] = setting(
         "any field of transformers' TrainingArguments", {}, metavar="VALUE", more=True

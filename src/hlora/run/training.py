@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import math
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hlora.core import store
 from hlora.core.regularizer import Regularizer
+from hlora.data.rows import Rows
 from hlora.errors import InputError, StoreError, suggest
-from hlora.files import write_json
+from hlora.files import refuse_result, write_json
 from hlora.hf.attach import attach
+from hlora.hf.badsteps import BadSteps
+from hlora.hf.checkpoints import newest_whole
 from hlora.hf.distributed import is_main, refuse_sharded, wait_for_all
 from hlora.run.models import pick_device, pick_dtype
 from hlora.run.progress import Interruptible, Progress
 from hlora.run.settings import TrainSettings
 
+logger = logging.getLogger(__name__)
+
+NOTES = "settings.json"
+"""Beside the checkpoints: which run they are of."""
 OURS = {
     "output_dir": "--output",
     "num_train_epochs": "--epochs",
@@ -40,7 +52,12 @@ OURS = {
 }
 """Fields of TrainingArguments that have a flag of their own."""
 
-_MAY_DIFFER = ("resume", "overwrite", "dry_run", "save_steps", "logging_steps", "device")
+_MAY_DIFFER = (
+    "resume", "overwrite", "dry_run", "save_steps", "logging_steps", "device", "max_bad_steps",
+    "output",
+)  # fmt: skip
+_BY_CONTENT = ("model", "importance", "text", "text_column", "task", "replay", "kl")
+"""What is read may have moved: its content is compared."""
 
 
 @dataclass(frozen=True)
@@ -111,25 +128,25 @@ def train(
     parts: Sequence[TrainerCallback | Regularizer],
     *,
     what: str,
+    run: dict[str, Any],
     collate: Callable | None = None,
-    state: str | None = None,
     resume_with: str = "",
 ) -> Trained:
-    """Train, from the last checkpoint if the settings say so.
+    """Train, from the last whole checkpoint if the settings say so.
 
     Args:
         parts: recordings and regularizers, see `hlora.attach`.
         what: the label of the progress bar.
-        state: the file that the callbacks add to a checkpoint; one without it is not whole.
+        run: from `begin_run`.
         resume_with: the advice after Ctrl-C.
     """
     work = work_folder(settings)
     args = arguments(settings)
-    checkpoint = last_checkpoint(work, state) if settings.resume else None
+    checkpoint = newest_whole(work) if settings.resume else None
     if checkpoint is not None:
-        args.resume_from_checkpoint = str(checkpoint)
-    if is_main():  # for the check at a resume
-        write_json(work / "settings.json", asdict(settings))
+        logger.warning("Resuming from %s.", checkpoint)
+    if is_main():
+        write_json(work / NOTES, run)
     if args.gradient_checkpointing:  # else a frozen base has no path for gradients
         model.enable_input_require_grads()  # type: ignore[operator]
     stop = Interruptible(resume_with or "Continue with --resume.")
@@ -137,7 +154,7 @@ def train(
         trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=collate)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise InputError(f"Trainer refuses these settings: {_one_line(error)}") from None
-    attach(trainer, *parts)
+    attach(trainer, *parts, BadSteps(settings.max_bad_steps))
     for default in list(trainer.callback_handler.callbacks):
         if type(default).__name__ == "PrinterCallback":
             trainer.remove_callback(default)
@@ -151,7 +168,7 @@ def train(
             raise KeyboardInterrupt(
                 str(interrupt) or "Stopped before the first checkpoint: nothing was kept."
             ) from None
-    log = [e for e in trainer.state.log_history if "loss" in e]
+    log = [e for e in trainer.state.log_history if math.isfinite(e.get("loss", math.nan))]
     return Trained(log, time.monotonic() - began, trainer.state.global_step)
 
 
@@ -164,50 +181,102 @@ def work_folder(settings: TrainSettings) -> Path:
     return Path(settings.output) / "checkpoints"
 
 
-def last_checkpoint(work: Path, state: str | None) -> Path | None:
-    """The newest checkpoint that is whole; None if there is none yet."""
-    found = [
-        p
-        for p in work.glob("checkpoint-*")
-        if p.name.split("-")[1].isdigit()
-        and (p / "trainer_state.json").is_file()
-        and (p / "adapter_model.safetensors").is_file()
-        and (state is None or (p / state).is_file())
-    ]
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+def check_unfinished(settings: TrainSettings, marker: str) -> bool:
+    """Deal with what an interrupted run left in the output folder; whether it had finished.
 
-
-def check_unfinished(settings: TrainSettings) -> None:
-    """Deal with what an interrupted run left in the output folder.
+    A run that was killed after its result was written only has to be cleaned up after.
 
     Raises:
-        InputError: there are checkpoints and neither --resume nor --overwrite says what to do;
-            or the run to be resumed had other settings.
+        InputError: the folder holds a result, or checkpoints and neither --resume nor --overwrite
+            says what to do; or the run to be resumed had other settings.
     """
-    work = work_folder(settings)
+    output, work = Path(settings.output), work_folder(settings)
+    refuse_result(output, overwrite=True)
+    before = _noted(work / NOTES)
+    result = _noted(output / marker)
+    if result.get("run") and before.get("run", result["run"]) == result["run"]:  # of one run
+        if is_main():
+            shutil.rmtree(work, ignore_errors=True)
+        if settings.resume and not settings.overwrite and not _changed(settings, result):
+            return True
+    refuse_result(output, settings.overwrite)
     if not any(work.glob("checkpoint-*")):
-        return
+        return False
     if settings.overwrite and not settings.resume:
         shutil.rmtree(work)
-        return
+        return False
     if not settings.resume:
         raise InputError(
             f"{work} holds checkpoints of an unfinished run: go on with --resume, or start again "
             "with --overwrite."
         )
-    try:
-        before = json.loads((work / "settings.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        raise StoreError(f"{work / 'settings.json'} is missing or damaged: start again.") from None
-    now = asdict(settings)
-    for key, value in now.items():
-        was = before.get(key, value)
-        if key == "anchor" and {was, value} == {None, "nu"}:  # not given is nu
-            continue
-        if key not in _MAY_DIFFER and was != value:
+    if not isinstance(before.get("settings"), dict):
+        raise StoreError(f"{work / NOTES} is missing or damaged: start again with --overwrite.")
+    for key, (was, value) in _changed(settings, before).items():
+        if key not in _BY_CONTENT or None in (was, value):
             raise InputError(
                 f"Cannot resume: --{key.replace('_', '-')} was {was} and is {value} now."
             )
+    return False
+
+
+def _changed(settings: TrainSettings, noted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ from those noted, as (before, now) by name."""
+    before, now = noted.get("settings"), asdict(settings)
+    if not isinstance(before, dict):
+        return {k: (None, v) for k, v in now.items()}
+    if "anchor" in now:  # not given is nu
+        before, now = ({**d, "anchor": d.get("anchor") or "nu"} for d in (before, now))
+    return {
+        k: (before[k], v) for k, v in now.items() if k not in _MAY_DIFFER and before.get(k, v) != v
+    }
+
+
+def begin_run(
+    settings: TrainSettings, base: dict[str, Any], rows: Rows, also: Sequence[Tensor]
+) -> dict[str, Any]:
+    """What tells a run from others: an id, its settings, and fingerprints of what it reads.
+
+    Args:
+        base: from `hlora.hf.peft.base_of`.
+        rows: what is trained on.
+        also: other tokens that are read.
+
+    Raises:
+        InputError: the run to be resumed read something else.
+    """
+    nu = getattr(settings, "importance", None)
+    content = {
+        "base model": _digest([base["config"], base["samples"]]),
+        "importance": nu and _digest(store.read_info(nu)["files"]),
+        "data": _digest([[t.tolist() for t in row.values()] for row in rows.rows]),
+        "general text": _digest([t.tolist() for t in also]),
+    }
+    work = work_folder(settings)
+    resumes = settings.resume and any(work.glob("checkpoint-*"))
+    before = _noted(work / NOTES) if resumes else {}
+    for what, value in content.items():
+        if before.get("content", content).get(what) != value:
+            raise InputError(
+                f"Cannot resume: the {what} is not what the run began with. Restore it, or start "
+                "again with --overwrite."
+            )
+    return {
+        "run": before.get("run") or uuid.uuid4().hex, "settings": asdict(settings),
+        "content": content,
+    }  # fmt: skip
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """A JSON object of ours; empty where it is missing or damaged."""
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def clean_up(settings: TrainSettings) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from hlora.run.evaluate import exp
 from hlora.study.lines import Line
 
 Measure = Callable[[Line], float | None]
@@ -32,7 +33,7 @@ def perplexity(line: Line, kinds: Iterable[str]) -> float | None:
     if not scores:
         return None
     tokens = sum(s["tokens"] for s in scores)
-    return math.exp(sum(s["loss"] * s["tokens"] for s in scores) / tokens)
+    return exp(sum(s["loss"] * s["tokens"] for s in scores) / tokens)
 
 
 def forgetting_on(kind: str) -> str:

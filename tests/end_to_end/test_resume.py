@@ -1,0 +1,211 @@
+"""Commands that were killed, moved or damaged between two starts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hlora import files
+from hlora.core import store
+from hlora.core.recorder import Recorder
+from hlora.run import progress
+from tests.end_to_end.test_commands import Place, same
+from tests.tiny import questions, write_rows, write_text
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def place(tmp_path, tiny):
+    return Place(tmp_path, tiny)
+
+
+def killed(run, monkeypatch, *argv, step=4, **named):
+    """As by `kill -9`, right after the checkpoint of a step."""
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(progress.Interruptible, "on_save", die)
+        with pytest.raises(Killed):
+            run("--save-steps", "2", *argv, **named)
+
+
+def importance(place, name):
+    return store.load(place.folder / name).importance.tensors()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda p: (p / "trainer_state.json").write_text(""),
+        lambda p: (p / "trainer_state.json").write_text('{"epoch": 0.1'),
+        lambda p: (p / "optimizer.pt").unlink(),
+        lambda p: (p / "hlora_record.safetensors").unlink(),
+        lambda p: (p / "adapter_model.safetensors").write_bytes(b"x"),
+        lambda p: (p / files.MANIFEST).unlink(),
+        lambda p: (p / files.MANIFEST).write_text("[1"),
+        lambda p: (p / files.MANIFEST).write_text("[1]"),
+    ],
+)  # fmt: skip
+def test_the_newest_whole_checkpoint_is_resumed_and_named(place, harm, monkeypatch, capsys):
+    place.record("--save-steps", "2", output="whole")
+    killed(place.record, monkeypatch)
+    harm(place.folder / "nu" / "checkpoints" / "checkpoint-4")
+    assert place.record("--save-steps", "2", "--resume") == 0
+    err = capsys.readouterr().err
+    assert "checkpoint-4 is not whole" in err
+    assert f"Resuming from {place.folder / 'nu' / 'checkpoints' / 'checkpoint-2'}" in err
+    assert same(importance(place, "whole"), importance(place, "nu"))
+
+
+@pytest.mark.parametrize("length", [["--max-steps", "6"], ["--max-steps", "0", "--epochs", "0.2"]])
+def test_a_run_stopped_at_its_end_trains_no_more(place, length, monkeypatch):
+    constant = ["--training.lr_scheduler_type", "constant", *length]
+    place.record(*constant, output="whole")
+    last = store.read_info(place.folder / "whole")["summary"]["steps"]
+    killed(place.record, monkeypatch, *constant, "--save-steps", str(last), step=last)
+    assert place.record(*constant, "--save-steps", str(last), "--resume") == 0
+    assert store.read_info(place.folder / "nu")["summary"]["steps"] == last
+    assert same(importance(place, "whole"), importance(place, "nu"))
+    assert same(place.adapter("whole"), place.adapter("nu"))
+
+
+def test_an_epoch_that_ended_with_its_checkpoint_is_consolidated(place, monkeypatch):
+    """The official preset adds up over epochs."""
+    rows = ["--text-blocks", "8", "--max-steps", "0", "--epochs", "3", "--preset", "official"]
+    place.record(*rows, output="whole")
+    killed(place.record, monkeypatch, *rows, step=4)  # two steps an epoch
+    assert place.record(*rows, "--save-steps", "2", "--resume") == 0
+    assert same(importance(place, "whole"), importance(place, "nu"))
+
+
+def test_what_is_read_must_be_the_same_wherever_it_lies(place, monkeypatch, capsys):
+    place.record()
+    place.tune("--save-steps", "2", output="whole")
+    killed(place.tune, monkeypatch)
+
+    def resumed():
+        code = place.tune("--save-steps", "2", "--resume")
+        return code, capsys.readouterr().err
+
+    rows = place.folder / "q.jsonl"
+    before = rows.read_text()
+    write_rows(rows, [{**q, "prompt": "x" + q["prompt"]} for q in questions()])
+    code, err = resumed()
+    assert code == 2
+    assert "the data is not what the run began with" in err
+    rows.write_text(before)
+    shutil.move(place.folder / "nu", place.folder / "nu-old")
+    place.record("--seed", "7")
+    code, err = resumed()
+    assert code == 2
+    assert "the importance is not what" in err
+    shutil.rmtree(place.folder / "nu")
+    shutil.move(place.folder / "nu-old", place.folder / "nu")
+    shutil.move(place.folder / "mu", place.folder / "moved")
+    assert place.tune("--save-steps", "2", "--resume", output="moved/") == 0
+    assert same(place.adapter("whole"), place.adapter("moved"))
+
+
+def test_other_text_is_refused(place, monkeypatch, capsys):
+    killed(place.record, monkeypatch)
+    write_text(place.folder / "a.txt", "quite another text than before")
+    assert place.record("--save-steps", "2", "--resume") == 2
+    assert "the data is not what the run began with" in capsys.readouterr().err
+
+
+def first(before, then):
+    return lambda *args: (before(), then(*args))[1]
+
+
+@pytest.mark.parametrize("phase", ["record", "tune"])
+def test_a_kill_anywhere_in_publishing_is_made_good(place, phase, monkeypatch):
+    place.record()
+    run = place.record if phase == "record" else place.tune
+    settings = ["--save-steps", "2"]
+    assert run(*settings, output="whole") == 0
+    whole = {p.name for p in (place.folder / "whole").iterdir()}
+    for deadly in range(1, 12):
+        count = 0
+
+        def counted(real, deadly=deadly):
+            def call(path, *args, **kwargs):
+                nonlocal count
+                count += 1
+                if count >= deadly:
+                    raise Killed
+                return real(path, *args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patched:
+
+            def from_now_on(*args, patched=patched, counted=counted, **kwargs):
+                for where, name in ((os, "replace"), (Path, "rmdir"), (shutil, "rmtree")):
+                    patched.setattr(where, name, counted(getattr(where, name)))
+
+            # The last calls before a result is written.
+            patched.setattr(progress.Progress, "on_train_end", from_now_on)
+            patched.setattr(Recorder, "collect", first(from_now_on, Recorder.collect))
+            try:
+                survived = run(*settings, output="killed") == 0
+            except Killed:
+                survived = False
+        if survived:
+            break
+        assert run(*settings, "--resume", output="killed") == 0
+        assert {p.name for p in (place.folder / "killed").iterdir()} == whole
+        assert same(place.adapter("whole"), place.adapter("killed"))
+        shutil.rmtree(place.folder / "killed")
+    assert deadly > 4
+
+
+def test_a_finished_run_that_is_resumed_is_read(place, capsys):
+    assert place.record() == 0
+    before = (place.folder / "nu" / store.MARKER).read_bytes()
+    assert place.record("--resume") == 0
+    assert (place.folder / "nu" / store.MARKER).read_bytes() == before
+    assert place.record("--resume", "--seed", "9") == 2
+    assert "already holds a result" in capsys.readouterr().err
+
+
+def test_a_second_command_on_one_folder_is_refused(place, capsys):
+    (place.folder / "nu").mkdir()
+    code = (
+        "import sys; from pathlib import Path; from hlora.files import lock; "
+        f"lock(Path({str(place.folder / 'nu')!r})); print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    assert place.record() == 2
+    assert "Another process is writing" in capsys.readouterr().err
+    other.kill()
+    other.wait()
+    assert place.record() == 0
+
+
+def test_a_diverging_run_ends_with_1_and_the_likely_cause(place, capsys):
+    assert place.record("--learning-rate", "1e38") == 1
+    err = capsys.readouterr().err
+    assert "Likely cause: the learning rate of 1e+38" in err
+    assert "Traceback" not in err
+    assert not (place.folder / "nu" / store.MARKER).exists()
+
+
+def test_max_bad_steps_is_heeded(place, capsys):
+    assert place.record("--learning-rate", "1e38", "--max-steps", "40", "--max-bad-steps", "3") == 1
+    assert "the last 3 steps" in capsys.readouterr().err
+    [checkpoint] = (place.folder / "nu" / "checkpoints").glob("checkpoint-*")
+    assert files.fault(checkpoint) is None
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 4

@@ -1,0 +1,95 @@
+"""A Trainer that resumes: whole checkpoints only, with the state that belongs to them."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hlora
+from hlora import files
+from hlora.core import store
+from hlora.hf.checkpoints import newest_whole
+from hlora.hf.record import RECORD_STATE
+from tests.conftest import lora_model, make_trainer, token_rows
+
+SAVED = {"save_strategy": "steps", "save_steps": 2}
+
+
+def recording(folder, name, seed=0, attach=True, **settings):
+    record = hlora.Record(folder / f"nu-{name}", quiet=True, kind="dense")
+    rows = token_rows(seed=seed)
+    trainer = make_trainer(
+        lora_model(), folder / name, [] if attach else [record], rows=rows, **SAVED, **settings
+    )
+    if attach:
+        hlora.attach(trainer, record)
+    return trainer, record
+
+
+def importance(folder, name):
+    return load_file(folder / f"nu-{name}" / store.TENSORS)
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_state_is_that_of_the_folder_that_is_resumed(tmp_path):
+    recording(tmp_path, "a")[0].train()
+    recording(tmp_path, "b", seed=1)[0].train()
+    shutil.rmtree(tmp_path / "nu-b")
+    trainer, _ = recording(tmp_path, "b")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4") + "/")
+    assert same(importance(tmp_path, "a"), importance(tmp_path, "b"))
+    assert trainer.args.resume_from_checkpoint is None
+
+
+def test_another_run_s_state_is_refused(tmp_path):
+    """A callback that was not attached cannot know the folder."""
+    recording(tmp_path, "a")[0].train()
+    recording(tmp_path, "b", seed=1)[0].train()
+    shutil.rmtree(tmp_path / "nu-b")
+    trainer, _ = recording(tmp_path, "b", attach=False)
+    with pytest.raises(hlora.StoreError, match="belongs to another run"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+
+
+def test_another_penalty_s_state_is_refused(tmp_path, nu):
+    for name, seed in (("a", 0), ("b", 1)):
+        trainer = make_trainer(lora_model(), tmp_path / name, rows=token_rows(seed=seed), **SAVED)
+        hlora.attach(trainer, hlora.Penalty(nu))
+        trainer.train()
+    state = "hlora_penalty.safetensors"
+    shutil.copy(tmp_path / "b" / "checkpoint-4" / state, tmp_path / "a" / "checkpoint-4" / state)
+    files.seal(tmp_path / "a" / "checkpoint-4")
+    trainer = make_trainer(lora_model(), tmp_path / "a", **SAVED)
+    hlora.attach(trainer, hlora.Penalty(nu))
+    with pytest.raises(hlora.StoreError, match="belongs to another run"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+
+
+def test_true_takes_the_newest_whole_one(tmp_path, caplog):
+    recording(tmp_path, "a")[0].train()
+    whole = importance(tmp_path, "a")
+    shutil.rmtree(tmp_path / "nu-a")
+    (tmp_path / "a" / "checkpoint-6" / "trainer_state.json").write_text("")
+    (tmp_path / "a" / "checkpoint-4" / "optimizer.pt").unlink()
+    assert newest_whole(tmp_path / "a").name == "checkpoint-2"
+    recording(tmp_path, "a")[0].train(resume_from_checkpoint=True)
+    assert "optimizer.pt is missing" in caplog.text
+    assert same(whole, importance(tmp_path, "a"))
+    (tmp_path / "a" / "checkpoint-2" / RECORD_STATE).write_bytes(b"x")
+    with pytest.raises(hlora.StoreError, match=f"{RECORD_STATE} is damaged"):
+        recording(tmp_path, "c")[0].train(str(tmp_path / "a" / "checkpoint-2"))
+
+
+def test_a_run_at_its_end_takes_no_further_step(tmp_path):
+    recording(tmp_path, "a", lr_scheduler_type="constant")[0].train()
+    whole = importance(tmp_path, "a")
+    shutil.rmtree(tmp_path / "nu-a")
+    trainer, record = recording(tmp_path, "a", lr_scheduler_type="constant")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == record.summary["steps"] == 6
+    assert trainer.args.max_steps == 6
+    assert same(whole, importance(tmp_path, "a"))
