@@ -54,6 +54,21 @@ def parse_json(text: str, where: str) -> Any:
         raise InputError(f"{where}: not JSON ({error}).") from None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping from a JSON file.
+
+    Raises:
+        InputError: it cannot be read, or is none.
+    """
+    try:
+        found = parse_json(path.read_text("utf-8-sig"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}).") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} must map names to values.")
+    return found
+
+
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """A mapping from YAML, in which every plain value but null is text.
 
