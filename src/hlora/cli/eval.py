@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from rich.console import Console
 from rich.table import Table
 
+from hlora.cli.screen import Screen, say
 from hlora.run.evaluate import TaskScore, TextScore, forgetting
 from hlora.run.harness import HarnessScore
 from hlora.run.scoring import Scores, evaluate
@@ -17,11 +17,11 @@ def run(settings: EvalSettings) -> None:
     """Print one table of text and one of tasks."""
     _show(evaluate(settings))
     if settings.json:
-        print(f"Written to {settings.json}.")
+        say(f"Written to {settings.json}.")
 
 
 def _show(scores: dict[str, Scores]) -> None:
-    console = Console()
+    console = Screen()
     both = "adapter" in scores
     text: dict[str, TextScore] = scores["base"]["text"]
     if text:
@@ -52,7 +52,7 @@ def _show(scores: dict[str, Scores]) -> None:
         _show_harness(console, scores)
 
 
-def _show_harness(console: Console, scores: dict[str, Scores]) -> None:
+def _show_harness(console: Screen, scores: dict[str, Scores]) -> None:
     title = "lm-evaluation-harness (± one standard error)"
     table = _table(title, "task", "model", "n", "measure", "value")
     for name in scores["base"]["lm_eval"]:

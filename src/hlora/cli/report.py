@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table as RichTable
 
+from hlora.cli.screen import Screen, say
 from hlora.errors import InputError, refuse_unknown
 from hlora.run.build import command_line
 from hlora.run.settings import ReportSettings
@@ -33,12 +33,12 @@ def run(settings: ReportSettings) -> None:
     found.append(page.Part("How this was made", code=command))
     markdown = Path(settings.page) if settings.page else None
     written = page.write(found, folder / "index.html", command=command, page=markdown)
-    print(page.about(results))
+    say(page.about(results))
     for task in results.tasks:
         _show(tables.means(results, [task], settings.metrics), task)
     if len(results.tasks) > 1:
         _show(tables.means(results, results.tasks, settings.metrics), "all tasks")
-    print(f"Written: {', '.join(map(str, written))}")
+    say(f"Written: {', '.join(map(str, written))}")
 
 
 def _row(results: Results, text: str, *, optional: bool) -> Row | None:
@@ -64,6 +64,6 @@ def _show(table: tables.Table, title: str) -> None:
         shown.add_column(heading, justify="right" if i else "left")
     for row in table.rows:
         shown.add_row(*row)
-    console = Console()
+    console = Screen()
     console.width = console.width if console.is_terminal else max(console.width, 130)
     console.print(shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from hlora.errors import visible
 from hlora.files import write_whole
 from hlora.run.settings import BLOCK
 from hlora.study import figures, tables
@@ -18,7 +20,7 @@ from hlora.study.built_in import built_in
 from hlora.study.claims import JUDGED, judge, mean_norms
 from hlora.study.cost import costs
 from hlora.study.rows import Results, Row
-from hlora.study.tables import Table
+from hlora.study.tables import Table, as_markdown
 
 _SAID = built_in("page.yaml")
 TITLE: str = _SAID["title"]
@@ -168,15 +170,18 @@ def write(
 
 
 def _markdown(found: list[Part], title: str, folder: str, command: str) -> str:
-    lines = [f"# {title}", "", "Written by", "", "```bash", command, "```"]
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
+    lines = [f"# {as_markdown(title)}", "", "Written by", ""]
+    lines += [f"{fence}bash", visible(command).replace("\n", "\\n"), fence]
     for part in found:
         if part.code:
             continue
-        lines += ["", f"## {part.title}", ""]
+        lines += ["", f"## {as_markdown(part.title)}", ""]
         if part.text:
-            lines += [part.text, ""]
+            lines += [as_markdown(part.text), ""]
         if part.table:
             lines += [*part.table.markdown(), ""]
         for stem, _, caption in part.figures:
-            lines += [f"![{caption}]({folder}/{stem}.svg)", "", caption, ""]
+            said = as_markdown(caption)
+            lines += [f"![{said}]({folder}/{stem}.svg)", "", said, ""]
     return "\n".join(lines).rstrip() + "\n"
