@@ -22,7 +22,8 @@ RESULTS = ("importance.json", "tune.json", "adapter_config.json")
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write aside, flush to the disk, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    # A file's name need not be UTF-8; in JSON its escape is the same name.
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -142,6 +143,20 @@ def publish(folder: Path, marker: str) -> Iterator[Path]:
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_file(path: Path, overwrite: bool) -> None:
+    """Raise InputError if a file cannot be written, or is there already."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file.")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already: choose another, or --overwrite it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}).") from None
 
 
 def refuse_result(folder: Path, overwrite: bool) -> None:
