@@ -104,4 +104,4 @@ def test_an_adapter_of_another_shape_is_one_sentence(tmp_path, tiny):
 def test_without_the_package_the_embedded_model_comes_from_the_hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HLORA_CACHE", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert str(models.embedded_folder()) == models.EMBEDDED_HUB_NAME
+    assert str(models.embedded_folder()).startswith(models.EMBEDDED_HUB_NAME)

@@ -5,10 +5,24 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from typing import Any
+from unicodedata import category
+
+
+def visible(text: str) -> str:
+    """The text with everything that does not print, but for line breaks, as its escape.
+
+    Names come from files that others wrote; a terminal would obey their control characters.
+    """
+    return "".join(
+        c if c.isprintable() or c == "\n" or category(c) == "Zs" else ascii(c)[1:-1] for c in text
+    )
 
 
 class HloraError(Exception):
     """Base of every error that hlora raises on purpose. Its text is meant for the user."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__()).replace("\n", "\\n")
 
 
 class InputError(HloraError):

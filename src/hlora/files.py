@@ -28,7 +28,8 @@ RESULTS = (*MARKERS, "adapter_config.json")
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write aside, flush to the disk, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    # A file's name need not be UTF-8; in JSON its escape is the same name.
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -58,6 +59,21 @@ def parse_json(text: str, where: str) -> Any:
         raise InputError(f"{where}: nested too deep to be read.") from None
     except ValueError as error:
         raise InputError(f"{where}: not JSON ({error}).") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping from a JSON file.
+
+    Raises:
+        InputError: it cannot be read, or is none.
+    """
+    try:
+        found = parse_json(path.read_text("utf-8-sig"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}).") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} must map names to values.")
+    return found
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
@@ -223,6 +239,20 @@ def _identity(folder: Path) -> tuple[int, int]:
     """Of the folder itself, which may be moved."""
     found = folder.stat()
     return found.st_dev, found.st_ino
+
+
+def refuse_file(path: Path, overwrite: bool) -> None:
+    """Raise InputError if a file cannot be written, or is there already."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file.")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already: choose another, or --overwrite it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}).") from None
 
 
 def refuse_result(folder: Path, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hlora.cli.screen import say
 from hlora.files import size
 from hlora.run.convert import convert
 from hlora.run.settings import ConvertSettings
@@ -10,4 +11,4 @@ from hlora.run.settings import ConvertSettings
 def run(settings: ConvertSettings) -> None:
     """Convert, and print both sizes."""
     before, after = convert(settings)
-    print(f"{size(before)} became {size(after)} in {settings.output}.")
+    say(f"{size(before)} became {size(after)} in {settings.output}.")

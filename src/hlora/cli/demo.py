@@ -6,9 +6,9 @@ import shutil
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table as Shown
 
+from hlora.cli.screen import Screen, say
 from hlora.errors import InputError
 from hlora.files import check_space, refuse_result
 from hlora.run.quiet import quiet_libraries
@@ -41,7 +41,7 @@ def run(settings: DemoSettings) -> None:
         )
     write_page(output / PAGE, study, results)
     _show(results)
-    print(f"\nDone in {time.monotonic() - began:.0f} s. Open {output / PAGE} in a browser.")
+    say(f"\nDone in {time.monotonic() - began:.0f} s. Open {output / PAGE} in a browser.")
 
 
 def _make_room(output: Path, overwrite: bool) -> None:
@@ -67,7 +67,7 @@ def _show(results: Results) -> None:
         shown.add_column(model if i else "", justify="right" if i else "left", style=style)
     for line in lines:
         shown.add_row(*(cell.replace(" ± ", " ±").replace("±0.", "±.") for cell in line))
-    console = Console(highlight=False)
+    console = Screen(highlight=False)
     console.print(shown)
     console.print(note(results))
     console.print()

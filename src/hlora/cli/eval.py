@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from hlora.cli.screen import say
 from hlora.cli.show import show
 from hlora.run.evaluate import TextScore, forgetting
 from hlora.run.scoring import Scores, evaluate
@@ -18,7 +19,7 @@ def run(settings: EvalSettings) -> None:
     """Print one table of text and one of tasks."""
     _show(evaluate(settings))
     if settings.json:
-        print(f"Written to {settings.json}.")
+        say(f"Written to {settings.json}.")
 
 
 def _show(scores: dict[str, Scores]) -> None:

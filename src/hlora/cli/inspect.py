@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hlora.cli.screen import Screen
 from hlora.core import store
 from hlora.core.layers import layer_grid
 from hlora.core.recorder import describe_summary
@@ -24,7 +24,7 @@ def run(settings: InspectSettings) -> None:
     if settings.plot and Path(settings.plot).suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {settings.plot}: name a .png, .svg or .pdf file.")
     info = store.load(folder).info
-    console = Console(highlight=False)
+    console = Screen(highlight=False)
     base, recording = info["base_model"], info["recording"]
     lines = {
         "base model": base["name"] or "(unnamed)",

@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 
 import hlora
-from hlora.errors import DivergedError, HloraError, InputError, suggest
+from hlora.errors import DivergedError, HloraError, InputError, suggest, visible
 from hlora.run import settings as config
 
 COMMANDS = {
@@ -90,7 +90,7 @@ def _overview() -> str:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"hlora: {message}", file=sys.stderr)
+    print(f"hlora: {visible(message)}", file=sys.stderr)
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hlora.cli.screen import say
 from hlora.core.kinds import kind_named
 from hlora.core.recorder import describe_summary
 from hlora.files import size
@@ -16,16 +17,16 @@ def run(settings: RecordSettings) -> None:
         return  # one process gathers it, and writes
     phase = GeneralPhase(settings)
     if settings.dry_run:
-        print(phase.plan())
+        say(phase.plan())
         return
     read = [f"{name} {len(b):,}" for name, b in phase.texts.items()]
     read += [f"{phase.own:,} that the model writes"] if phase.own else []
-    print(
+    say(
         f"Recording on {len(phase.rows):,} rows of {phase.tokens.shape[1]} tokens ("
         f"{', '.join(read)}), {len(phase.pairs)} matrices, {size(phase.held)} of importance."
     )
     done = phase.run()
     if is_main():
-        print(describe_summary(done.kind, done.summary))
+        say(describe_summary(done.kind, done.summary))
         seconds = done.summary["seconds"]
-        print(f"{seconds:.0f} s, {size(done.bytes)} on disk in {done.folder}.")
+        say(f"{seconds:.0f} s, {size(done.bytes)} on disk in {done.folder}.")

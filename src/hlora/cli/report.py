@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hlora.cli.screen import say
 from hlora.cli.show import show
 from hlora.errors import InputError, refuse_unknown
 from hlora.run.build import command_line
@@ -31,14 +32,14 @@ def run(settings: ReportSettings) -> None:
     found.append(page.Part("How this was made", code=command))
     markdown = Path(settings.page) if settings.page else None
     written = page.write(found, folder / "index.html", command=command, page=markdown)
-    print(page.about(results))
+    say(page.about(results))
     shown = {task: [task] for task in results.tasks}
     if len(shown) > 1:
         shown["all tasks"] = results.tasks
     for title, tasks in shown.items():
         table = tables.means(results, tasks, settings.metrics)
         show(title, table.headings, table.rows, width=130)
-    print(f"Written: {', '.join(map(str, written))}")
+    say(f"Written: {', '.join(map(str, written))}")
 
 
 def _row(results: Results, text: str, *, optional: bool) -> Row | None:

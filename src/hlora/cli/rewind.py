@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hlora.cli.screen import say
 from hlora.cli.show import show
 from hlora.run.rewind import rewind
 from hlora.run.settings import RewindSettings
@@ -21,11 +22,11 @@ def run(settings: RewindSettings) -> None:
     show(title, headings, rows, strong=done.points.index(done.chosen))
     chosen, whole = done.chosen, next(p for p in done.points if p.share == 1)
     if chosen is whole:
-        print(f"The adapter is within the budget of {settings.forget_at_most:g} as it is.")
+        say(f"The adapter is within the budget of {settings.forget_at_most:g} as it is.")
     else:
         said = f"{chosen.way}, {chosen.share:.3f}: {chosen.measured.nats:.4f} nats per token"
         said += f" instead of {whole.measured.nats:.4f}"
         if chosen.nll is not None and whole.nll is not None:
             said += f", for {chosen.nll - whole.nll:+.3f} nats per answer of the domain"
-        print(f"Taken: {said}.")
-    print(f"Written to {done.folder}.")
+        say(f"Taken: {said}.")
+    say(f"Written to {done.folder}.")

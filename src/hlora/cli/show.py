@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from rich.console import Console
 from rich.table import Table
+
+from hlora.cli.screen import Screen
 
 
 def show(
@@ -24,7 +25,7 @@ def show(
         table.add_column(heading, justify="right" if i and heading not in words else "left")
     for i, row in enumerate(rows):
         table.add_row(*row, style="bold" if i == strong else "")
-    console = Console()
+    console = Screen()
     if not console.is_terminal:
         console.width = max(console.width, width)
     if table.row_count:

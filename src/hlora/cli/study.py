@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hlora.cli.screen import say
 from hlora.errors import InputError
 from hlora.run.quiet import quiet_libraries
 from hlora.run.settings import StudySettings
@@ -15,8 +16,8 @@ def run(settings: StudySettings) -> None:
     study = read_study(Path(settings.file))
     if settings.dry_run:
         for one in runs_of(study):
-            print(one.title)
-        print(f"{len(runs_of(study))} runs.")
+            say(one.title)
+        say(f"{len(runs_of(study))} runs.")
         return
     from hlora.study.runner import run_study  # torch, which a dry run does not need
 
@@ -24,7 +25,7 @@ def run(settings: StudySettings) -> None:
     found = run_study(study, results, jobs=settings.jobs, prepare=quiet_libraries)
     latest = {r["key"]: r for r in found}  # a run that failed once may have been made since
     failed = [r for r in latest.values() if r["error"]]
-    print(f"{len(latest) - len(failed)} runs in {results}.")
+    say(f"{len(latest) - len(failed)} runs in {results}.")
     if failed:
         raise InputError(
             f"{len(failed)} runs failed, the first with: {failed[0]['error']} Started again, the "

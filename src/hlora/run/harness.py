@@ -57,9 +57,10 @@ def prepare(specs: Sequence[str]) -> HarnessTasks:
         InputError: lm-eval is not installed, no such task, or a task file that it cannot run alone.
     """
     try:
+        from lm_eval.models import huggingface  # noqa: F401 - what it lacks is missed now
         from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise InputError("--lm-eval needs lm-eval: pip install 'hlora[eval]'.") from None
+    except ImportError as error:
+        raise InputError(f"--lm-eval needs lm-eval ({error}): pip install 'hlora[eval]'.") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = [_task(s) for s in specs]
     names = [t for t in tasks if isinstance(t, str)]

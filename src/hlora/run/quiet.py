@@ -7,6 +7,13 @@ import os
 import sys
 import warnings
 
+from hlora.errors import visible
+
+
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
 
 def quiet_libraries() -> None:
     """Leave only errors of the libraries, and warnings of our own, on stderr."""
@@ -21,7 +28,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("hlora: %(levelname)s: %(message)s"))
+    handler.setFormatter(_Visible("hlora: %(levelname)s: %(message)s"))
     first = os.environ.get("RANK", "0") == "0"
     handler.setLevel(logging.WARNING if first else logging.CRITICAL)
     logger = logging.getLogger("hlora")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hlora.data.tasks import Task, load_tasks
 from hlora.data.text import blocks, sources
 from hlora.errors import InputError
-from hlora.files import write_json
+from hlora.files import refuse_file, write_json
 from hlora.run import harness
 from hlora.run.evaluate import TaskScore, TextScore, forgetting, score_task, score_text
 from hlora.run.harness import HarnessScore
@@ -41,8 +41,8 @@ def evaluate(settings: EvalSettings) -> dict[str, Scores]:
     """
     if not (settings.text or settings.task or settings.lm_eval):
         raise InputError("Nothing to evaluate: give --text, --task or --lm-eval.")
-    if settings.json and Path(settings.json).exists() and not settings.overwrite:
-        raise InputError(f"{settings.json} exists already: choose another, or --overwrite it.")
+    if settings.json:
+        refuse_file(Path(settings.json), settings.overwrite)
     named = [t for spec in settings.lm_eval for t in spec.split(",") if t]
     zoo = harness.prepare(named) if named else None  # checked before the model loads
     model, tokenizer, kinds, tasks = prepare(settings)

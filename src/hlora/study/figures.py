@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hlora.core.layers import layer_grid
-from hlora.errors import InputError
+from hlora.errors import InputError, visible
 from hlora.study.cost import Cost
 from hlora.study.extras import extra
 from hlora.study.methods import METHODS
@@ -37,8 +37,8 @@ def violins(results: Results, ours: Row, rival: Row) -> Any:
                     body.set(facecolor=color, edgecolor="black", alpha=0.35)
                 at.plot([x] * len(values), values, MARKERS[x], color="black", markersize=3)
             p = independent(*samples)
-            at.set_title(f"{task}: p {p_equals(p.welch)}", fontsize="medium")
-            at.set_xticks([0, 1], [METHODS[r.method].label for r in (ours, rival)])
+            at.set_title(f"{_name(task)}: p {p_equals(p.welch)}", fontsize="medium")
+            at.set_xticks([0, 1], [_name(Row(r.method, None).label) for r in (ours, rival)])
             at.set_xlim(-0.6, 1.6)
         row[0].set_ylabel(METRICS[metric].label)
     return figure
@@ -54,7 +54,7 @@ def losses(results: Results, row: Row) -> Any:
         curves = [("loss", "task", above), ("total_loss", "total", above), ("penalty", "φR", below)]
         for style, (key, label, at) in zip(STYLES, curves, strict=False):
             at.plot(*_mean_curve(logs, key), linestyle=style, color="black", label=label)
-        above.set_title(task, loc="left")
+        above.set_title(_name(task), loc="left")
         below.set(ylim=(0, None), xlabel="optimizer step")
     axes[0][0].set_ylabel("loss (nats)")
     axes[1][0].set_ylabel("φR")
@@ -108,7 +108,7 @@ def phi_curves(results: Results) -> Any | None:
                 [r.phi for r in rows], [m for m, _ in points],
                 yerr=[0 if math.isnan(e) else e for _, e in points], capsize=2, linewidth=1.2,
                 marker=MARKERS[index], markersize=5, linestyle=STYLES[index % len(STYLES)],
-                label=METHODS[method].label,
+                label=_name(Row(method, None).label),
             )  # fmt: skip
         if plain in results.rows:
             level = results.mean(metric, plain, *tasks)
@@ -125,7 +125,9 @@ def phi_curves(results: Results) -> Any | None:
 def frontier(results: Results) -> Any:
     """What the domain costs the rest: lower left is better. One panel a task, mean over seeds."""
     across, up = "nll", "forgetting_unseen"
-    rows = [r for r in results.rows if METHODS[r.method].record is not None]
+    rows = [
+        r for r in results.rows if r.method not in METHODS or METHODS[r.method].record is not None
+    ]
     tasks = results.tasks
     figure, [panels] = _panels(1, len(tasks), (max(7.4, 2.9 * len(tasks) + 0.5), 3.9))
     methods = list(dict.fromkeys(r.method for r in rows))
@@ -139,10 +141,10 @@ def frontier(results: Results) -> Any:
             at.plot(
                 *zip(*points, strict=True), linewidth=0.8, linestyle="-", color=line,
                 marker=MARKERS[methods.index(method) % len(MARKERS)], markerfacecolor=fill,
-                markersize=6, label=METHODS[method].label,
+                markersize=6, label=_name(Row(method, None).label),
             )  # fmt: skip
         at.axhline(0, color="black", linewidth=0.6, linestyle=":")
-        at.set_title(task, loc="left")
+        at.set_title(_name(task), loc="left")
         at.set_xlabel(METRICS[across].label)
     panels[0].set_ylabel(METRICS[up].label + " (nats per token)")
     return _with_legend(figure, panels[0], columns=4)
@@ -151,7 +153,7 @@ def frontier(results: Results) -> Any:
 def task_losses(results: Results) -> Any:
     """The task's loss over the steps of one seed's runs."""
     figure, [[axes]] = _panels(1, 1, (5.2, 3.0))
-    logs = {r["label"]: r["log"] for r in results.lines if r.get("log")}
+    logs = {_name(r["label"]): r["log"] for r in results.lines if r.get("log")}
     for (label, log), style in zip(logs.items(), STYLES, strict=False):
         axes.plot([e["step"] for e in log], [e["loss"] for e in log], linestyle=style, label=label)
     axes.set(xlabel="optimizer step", ylabel="task loss (nats)")
@@ -162,7 +164,7 @@ def task_losses(results: Results) -> Any:
 def forgetting_bars(results: Results, ours: Row | None) -> Any:
     """One seed's forgetting by kind of text, ± the error over its blocks; our bars are filled."""
     lines = [r for r in results.lines if r["run"]["method"] != "base"]
-    models = [r["label"] for r in lines]
+    models = [_name(r["label"]) for r in lines]
     colors = [OURS if ours and r["run"]["method"] == ours.method else "white" for r in lines]
     kinds = list(lines[0]["text"])
     size = (7.4, 0.36 * len(models) + 0.9)
@@ -176,7 +178,7 @@ def forgetting_bars(results: Results, ours: Row | None) -> Any:
         )  # fmt: skip
         axes.axvline(0, color="black", linewidth=0.8)
         unseen = " (unseen)" if kind in lines[0]["unseen"] else ""
-        axes.set_title(kind + unseen, loc="left")
+        axes.set_title(_name(kind) + unseen, loc="left")
         axes.tick_params(axis="y", length=0)
     panels[0].invert_yaxis()
     figure.supxlabel("forgetting (nats per token); left of zero is learned", fontsize="medium")
@@ -195,6 +197,11 @@ def load_pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def _name(text: str) -> str:
+    """A name as it is: matplotlib takes what stands between two $ for a formula."""
+    return visible(text).replace("$", r"\$")
 
 
 def _panels(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> Any:
@@ -220,9 +227,9 @@ def heatmap(norms: dict[str, float]) -> Any:
     size = (max(5.0, 0.24 * len(blocks) + 1.8), 0.34 * len(targets) + 1.1)
     figure, [[axes]] = _panels(1, 1, size)
     shown = axes.imshow(values, norm="log", cmap="cividis", aspect="auto")
-    axes.set_yticks(range(len(targets)), targets)
+    axes.set_yticks(range(len(targets)), [_name(t) for t in targets])
     ticks = range(0, len(blocks), max(1, len(blocks) // 10))
-    axes.set_xticks(ticks, [str(blocks[i]) for i in ticks])
+    axes.set_xticks(ticks, [_name(str(blocks[i])) for i in ticks])
     axes.set_xlabel("block")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

@@ -6,7 +6,8 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from types import UnionType
+from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from hlora.errors import InputError
 
@@ -18,6 +19,16 @@ class RunLine(TypedDict):
     task: str
     seed: int
     phi: float | None
+
+
+class TextLine(TypedDict, total=False):
+    """The scores on a kind of text."""
+
+    loss: float
+    loss_se: float
+    perplexity: float
+    tokens: int
+    blocks: list[float]
 
 
 class Line(TypedDict, total=False):
@@ -50,7 +61,7 @@ class Line(TypedDict, total=False):
     peak_bytes: int | None
     log: list[dict[str, float]]
     norms: dict[str, float]
-    text: dict[str, dict[str, Any]]
+    text: dict[str, TextLine]
     task: dict[str, float]
     answers: list[int | None]
     forgetting: dict[str, dict[str, float]]
@@ -59,7 +70,12 @@ class Line(TypedDict, total=False):
 _ALWAYS = {"key": str, "run": dict}
 _OF_A_SUCCESS = {
     "study": dict, "seen": list, "unseen": list, "text": dict, "task": dict, "forgetting": dict,
+    "versions": dict,
 }  # fmt: skip
+_WITHIN = {
+    "text": ("loss", "tokens"), "forgetting": ("nats", "se"),
+}  # fmt: skip
+"""What each entry must have."""
 
 
 def checked(line: Mapping[str, Any], where: str) -> Line:
@@ -77,7 +93,38 @@ def checked(line: Mapping[str, Any], where: str) -> Line:
     for name in RunLine.__annotations__:
         if name not in line["run"]:
             raise InputError(f"{where}: not a line of a study: run.{name} is missing.")
+    for name, hint in get_type_hints(Line).items():
+        if name in line and not _fits(line[name], hint):
+            raise InputError(f"{where}: not a line of a study: {name!r} is of another type.")
+    if not line.get("error"):
+        for name, keys in _WITHIN.items():
+            for entry in line[name].values():
+                if missing := [k for k in keys if entry.get(k) is None]:
+                    raise InputError(f"{where}: {name} lacks {missing[0]!r}.")
     return line  # type: ignore[return-value]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a type."""
+    kinds = get_args(hint)
+    if hint is Any:
+        return True
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, kind) for kind in kinds)
+    if is_typeddict(hint):
+        hints = get_type_hints(hint)
+        return isinstance(value, dict) and all(
+            k not in hints or _fits(v, hints[k]) for k, v in value.items()
+        )
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(v, kinds[1]) for v in value.values())
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(v, kinds[0]) for v in value)
+    if hint in (int, float):
+        kind = (int, float) if hint is float else int
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        return fits and (isinstance(value, float) or abs(value) < 2**63)
+    return isinstance(value, hint)
 
 
 def groups_of_text(held_out: list[str], general: list[str]) -> dict[str, list[str]]:
@@ -106,7 +153,7 @@ def read_lines(path: Path) -> list[Line]:
             continue
         try:
             result = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise InputError(f"{path}, line {number}: not JSON.") from None
             continue

@@ -13,7 +13,7 @@ from typing import Any
 
 from hlora.core import store
 from hlora.core.adapter_file import ADAPTER_FILES
-from hlora.errors import HloraError
+from hlora.errors import HloraError, visible
 from hlora.files import write_json
 from hlora.run import machine
 from hlora.run.convert import convert
@@ -165,7 +165,7 @@ def _logged(study: Study, title: str) -> Any:
     path = Path(study.work) / "log.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        print(f"== {title}")
+        print(f"== {visible(title)}")
         yield
 
 

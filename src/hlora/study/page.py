@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from hlora.errors import visible
 from hlora.files import write_whole
 from hlora.run.settings import BLOCK
 from hlora.study import figures, tables
@@ -17,7 +19,7 @@ from hlora.study.built_in import built_in
 from hlora.study.claims import JUDGED, judge, mean_norms
 from hlora.study.cost import costs
 from hlora.study.rows import Results, Row
-from hlora.study.tables import Table
+from hlora.study.tables import Table, as_markdown
 
 _SAID = built_in("page.yaml")
 TITLE: str = _SAID["title"]
@@ -155,14 +157,31 @@ def write(
     write_whole(index, _rendered("report.html", svgs=svgs, **said))
     if page is None:
         return [index]
-    markdown = _rendered("report.md", folder=drawn.name, **said)
-    write_whole(page, markdown.rstrip() + "\n")
+    write_whole(page, _markdown(found, title, drawn.name, command))
     return [index, page]
 
 
 def _rendered(name: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hlora.study", ""), trim_blocks=True, lstrip_blocks=True,
-        autoescape=name.endswith(".html"),
+        autoescape=True,
     )  # fmt: skip
     return environment.get_template(f"{name}.jinja").render(values)
+
+
+def _markdown(found: list[Part], title: str, folder: str, command: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
+    lines = [f"# {as_markdown(title)}", "", "Written by", ""]
+    lines += [f"{fence}bash", visible(command).replace("\n", "\\n"), fence]
+    for part in found:
+        if part.code:
+            continue
+        lines += ["", f"## {as_markdown(part.title)}", ""]
+        if part.text:
+            lines += [as_markdown(part.text), ""]
+        if part.table:
+            lines += [*part.table.markdown(), ""]
+        for stem, _, caption in part.figures:
+            said = as_markdown(caption)
+            lines += [f"![{said}]({folder}/{stem}.svg)", "", said, ""]
+    return "\n".join(lines).rstrip() + "\n"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from hlora.errors import visible
 from hlora.study.lines import Line, append, drop_half_line, read_lines
 from hlora.study.measure import base_scores, failed, phase_nu, run_one
 from hlora.study.methods import METHODS
@@ -46,7 +47,8 @@ def run_study(
         left = (time.monotonic() - began) / finished * (total - finished)
         said = result["error"] or f"{result['seconds_total']:.0f} s, {_figures(study, result)}"
         print(
-            f"[{finished}/{total}, {left / 60:.0f} min left] {todo[index].title}: {said}",
+            f"[{finished}/{total}, {left / 60:.0f} min left] "
+            + visible(f"{todo[index].title}: {said}"),
             flush=True,
         )
     return read_lines(results)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from hlora.errors import visible
 from hlora.files import size
 from hlora.study.claims import MISSING, Verdict, difference, named_with_tasks
 from hlora.study.cost import Cost
@@ -13,6 +15,15 @@ from hlora.study.metrics import METRICS, forgetting_on
 from hlora.study.paper import COST, TABLE_1, TABLE_2, TASKS, Score, e_perplexity
 from hlora.study.rows import Results, Row
 from hlora.study.stats import independent, p_text, shown
+
+
+def as_markdown(text: str) -> str:
+    """Text in one line that Markdown shows as it is: no HTML, no links, no cells."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", visible(text))
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    text = re.sub(r"([\\`\[\]|$])", r"\\\1", text)
+    text = text.replace("\n", " ").replace("://", r":\//")
+    return re.sub(r"(?i)\b(www)\.", r"\1\\.", text)
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,8 @@ class Table:
         """Its lines: figures to the right, and all to the left where there is prose."""
         align = ["---", *(["---" if self.prose else "---:"] * (len(self.headings) - 1))]
         rows = [self.headings, align, *self.rows]
-        return ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
+        shown = [[as_markdown(c) for c in row] if row is not align else align for row in rows]
+        return ["| " + " | ".join(row) + " |" for row in shown]
 
 
 PAPER_NAMES = {"ewc-original": "ewc"}
