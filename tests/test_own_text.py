@@ -24,6 +24,24 @@ def test_it_begins_as_text_and_as_a_chat(tiny):
     assert len({tuple(r) for r in rows.tolist()}) == 5
 
 
+def test_a_chat_that_begins_as_any_text_gets_its_half(tiny):
+    model, tokenizer = load(str(tiny))
+    start = tokenizer.bos_token or tokenizer.eos_token
+    tokenizer.chat_template = start + CHAT.replace("the user ", "")
+    assert own_text(model, tokenizer, 5, 12).shape == (5, 12)
+
+
+def test_it_is_what_the_model_says_without_a_cache(tiny):
+    """Greedy, so to speak: a logit so far above the others is always drawn."""
+    model, tokenizer = load(str(tiny))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    [row] = own_text(model, tokenizer, 1, 10)
+    with torch.no_grad():
+        said = model(input_ids=row[None]).logits[0].argmax(-1)
+    assert torch.equal(row[1:], said[:-1])
+
+
 def test_the_seed_decides_and_the_model_stays_as_it_was(tiny):
     model, tokenizer = load(str(tiny))
     model.train()

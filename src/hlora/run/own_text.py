@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 _MARK = "\x00"
 
@@ -57,14 +59,19 @@ def _steps(n: int, size: int, tick: Callable[[int], None] | None) -> Any:
 def _continue(model: nn.Module, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
     """Rows (b, t) continued to (b, length)."""
     ids = ids[:, :length].to(generator.device)
-    seen, past = ids, None
+    seen, cache = ids, {_cache_name(model): DynamicCache()}  # it is filled in place
     while ids.shape[1] < length:
-        out = model(input_ids=seen, past_key_values=past, use_cache=True)
-        past = out.past_key_values
+        out = model(input_ids=seen, use_cache=True, **cache)
         chances = out.logits[:, -1].float().softmax(-1)
         seen = torch.multinomial(chances, 1, generator=generator)
         ids = torch.cat([ids, seen], dim=1)
     return ids.cpu()
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What the model's forward calls its cache: newer transformers have another word."""
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
+    return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
 
 
 def _chat_start(tokenizer: Any) -> list[int]:
