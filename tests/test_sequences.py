@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import hlora
 from hlora.core.importance import sequences
 from hlora.core.importance.blend import SMOOTH, Blend
 from hlora.core.importance.kronecker import Kronecker
 from hlora.core.importance.sequences import project
-from hlora.core.importance.sketch import Sketch
+from hlora.core.importance.sketch import Sketch, pulling
 from hlora.core.lowrank import LowRank
 from hlora.core.pairs import group
 from hlora.errors import UnsupportedModelError
@@ -32,8 +33,10 @@ def gathered(kind, rank=3, count=6, **lora):
     return importance, groups, changes, *zip(*factors, strict=True)
 
 
-def dense_value(importance, groups, matrices):
-    """R from (L, m, n) matrices, by what is stored."""
+def dense_value(importance, groups, matrices, meter=False):
+    """R from (L, m, n) matrices, by what is stored; or the forgetting."""
+    if isinstance(importance, Blend) and meter:
+        return dense_value(importance.sketch, groups, matrices, meter)
     if isinstance(importance, Blend):
         return dense_value(importance.sketch, groups, matrices) + SMOOTH * dense_value(
             importance.smooth, groups, matrices
@@ -43,7 +46,8 @@ def dense_value(importance, groups, matrices):
         V = importance.stack(g, "V")
         if isinstance(importance, Sketch):
             cores = importance.stack(g, "cores")
-            g_n = cores @ V[:, None, :, : cores.shape[3]].mT
+            part = slice(pulling(cores.shape[1]), None) if meter else slice(pulling(cores.shape[1]))
+            g_n = cores[:, part] @ V[:, None, :, : cores.shape[3]].mT
             total = total + (g_n * D[:, None]).sum((0, 2, 3))
             continue
         U = importance.stack(g, "U")
@@ -123,15 +127,30 @@ def test_values_and_gradients_are_those_of_dense_matrices(kind, targets):
     torch.testing.assert_close(sum(values.sum() for values, _, _ in pulled), expected.detach())
     assert expected > 0
     torch.testing.assert_close(forgetting, importance.forgetting(groups, changes))
+    meter = dense_value(importance, groups, matrices, meter=True).detach()
+    torch.testing.assert_close(forgetting, meter)
     for (_, GA, BG), g, B, A in zip(pulled, G, Bs, As, strict=True):
         torch.testing.assert_close(2 * GA, g @ A.mT)
         torch.testing.assert_close(2 * BG, B.mT @ g)
 
 
-def test_the_meter_of_a_blend_is_its_sketch():
-    importance, groups, changes, Bs, As = gathered(Blend)
-    seen = sum(v.sum() for v, _, _ in importance.sketch.pulls(groups, changes, Bs, As)[0])
-    torch.testing.assert_close(importance.forgetting(groups, changes), seen)
+@pytest.mark.parametrize("kind", [Sketch, Blend])
+def test_the_meter_s_sequences_do_not_pull(kind):
+    """Without those that pull it says the same, and without its own the pull is the same."""
+    importance, groups, changes, Bs, As = gathered(kind)
+    pulled, forgetting = importance.pulls(groups, changes, Bs, As)
+    tensors = importance.tensors()
+    for part, same in ((slice(0, 3), "forgetting"), (slice(3, 6), "pull")):
+        changed = {k: t.clone() for k, t in tensors.items()}
+        for name, t in changed.items():
+            if name.endswith(".cores"):
+                t[part] = 0
+        other = kind.from_tensors(changed)
+        other.arrange(groups)
+        again, lost = other.pulls(groups, changes, Bs, As)
+        equal = [torch.equal(a, b) for a, b in zip(pulled[0], again[0], strict=True)]
+        assert torch.equal(lost, forgetting) == (same == "forgetting")
+        assert all(equal) if same == "pull" else not any(equal)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -221,6 +240,12 @@ def test_missing_and_infinite_parts_are_refused(kind):
     broken = {**tensors, name: torch.full_like(tensors[name], torch.inf)}
     with pytest.raises(ValueError, match=part):
         kind.from_tensors(broken).check()
+
+
+def test_one_sequence_is_too_few():
+    model = lora_model()
+    with pytest.raises(hlora.InputError, match="two sequences"):
+        Blend.gather(model, find_pairs(model), torch.randint(3, 60, (1, 9)))
 
 
 def test_a_layer_that_runs_twice_is_refused():

@@ -2,7 +2,7 @@
 
 The sketch couples all layers but knows N directions only; the Kronecker product knows all
 directions but no coupling. R is the sum of both, the second `SMOOTH` times, since it is too low by
-about as much. The sketch alone is the meter.
+about as much. The sequences of the sketch that do not pull are the meter.
 """
 
 from __future__ import annotations

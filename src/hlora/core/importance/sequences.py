@@ -102,7 +102,16 @@ class Sequences(Importance):
     def gather(
         cls: type[Self], model: nn.Module, pairs: list[Pair], rows: Tensor, **options: Any
     ) -> tuple[Self, dict[str, Any]]:
-        """At the model's present weights; the options are those of `project`."""
+        """At the model's present weights; the options are those of `project`.
+
+        Raises:
+            InputError: less than two rows.
+        """
+        if len(rows) < 2:
+            raise InputError(
+                f"{cls.kind.capitalize()} importance needs at least two sequences, not {len(rows)}: "
+                "give more text, or a larger --sequences."
+            )
         summary = {"sequences": len(rows), "tokens": rows.shape[1]}
         return cls.of(project(model, pairs, rows, **options), rows.shape[1] - 1), summary
 
