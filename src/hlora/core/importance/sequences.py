@@ -109,7 +109,7 @@ class Sequences(Importance):
         """
         if len(rows) < 2:
             raise InputError(
-                f"{cls.kind.capitalize()} importance needs at least two sequences, not {len(rows)}: "
+                f"{cls.kind.capitalize()} importance needs two sequences or more, not {len(rows)}: "
                 "give more text, or a larger --sequences."
             )
         summary = {"sequences": len(rows), "tokens": rows.shape[1]}
