@@ -47,7 +47,7 @@ def test_a_part_of_another_type_is_refused(nu, path, value):
 def test_no_mutated_importance_is_a_traceback(nu, tmp_path):
     marker, draw, codes = nu / store.MARKER, random.Random(2), []
     good = json.loads(marker.read_text())
-    for _ in range(150):
+    for _ in range(100):
         info = copy.deepcopy(good)
         at = info
         while True:

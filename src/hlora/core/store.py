@@ -158,7 +158,15 @@ def _check_shape(info: dict[str, Any]) -> None:
     base = info["base_model"]
     mappings = {
         name: {} if info.get(name) is None else info[name]
-        for name in ("recording", "summary", "pairs", "norms", "files", "settings")
+        for name in (
+            "recording",
+            "summary",
+            "pairs",
+            "norms",
+            "files",
+            "settings",
+            "adapter_config",
+        )
     }
     mappings |= {"config": base["config"], "samples": base["samples"]}
     entries = (*info["pairs"].values(), *info["files"].values())
@@ -169,6 +177,7 @@ def _check_shape(info: dict[str, Any]) -> None:
     numbers += [p[k] for p in info["pairs"].values() for k in ("m", "n", "r", "s")]
     numbers += [v for sample in base["samples"].values() for v in sample]
     texts = [info["kind"], info["created"], info["hlora_version"], base["name"] or ""]
+    texts += [f["sha256"] for f in info["files"].values()]
     for values, kind in ((numbers, (int, float)), (texts, str)):
         if wrong := [v for v in values if not isinstance(v, kind) or isinstance(v, bool)]:
             raise TypeError(f"{str(wrong[0])[:40]!r} is of another type")
