@@ -13,7 +13,7 @@ from hlora.cli.screen import Screen
 from hlora.core import store
 from hlora.core.layers import layer_grid
 from hlora.core.recorder import describe_summary
-from hlora.errors import InputError
+from hlora.errors import InputError, StoreError
 from hlora.files import size
 from hlora.run.settings import InspectSettings
 
@@ -25,7 +25,7 @@ def run(settings: InspectSettings) -> None:
         raise InputError(f"--plot {settings.plot}: name a .png, .svg or .pdf file.")
     info = store.load(folder).info
     console = Screen(highlight=False)
-    base, recording = info["base_model"], info["recording"]
+    base, recording = info["base_model"], info.get("recording") or {}
     lines = {
         "base model": base["name"] or "(unnamed)",
         "": ", ".join(f"{k} {v}" for k, v in base["config"].items()),
@@ -34,13 +34,16 @@ def run(settings: InspectSettings) -> None:
         "adapter": ", ".join(
             sorted({f"r {p['r']:g}, scaling {p['s']:g}" for p in info["pairs"].values()})
         ),
-        "earlier": info["previous"] or "none",
+        "earlier": info.get("previous") or "none",
     }  # fmt: skip
     for name, value in lines.items():
         console.print(f"{name:<12}{value}")
     for name, file in info["files"].items():
         console.print(f"{size(file['bytes']):>10}  {name}")
-    console.print(describe_summary(info.get("gathered_as", info["kind"]), info["summary"]))
+    try:
+        console.print(describe_summary(info.get("gathered_as", info["kind"]), info["summary"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"The summary in {folder} is damaged ({error}): record again.") from None
     for line in _heatmap(info["norms"]):
         console.print(line)
     if settings.plot:

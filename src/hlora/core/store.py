@@ -145,9 +145,42 @@ def read_info(folder: Path | str) -> dict[str, Any]:
         missing = {"kind", "base_model", "pairs", "norms", "files"} - info.keys()
         if missing:
             raise KeyError(*missing)
-    except (ValueError, KeyError, TypeError) as error:
+        _check_shape(info)
+    except RecursionError:
+        raise StoreError(f"{path} is damaged (nested too deep): record again.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({error}): record again.") from None
     return info
+
+
+def _check_shape(info: dict[str, Any]) -> None:
+    """Raise if what is read of `importance.json` is not of the type that was written."""
+    base = info["base_model"]
+    mappings = {
+        name: {} if info.get(name) is None else info[name]
+        for name in (
+            "recording",
+            "summary",
+            "pairs",
+            "norms",
+            "files",
+            "settings",
+            "adapter_config",
+        )
+    }
+    mappings |= {"config": base["config"], "samples": base["samples"]}
+    entries = (*info["pairs"].values(), *info["files"].values())
+    for name, value in (*mappings.items(), *(("an entry", e) for e in entries)):
+        if not isinstance(value, dict):
+            raise TypeError(f"{name} is no mapping")
+    numbers = [*info["norms"].values(), *(f["bytes"] for f in info["files"].values())]
+    numbers += [p[k] for p in info["pairs"].values() for k in ("m", "n", "r", "s")]
+    numbers += [v for sample in base["samples"].values() for v in sample]
+    texts = [info["kind"], info["created"], info["hlora_version"], base["name"] or ""]
+    texts += [f["sha256"] for f in info["files"].values()]
+    for values, kind in ((numbers, (int, float)), (texts, str)):
+        if wrong := [v for v in values if not isinstance(v, kind) or isinstance(v, bool)]:
+            raise TypeError(f"{str(wrong[0])[:40]!r} is of another type")
 
 
 def load(folder: Path | str) -> Stored:
