@@ -41,6 +41,7 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/bandit -q -c pyproject.toml -r src
 
 format: .venv/.dev
 	$(BIN)/ruff format .
