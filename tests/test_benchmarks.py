@@ -112,7 +112,7 @@ def test_the_peers_compute_the_same(monkeypatch):
     optimizer = torch.optim.AdamW(bench.trained, lr=1e-3)
     import hlora
 
-    ours = hlora.Record("unused", kind="dense")
+    ours = hlora.Record(tmp_path / "unused", kind="dense")
     ours.start(bench.model, optimizer)
     plain = PlainRecord(bench.pairs, optimizer)
     for _ in range(2):
