@@ -98,7 +98,7 @@ def test_what_was_to_be_reached_is_judged(measured):
     assert found["record, dense: peak memory"][-1] == "reached"
 
 
-def test_the_peers_compute_the_same(monkeypatch):
+def test_the_peers_compute_the_same(monkeypatch, tmp_path):
     """A benchmark against something else would be worth nothing."""
     import torch
 
