@@ -7,6 +7,7 @@ import hlora
 from hlora.cli import main as cli
 from hlora.run.models import load
 from hlora.run.own_text import own_text
+from tests.tiny import write_text
 
 CHAT = "{% for m in messages %}the user {{ m['content'] }} end{% endfor %}"
 
@@ -90,6 +91,13 @@ def test_with_text_it_is_half_and_half(tiny, tmp_path, capsys):
         hlora.load(tmp_path / "nu").info["summary"] | {"own_text": 4, "sequences": 8}
         == (hlora.load(tmp_path / "nu").info["summary"])
     )
+
+
+def test_options_of_a_gathering_are_refused_in_a_recording(tiny, tmp_path, capsys):
+    text = write_text(tmp_path / "a.txt")
+    argv = ["record", "--model", str(tiny), "--text", str(text), "--output", str(tmp_path / "nu")]
+    assert cli.main([*argv, "--sequences", "8"]) == 2
+    assert "--sequences" in capsys.readouterr().err
 
 
 def test_a_recording_without_text_is_refused(tiny, tmp_path, capsys):

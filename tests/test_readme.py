@@ -48,15 +48,19 @@ def test_the_commands_run_as_they_stand(tiny, tmp_path, monkeypatch):
     write_rows(tmp_path / "more.jsonl", [{"text": "one more document"}] * 9)
     write_rows(tmp_path / "rows.jsonl", questions())
     pytest.importorskip("matplotlib")
+    few = ["--max-steps", "2", "--batch-size", "2"]
     small = {
-        "record": ["--max-steps", "2", "--batch-size", "2", "--block-size", "32"],
-        "tune": ["--max-steps", "2", "--batch-size", "2"],
-        "eval": ["--block-size", "32"],
-    }
+        "record": [*few, "--block-size", "32"], "tune": few, "eval": ["--block-size", "32"],
+        "rewind": ["--block-size", "32", "--text-blocks", "2"],
+    }  # fmt: skip
+    argv = ["tune", "--model", str(tiny), "--task", "rows.jsonl", "--output", "lora", *few]
+    assert cli.main(argv) == 0  # README: an adapter that is already trained, by anyone
     commands = [
         line for block in code("bash") for line in block.splitlines() if line.startswith("hlora ")
     ]
-    assert [c.split()[1] for c in commands] == ["record", "tune", "eval", "inspect"]
+    assert [c.split()[1] for c in commands] == [
+        "record", "tune", "rewind", "record", "tune", "eval", "inspect",
+    ]  # fmt: skip
     for command in commands:
         words = shlex.split(command)[1:]
         words = [{"smollm2-135m": str(tiny), "sciq": "rows.jsonl"}.get(w, w) for w in words]

@@ -249,6 +249,12 @@ def _recorder(settings: RecordSettings) -> Record | None:
     """None for a kind that is gathered without training."""
     if settings.kind and not kind_named(settings.kind).trained:
         return None
+    for name in ("sequences", "fisher_labels", "fisher_method"):
+        if getattr(settings, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} is for importance gathered without training: give its "
+                "--kind too."
+            )
     return Record(
         settings.output, kind=settings.kind, storage=settings.storage, preset=settings.preset,
         previous=settings.importance, overwrite=settings.overwrite, estimator=settings.estimator,

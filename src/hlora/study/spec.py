@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+from hlora.core.kinds import kind_named
 from hlora.errors import InputError, refuse_unknown
 from hlora.files import read_yaml, sha256
 from hlora.run.build import build, plain
@@ -184,6 +185,8 @@ def record_settings(study: Study, method: str, seed: int) -> RecordSettings:
         "text": [f"{k}={study.where(v)}" for k, v in study.general.items()],
         "output": str(nu_folder(study, method, seed)), **study.record, **(of.record or {}),
     }  # fmt: skip
+    if kind_named(values["kind"]).trained:
+        values.pop("sequences", None)  # the study's are for the methods that take some
     if of.after_nu:
         values["importance"] = str(nu_folder(study, "lora-nu-mu", seed))
     return build(RecordSettings, values)
