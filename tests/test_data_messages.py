@@ -8,6 +8,7 @@ import pytest
 
 import hlora
 from hlora.cli import main as cli
+from hlora.data import chemistry
 from hlora.data.read import load_hub
 from hlora.data.tasks import load_task
 from hlora.data.text import Source
@@ -67,6 +68,7 @@ def test_a_missing_package_is_named(package, use, tmp_path, monkeypatch):
     for name in [n for n in sys.modules if n.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
+    chemistry._facts.cache_clear()
     with pytest.raises(hlora.InputError, match="pip install"):
         use()
 

@@ -137,6 +137,6 @@ def test_no_mutated_adapter_config_is_a_traceback(tmp_path):
         path.write_text(mutated(draw, good), "utf-8", "replace")
         try:
             load_adapter(lora_model().unload(), tmp_path)
-        except hlora.InputError:
+        except hlora.HloraError:
             refused += 1
     assert refused

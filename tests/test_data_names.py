@@ -127,7 +127,7 @@ def test_no_mutated_results_are_a_traceback(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures, "save_both", lambda figure, stem: "<svg/>")
     draw, lines, codes = random.Random(0), study(), set()
-    monkeypatch.setattr("hlora.cli.report._show", lambda *a: None)
+    monkeypatch.setattr("hlora.cli.report.show", lambda *a, **k: None)
     for _ in range(4):
         at = draw.randrange(len(lines))
         bad = [*lines[:at], changed(draw, lines[at]), *lines[at + 1 :]]
