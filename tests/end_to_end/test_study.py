@@ -237,7 +237,7 @@ def test_the_first_place_that_exists_is_read(place, monkeypatch):
         ("phi: [0.01, 0.1]", "phi: 0.1", "phi must be a list"),
         ("work: work", "work: [w]", "work must be text"),
         ("general: {a: a.txt, b: b.txt}", "general: a.txt", "general must be a mapping"),
-        ("general: {a: a.txt,", "general: {a: 3,", "a text or task must be text"),
+        ("general: {a: a.txt,", "general: {a: {b: c},", "a text or task must be text"),
     ],
 )
 def test_values_of_the_wrong_kind_are_refused(place, old, new, message):

@@ -128,8 +128,8 @@ def sources(specs: Sequence[str], column: str | None) -> list[Source]:
     for a, b in itertools.combinations(found, 2):
         if a.name == b.name:
             raise InputError(
-                f"Two kinds of text are named {a.name} ({a.where} and {b.where}): name them with "
-                "--text NAME=WHERE ..."
+                f"Two kinds of text have the same name, {a.name} ({a.where} and {b.where}): name "
+                "them with --text NAME=WHERE ..."
             )
     return found
 

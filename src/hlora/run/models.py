@@ -106,17 +106,19 @@ def context(model: nn.Module) -> int:
     return 1 << 30
 
 
-def check_block_size(model: nn.Module, size: int) -> None:
-    """Refuse blocks of text that the model cannot take.
+def block_size(model: nn.Module, given: int | None, usual: int) -> int:
+    """Tokens in a block of text: the usual, or less where the model takes less.
 
     Raises:
-        InputError: names the largest size.
+        InputError: another was given, and the model takes less.
     """
-    if size > context(model):
+    most = context(model)
+    if given not in (None, usual) and given > most:
         raise InputError(
-            f"--block-size {size} is more than the {context(model)} tokens that the model takes: "
-            f"give --block-size {context(model)} or less."
+            f"A block of {given} tokens is more than the {most} that the model takes: give "
+            f"--block-size {most} or less."
         )
+    return min(given or usual, most)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> nn.Module:

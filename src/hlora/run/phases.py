@@ -35,7 +35,7 @@ from hlora.hf.record import Record, save_importance
 from hlora.hf.regularize import Penalty
 from hlora.run import dry_run
 from hlora.run.models import (
-    check_block_size,
+    block_size,
     context,
     follow_adapter,
     load,
@@ -152,9 +152,8 @@ class GeneralPhase(_Phase):
             )
         own = (taken // 2 if texts else taken) if self.of.own_text else 0
         self._load_model()
-        check_block_size(self.model, settings.block_size or 0)
-        size = settings.block_size or (GATHERED_BLOCK if self.of.own_text else BLOCK)
-        size = min(size, context(self.model))
+        usual = GATHERED_BLOCK if self.of.own_text else BLOCK
+        size = block_size(self.model, settings.block_size, usual)
         self.texts: dict[str, Tensor] = {
             s.name: blocks(
                 s, self.tokenizer, size,
@@ -349,7 +348,7 @@ class DomainPhase(_Phase):
 
     def _general(self, text: list[str], limit: int) -> Tensor:
         """At most so many rows of each kind of text, shuffled, (N, T)."""
-        size, known = min(GATHERED_BLOCK, context(self.model)), vocabulary(self.model)
+        size, known = block_size(self.model, None, GATHERED_BLOCK), vocabulary(self.model)
         kinds = [blocks(Source.parse(s), self.tokenizer, size, limit, known) for s in text]
         rows, draw = torch.cat(kinds), torch.Generator().manual_seed(self.settings.seed)
         self.also_read.append(rows)

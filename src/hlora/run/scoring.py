@@ -17,7 +17,7 @@ from hlora.run import harness
 from hlora.run.evaluate import TaskScore, TextScore, forgetting, score_task, score_text
 from hlora.run.harness import HarnessScore
 from hlora.run.models import (
-    check_block_size,
+    block_size,
     load,
     load_adapter,
     pick_device,
@@ -25,7 +25,7 @@ from hlora.run.models import (
     vocabulary,
 )
 from hlora.run.progress import bar
-from hlora.run.settings import EvalSettings
+from hlora.run.settings import BLOCK, EvalSettings
 
 Scores = dict[str, dict[str, Any]]
 """`text`, `task` and `lm_eval`, each a score by name."""
@@ -75,12 +75,9 @@ def prepare(
     )  # fmt: skip
     device = pick_device(settings.device)
     model, tokenizer = load(settings.model, dtype=pick_dtype(settings.dtype, device), device=device)
-    if texts:
-        check_block_size(model, settings.block_size)
+    size = block_size(model, settings.block_size, BLOCK) if texts else 0
     kinds = {
-        s.name: blocks(
-            s, tokenizer, settings.block_size, settings.text_blocks or None, vocabulary(model)
-        )
+        s.name: blocks(s, tokenizer, size, settings.text_blocks or None, vocabulary(model))
         for s in texts
     }
     tasks = [t.rendered(tokenizer) for t in tasks]
