@@ -2,6 +2,7 @@
 #   make demo    the whole story on a small model, and a page to look at
 #   make test    lint, types, tests
 #   make mutants break the method in many places and see that a test notices each
+#   make soak    kill both phases, damage every file, and see what comes of it
 #   make quick   the tests that need no real model
 #   make bench   what it costs: docs/cost.md anew, on this machine
 #   make format  format the code
@@ -11,7 +12,7 @@ TORCH ?= 2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest quick format lint bench mutants clean
+.PHONY: demo test test-oldest quick format lint bench mutants soak clean
 
 demo: .venv/.demo
 	$(BIN)/hlora demo --output demo --overwrite
@@ -33,6 +34,9 @@ bench: .venv/.dev
 
 mutants: .venv/.dev
 	$(BIN)/python -m tests.mutants
+
+soak: .venv/.dev
+	$(BIN)/python -m tests.soak --page docs/reliability.md
 
 quick: lint
 	$(BIN)/python -m pytest -m "not slow"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch.distributed
@@ -59,4 +60,7 @@ def leave_together() -> None:
     """
     wait_for_all()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Gloo's thread lets go of the barrier meanwhile. It needs the interpreter for that, and the
+        # group's end, which holds it, waits for the thread: together they wait for ever.
+        time.sleep(0.5)
         torch.distributed.destroy_process_group()
