@@ -119,7 +119,8 @@ def parse_yaml(text: str) -> Any:
             return super().compose_node(parent, index)
 
     try:
-        return yaml.load(text, Loader)  # nosec B506: a SafeLoader with fewer types
+        # It is a SafeLoader, with fewer types.
+        return yaml.load(text, Loader)  # nosec B506
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except Exception as error:  # a tag on what is none, such as `!!timestamp x`, raises anything

@@ -228,8 +228,9 @@ def _from_gguf(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise InputError("Reading a .gguf file needs the package gguf: pip install 'hlora[demo]'.")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
+            # A local folder: there is no revision to pin.
             here = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-            read = AutoModelForCausalLM.from_pretrained(**here)  # nosec B615: a local folder
+            read = AutoModelForCausalLM.from_pretrained(**here)  # nosec B615
         tokenizer = AutoTokenizer.from_pretrained(**here)  # nosec B615
     except Exception as error:  # a damaged file may raise anything
         raise InputError(_why_not(source, error)) from None
