@@ -162,7 +162,7 @@ class RecordSettings(TrainSettings):
         choices=("fp32", "bf16", "int8"), more=True,
     )  # fmt: skip
     sequences: int = setting(
-        "rows of text for importance gathered without training; 0 for 160 (fisher: 200, and as in "
+        "rows of text for importance gathered without training; 0 for 128 (fisher: 200, and as in "
         "EWC-LoRA 20,000 with --fisher-method original)", 0, more=True, least=0,
     )  # fmt: skip
     fisher_labels: str | None = setting(

@@ -29,7 +29,7 @@ from hlora.core.lowrank import LowRank, Weighed
 from hlora.core.pairs import Group, Pair
 from hlora.errors import InputError, UnsupportedModelError
 
-SEQUENCES = 160
+SEQUENCES = 128
 """Rows that a gathering takes unless told otherwise."""
 RANK = 16
 """Columns of U and V, where the matrix has as many."""
