@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Example:
     choices: tuple[str, ...]
     answer: int
     bare: tuple[str, ...]
-    where: str = ""
+    where: str = field(default="", compare=False)
     chat: tuple[Messages, Messages] | None = None
 
 
