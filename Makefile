@@ -17,8 +17,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 demo: .venv/.demo
 	$(BIN)/hlora demo --output demo --overwrite
 
+# A process a core: two threads each would only wait for one another.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The floors of pyproject.toml, but for torch: an old one would bring CUDA along.
 test-oldest: .venv-oldest/.installed
