@@ -138,7 +138,7 @@ def training_value(name: str, value: Any) -> Any:
         return plain(value)
     from transformers import TrainingArguments
 
-    hint = get_type_hints(TrainingArguments).get(name)
+    hint = _hints(TrainingArguments).get(name)
     kinds = set(get_args(hint) or (hint,))
     if hint is None or (type(None) in kinds and value.lower() in ("null", "none")):
         return plain(value) if hint is None else None
@@ -155,6 +155,16 @@ def training_value(name: str, value: Any) -> Any:
                 return plain(value)
             return _converted(f"--training.{name}", value, kind)
     return plain(value)
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a class's fields; one that its module names and never imports is any."""
+    known: dict[str, Any] = {}
+    while True:
+        try:
+            return get_type_hints(cls, localns=known)
+        except NameError as error:
+            known[str(error.name)] = Any
 
 
 def unknown_setting(word: str, known: Iterable[str]) -> str:
