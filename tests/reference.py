@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def sequence_gradients(model, pairs, rows) -> dict[str, Tensor]:
+    """∂ log p(row) / ∂θ of each target by name, (N, m, n): one backward pass a row of (N, T)."""
+    found: dict[str, list[Tensor]] = {p.name: [] for p in pairs}
+    for p in pairs:
+        p.weight.requires_grad_(True)
+    for row in rows:
+        logits = model(input_ids=row[None]).logits[0, :-1]
+        loss = F.cross_entropy(logits, row[1:], reduction="sum")
+        for p, g in zip(pairs, torch.autograd.grad(loss, [p.weight for p in pairs]), strict=True):
+            found[p.name].append(g.mT if p.transposed else g)
+    return {name: torch.stack(of) for name, of in found.items()}
 
 
 def equivalent_gradient(B, A, gB, gA, eta) -> Tensor:

@@ -172,3 +172,17 @@ def test_nothing_that_is_not_finite_is_written_or_read(tmp_path, nu):
         store.load(nu)
     with pytest.raises(hlora.StoreError, match="not finite"):
         load_adapter(base_model(), nu)
+
+
+def test_what_is_restored_are_the_weights_that_the_last_step_trained():
+    """As many of them as in the step before, and others."""
+    weights = [torch.nn.Parameter(torch.tensor([float(i)])) for i in range(3)]
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    steps = steps_of(optimizer)
+    for trained in ((0, 1), (1, 2)):
+        for i, w in enumerate(weights):
+            w.grad = torch.ones(1) if i in trained else None
+        optimizer.step()
+    assert [w.item() for w in weights] == [-1.0, -1.0, 1.0]
+    assert steps.restore()
+    assert [w.item() for w in weights] == [-1.0, 0.0, 2.0]

@@ -1,6 +1,5 @@
 """importance.json of another shape is one error, whoever reads it."""
 
-import copy
 import json
 import random
 
@@ -9,6 +8,7 @@ import pytest
 import hlora
 from hlora.cli import main as cli
 from hlora.core import store
+from tests.damage import changed
 
 ODD = [None, [], {}, "x", [[]], {"a": {}}, True]
 
@@ -48,18 +48,7 @@ def test_no_mutated_importance_is_a_traceback(nu, tmp_path):
     marker, draw, codes = nu / store.MARKER, random.Random(2), []
     good = json.loads(marker.read_text())
     for _ in range(100):
-        info = copy.deepcopy(good)
-        at = info
-        while True:
-            key = draw.choice(list(at) if isinstance(at, dict) else range(len(at)))
-            if isinstance(at[key], (dict, list)) and at[key] and draw.random() < 0.7:
-                at = at[key]
-                continue
-            if draw.random() < 0.3 and isinstance(at, dict):
-                del at[key]
-            else:
-                at[key] = draw.choice([*ODD, -1, 10**400, 0.5])
-            break
+        info = changed(draw, good, [*ODD, -1, 10**400, 0.5], deeper=0.7)
         marker.write_text(json.dumps(info))
         codes.append(cli.main(["inspect", str(nu)]))
     assert set(codes) == {0, 2}

@@ -1,6 +1,5 @@
 """Names and errors from files are text: no markup, no HTML, no commands to a terminal."""
 
-import copy
 import json
 import random
 import re
@@ -14,6 +13,7 @@ from hlora.cli.screen import Screen, say
 from hlora.errors import InputError, visible
 from hlora.study.lines import checked
 from hlora.study.tables import as_markdown
+from tests.damage import changed
 from tests.results_lines import line, study
 from tests.tiny import questions, write_rows, write_text
 
@@ -102,22 +102,6 @@ def test_a_line_of_another_shape_is_refused(change):
 def test_a_results_file_nested_deep_is_one_error(tmp_path):
     (tmp_path / "r.jsonl").write_text("[" * 100_000 + "\n{}\n")
     assert cli.main(["report", str(tmp_path / "r.jsonl")]) == 2
-
-
-def changed(draw, value):
-    """The value with one thing in it of another type, or away."""
-    value = copy.deepcopy(value)
-    at = value
-    while True:
-        key = draw.choice(list(at) if isinstance(at, dict) else range(len(at)))
-        if isinstance(at[key], (dict, list)) and at[key] and draw.random() < 0.8:
-            at = at[key]
-            continue
-        if draw.random() < 0.3 and isinstance(at, dict):
-            del at[key]
-        else:
-            at[key] = draw.choice([None, [], {}, -1, 10**30, "x", [[]], {"a": {}}, True, 0.5])
-        return value
 
 
 def test_no_mutated_results_are_a_traceback(tmp_path, monkeypatch):

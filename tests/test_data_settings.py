@@ -9,8 +9,8 @@ import pytest
 import hlora
 from hlora.cli import main as cli
 from hlora.cli.options import parse
+from hlora.data.parse import parse_json
 from hlora.data.tasks import load_task
-from hlora.files import parse_json
 from hlora.run import settings as config
 from hlora.run.build import build, plain, training_value
 from hlora.study.spec import read_study

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import hlora
 from hlora.cli import main as cli
@@ -13,6 +12,7 @@ from hlora.core.ops import reference as tiled
 from hlora.hf.peft import find_pairs
 from hlora.hf.record import save_importance
 from tests.conftest import lora_model, make_trainer, perturb
+from tests.reference import sequence_gradients
 from tests.test_ops import error, rand
 from tests.tiny import write_text
 
@@ -38,14 +38,8 @@ def test_it_is_the_mean_squared_gradient_of_the_base_weights(architecture):
     rows = torch.randint(3, 60, (5, 9))
     found = gather(model, rows, labels="corpus", batch_size=2)
     pairs = find_pairs(model)
-    expected = {p.name: 0 for p in pairs}
-    for p in pairs:
-        p.weight.requires_grad_(True)
-    for row in rows:
-        logits = model(input_ids=row[None]).logits[0, :-1]
-        loss = F.cross_entropy(logits, row[1:], reduction="sum")
-        for p, g in zip(pairs, torch.autograd.grad(loss, [p.weight for p in pairs]), strict=True):
-            expected[p.name] += (g.mT if architecture == "gpt2" else g) ** 2 / len(rows)
+    gradients = sequence_gradients(model, pairs, rows)
+    expected = {name: g.square().mean(0) for name, g in gradients.items()}
     for name, F_i in found.tensors().items():
         torch.testing.assert_close(F_i.double(), expected[name], rtol=1e-4, atol=1e-10)
         assert F_i.max() > 0

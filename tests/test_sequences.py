@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import hlora
 from hlora.core.importance import sequences
@@ -15,6 +14,7 @@ from hlora.core.pairs import group
 from hlora.errors import UnsupportedModelError
 from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model, perturb
+from tests.reference import sequence_gradients
 
 KINDS = [Kronecker, Sketch, Blend]
 
@@ -68,16 +68,9 @@ def test_projected_gradients_are_those_of_autograd_sequence_by_sequence(architec
     rows = torch.randint(3, 60, (5, 9))
     pairs = find_pairs(model)
     found = project(model, pairs, rows, rank=3, labels="corpus", batch_size=2)
-    for p in pairs:
-        p.weight.requires_grad_(True)
-    gradients = {p.name: [] for p in pairs}
-    for row in rows:
-        logits = model(input_ids=row[None]).logits[0, :-1]
-        loss = F.cross_entropy(logits, row[1:], reduction="sum")
-        for p, g in zip(pairs, torch.autograd.grad(loss, [p.weight for p in pairs]), strict=True):
-            gradients[p.name].append(g.mT if p.transposed else g)
+    gradients = sequence_gradients(model, pairs, rows)
     for name, of in found.items():
-        g = torch.stack(gradients[name])
+        g = gradients[name]
         assert g.abs().max() > 0
         rowwise, columnwise = (g @ g.mT).mean(0), (g.mT @ g).mean(0)
         torch.testing.assert_close(of.U.mT @ of.U, torch.eye(3, dtype=g.dtype))

@@ -18,6 +18,11 @@ def visible(text: str) -> str:
     )
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What another library's error says, in one line of at most so many characters."""
+    return " ".join(str(error).split())[:most]
+
+
 class HloraError(Exception):
     """Base of every error that hlora raises on purpose. Its text is meant for the user."""
 

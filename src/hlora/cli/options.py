@@ -8,8 +8,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
+from hlora.data.parse import read_yaml
 from hlora.errors import InputError
-from hlora.files import read_yaml
 from hlora.run.build import build, default_of, kind_of, unknown_setting
 
 S = TypeVar("S")

@@ -114,7 +114,7 @@ class Steps:
             self.forward = []
             for p in trained:
                 p.grad = None
-        elif self._good is None or len(self._good[0]) != len(trained):
+        elif self._good is None or [*map(id, self._good[0])] != [*map(id, trained)]:
             self._good = (list(trained), [p.detach().clone() for p in trained])
             self._first = self._first or (list(trained), [p.clone() for p in self._good[1]])
         else:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from hlora.errors import InputError
+from hlora.errors import InputError, one_line
 
 
 def encode(
@@ -81,5 +81,6 @@ def render_chat(tokenizer: Any, messages: Any, where: str, *, ask: bool = False)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise InputError(f"{where}: the chat template refuses these messages: {said}") from None
+        raise InputError(
+            f"{where}: the chat template refuses these messages: {one_line(error)}"
+        ) from None

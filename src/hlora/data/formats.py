@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from importlib.resources import files
 from typing import Any
 
-from hlora.files import parse_yaml
+from hlora.data.parse import parse_yaml
 
 
 @dataclass(frozen=True)

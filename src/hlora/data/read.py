@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from hlora.errors import InputError
-from hlora.files import parse_json
+from hlora.data.parse import parse_json
+from hlora.errors import InputError, one_line
 
 TEXT = (".txt", ".md", ".text", ".rst", ".tex", ".log", ".py")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -191,8 +191,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
             for batch in parquet.ParquetFile(raw).iter_batches(batch_size=256):
                 yield from batch.to_pylist()
     except (OSError, EOFError, ValueError, OverflowError, pyarrow.ArrowException) as error:
-        said = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} cannot be read as parquet ({said}).") from None
+        raise InputError(f"{path} cannot be read as parquet ({one_line(error)}).") from None
 
 
 def load_saved(folder: Path, split: str) -> Iterator[dict[str, Any]]:
@@ -205,7 +204,7 @@ def load_saved(folder: Path, split: str) -> Iterator[dict[str, Any]]:
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # a damaged folder may raise anything
-        raise InputError(f"The data set {folder} cannot be read: {_short(error)}") from None
+        raise InputError(f"The data set {folder} cannot be read: {one_line(error)}") from None
     if isinstance(found, datasets.DatasetDict):
         split = split or ("train" if "train" in found or len(found) != 1 else next(iter(found)))
         if split not in found:
@@ -236,7 +235,7 @@ def load_hub(where: str, default_split: str = "train") -> Iterator[dict[str, Any
         )  # fmt: skip
     except Exception as error:  # any loader may raise anything
         raise InputError(
-            f"{name} is no file here and cannot be loaded as a hub data set: {_short(error)}"
+            f"{name} is no file here and cannot be loaded as a hub data set: {one_line(error)}"
         ) from None
 
 
@@ -248,7 +247,3 @@ def _datasets(where: str) -> Any:
             f"There is no file {where}; data sets need: pip install 'hlora[data]'."
         ) from None
     return datasets
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -17,6 +17,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import SandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from hlora.errors import one_line
+
 SECONDS = 2.0
 """What one rendering may take."""
 LARGEST = 1_000_000
@@ -55,7 +57,7 @@ class Sandbox(SandboxedEnvironment):
         except (MemoryError, RecursionError):
             raise ValueError("it takes too much") from None
         except Exception as error:  # a filter may raise anything
-            raise ValueError(" ".join(str(error).split())[:200]) from None
+            raise ValueError(one_line(error)) from None
 
     def from_string(self, *args: Any, **kwargs: Any) -> jinja2.Template:
         template = super().from_string(*args, **kwargs)

@@ -13,11 +13,11 @@ import torch
 from hlora.data.chemistry import chemistry_rows
 from hlora.data.encode import encode, is_chat, leading, prefix_token, render_chat
 from hlora.data.formats import FORMATS, Format, format_of
+from hlora.data.parse import read_yaml
 from hlora.data.read import ROWS, load_hub, missing, read_rows, suffix_of
 from hlora.data.rows import IGNORED, Row, Rows
 from hlora.data.sandbox import Sandbox
 from hlora.errors import InputError, suggest
-from hlora.files import read_yaml
 
 CHEMISTRY = "chemistry"
 """The task that needs no file and no hub."""

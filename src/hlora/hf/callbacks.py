@@ -49,7 +49,6 @@ class Attached(TrainerCallback):
                 "held: this optimizer or launcher is not supported. Train with a torch optimizer "
                 "such as adamw_torch."
             )
-
         if reached and self.steps is not None and args.learning_rate and not self.steps.moved():
             raise UnsupportedModelError(
                 "No step of the optimizer moved any weight, so nothing was learned: this optimizer "
@@ -70,7 +69,7 @@ class Attached(TrainerCallback):
     @staticmethod
     def check_bound(notes: dict[str, Any], groups: list[Group], path: Path) -> None:
         """Raise StoreError where a state was written with other weights than are resumed."""
-        if notes.get("weights", digest(groups)) != digest(groups):
+        if "weights" in notes and notes["weights"] != digest(groups):
             raise StoreError(
                 f"{path} belongs to another run: it was written with other LoRA weights than those "
                 "that were resumed. Attach with hlora.attach, which takes it from the checkpoint."

@@ -11,6 +11,12 @@ from hlora.core.regularizer import Regularizer
 from hlora.errors import InputError
 
 
+def divergences(before: Tensor, after: Tensor) -> Tensor:
+    """KL(before ‖ after) at each token, (...), from logits (..., V)."""
+    p, q = (logits.float().log_softmax(-1) for logits in (before, after))
+    return (p.exp() * (p - q)).sum(-1)
+
+
 class Divergence(Regularizer):
     """φ · KL(base ‖ model) on rows of general text, nats per token.
 
@@ -41,9 +47,8 @@ class Divergence(Regularizer):
         index = torch.arange(start, start + self.batch) % len(self.rows)
         ids = self.rows[index].to(outputs.logits.device)
         with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
-            before = model(input_ids=ids).logits.float().log_softmax(-1)
-        after = model(input_ids=ids).logits.float().log_softmax(-1)
-        return self.every * (before.exp() * (before - after)).sum(-1).mean()
+            before = model(input_ids=ids).logits
+        return self.every * divergences(before, model(input_ids=ids).logits).mean()
 
     def state(self) -> dict[str, Tensor]:
         return {"seen": torch.tensor([self.seen])}

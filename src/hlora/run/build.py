@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from hlora.data.parse import parse_yaml
 from hlora.errors import InputError, one_of, suggest
-from hlora.files import parse_yaml
 
 S = TypeVar("S")
 

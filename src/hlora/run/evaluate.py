@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlora.data.tasks import Task, batches, encode_pair
+from hlora.hf.divergence import divergences
 from hlora.run.models import context, vocabulary
 
 Tick = Callable[[int], None]
@@ -148,8 +149,7 @@ def divergence(
                 before = model(input_ids=ids).logits
             after = model(input_ids=ids).logits
             for b, a in zip(before, after, strict=True):
-                p = b.float().log_softmax(-1)
-                found.append(float((p.exp() * (p - a.float().log_softmax(-1))).sum(-1).mean()))
+                found.append(float(divergences(b, a).mean()))
             if tick:
                 tick(part.stop - part.start)
     values = torch.tensor(found, dtype=torch.float64)

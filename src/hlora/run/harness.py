@@ -20,7 +20,7 @@ from torch import nn
 
 from hlora.data.read import SUFFIXES, suffix_of
 from hlora.data.sandbox import Sandbox
-from hlora.errors import DivergedError, InputError, suggest
+from hlora.errors import DivergedError, InputError, one_line, suggest
 from hlora.files import is_full_disk
 from hlora.run.progress import watched
 from hlora.run.taskfile import read_task_file
@@ -129,7 +129,7 @@ def _scores(
     except Exception as error:  # by a task, lm-eval may raise anything
         if is_full_disk(error) or "out of memory" in str(error).lower():
             raise
-        text = " ".join(str(error).split())[:200] or type(error).__name__
+        text = one_line(error) or type(error).__name__
         raise InputError(f"lm-eval cannot run these tasks: {text}") from None
     finally:
         utils.env = before

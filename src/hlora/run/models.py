@@ -20,7 +20,6 @@ from torch import nn
 from hlora.core import store
 from hlora.core.adapter_file import read_adapter
 from hlora.errors import InputError, one_of, suggest
-from hlora.files import read_json
 from hlora.run.build import default_of
 from hlora.run.settings import TrainSettings
 
@@ -135,8 +134,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
         raise InputError(f"{folder} holds no LoRA adapter (adapter_config.json is missing).")
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder} holds no adapter_model.safetensors; pickles are not read.")
-    read_adapter(folder)
-    config = read_json(folder / "adapter_config.json")
+    config, _ = read_adapter(folder)
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):
         raise InputError(f"The adapter in {folder} is no plain LoRA (adapter_config.json).")
     try:

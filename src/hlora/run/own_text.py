@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from hlora.data.encode import prefix_token, render_chat
+from hlora.data.tasks import batches
+
 _MARK = "\x00"
 
 
@@ -30,30 +33,23 @@ def own_text(
     template, as a user's turn, so that the model writes a question and its answer. A sequence goes
     on after an end-of-text token, with another document.
     """
-    chats = _chat_start(tokenizer)
-    start = tokenizer.bos_token_id
-    plain = [tokenizer.eos_token_id if start is None else start]
+    chats, plain = _chat_start(tokenizer), [prefix_token(tokenizer)]
     half = count // 2 if chats else 0
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     training = model.training
     model.eval()
     try:
-        written = [
-            _continue(model, torch.tensor([start] * min(batch_size, n - done)), length, generator)
-            for start, n in ((plain, count - half), (chats, half))
-            for done in _steps(n, batch_size, tick)
-        ]
+        written = []
+        for start, n in ((plain, count - half), (chats, half)):
+            for part in batches(n, batch_size):
+                rows = torch.tensor([start] * (part.stop - part.start))
+                written.append(_continue(model, rows, length, generator))
+                if tick:
+                    tick(len(rows))
     finally:
         model.train(training)
     return torch.cat(written)
-
-
-def _steps(n: int, size: int, tick: Callable[[int], None] | None) -> Any:
-    for done in range(0, n, size):
-        yield done
-        if tick:
-            tick(min(size, n - done))
 
 
 def _continue(model: nn.Module, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
@@ -79,5 +75,5 @@ def _chat_start(tokenizer: Any) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         return []
     turn = [{"role": "user", "content": _MARK}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False)
+    text = render_chat(tokenizer, turn, "the model's own text")
     return tokenizer(text.partition(_MARK)[0], add_special_tokens=False)["input_ids"]

@@ -98,6 +98,9 @@ class _Phase:
     held: int  # bytes of the importance
     finished: bool  # a resumed run that had come to its end
 
+    def __init__(self) -> None:
+        self.also_read: list[Tensor] = []  # tokens besides `rows`
+
     def _load_model(self) -> None:
         s = self.settings
         arguments(s)
@@ -108,7 +111,7 @@ class _Phase:
 
     def _begin(self) -> dict[str, Any]:
         base = base_of(self.model, self.pairs)
-        return begin_run(self.settings, base, self.rows, getattr(self, "also_read", []))
+        return begin_run(self.settings, base, self.rows, self.also_read)
 
     def plan(self) -> str:
         """What a run would train, and about how much time and memory it would take."""
@@ -131,6 +134,7 @@ class GeneralPhase(_Phase):
     own = 0
 
     def __init__(self, settings: RecordSettings) -> None:
+        super().__init__()
         self.settings = settings
         self.output = Path(settings.output)
         texts = sources(settings.text, settings.text_column)
@@ -276,6 +280,7 @@ class DomainPhase(_Phase):
     settings: TuneSettings
 
     def __init__(self, settings: TuneSettings) -> None:
+        super().__init__()
         self.settings = settings
         self.output = Path(settings.output)
         nu = settings.importance
@@ -298,15 +303,13 @@ class DomainPhase(_Phase):
             self.model = new_adapter(self.model, settings)
         self.pairs = find_pairs(self.model)
         self.held = 0
-        self.also_read: list[Tensor] = []
         for penalty in self.regularizers:
             base = base_of(self.model, self.pairs)
             penalty.stored.check(base, self.pairs, ranks=penalty.anchor == "nu")
             self.held += penalty.stored.info["files"][store.TENSORS]["bytes"]
-        general = self._general
         self.general = None
         if settings.forget_at_most:
-            self.general = general(settings.text or MEASURED_ON, MEASURED_BLOCKS)
+            self.general = self._general(settings.text or MEASURED_ON, MEASURED_BLOCKS)
         self.rows = answer_rows(
             self.task, self.tokenizer, settings.max_length,
             vocabulary=vocabulary(self.model), context=context(self.model),
@@ -315,7 +318,7 @@ class DomainPhase(_Phase):
             self.rows = self._with_replay()
         self.parts: list[Penalty | Divergence] = [*self.regularizers]
         if settings.kl:
-            rows = general(settings.kl, HUB_BLOCKS)
+            rows = self._general(settings.kl, HUB_BLOCKS)
             self.parts.append(Divergence(rows, settings.kl_weight, every=settings.kl_every))
         check_space(self.output, 64 << 20)
 

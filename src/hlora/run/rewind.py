@@ -196,13 +196,13 @@ class _Walk:
         self.model, self.groups, self.text, self.batch_size = model, groups, text, batch_size
         self.whole = [g.factors() for g in groups]
         self.names = [n for g in groups for n in g.names]
-        changes = [LowRank(g.s * B, A) for g, (B, A) in zip(groups, self.whole, strict=True)]
-        self.sizes = torch.cat([c.sum_of_squares().cpu() for c in changes])
         self.Q: Tensor | None = None
         if stored:
+            changes = [LowRank(g.s * B, A) for g, (B, A) in zip(groups, self.whole, strict=True)]
+            self.sizes = torch.cat([c.sum_of_squares().cpu() for c in changes])
             stored.importance.arrange(groups)
             self.Q = stored.importance.coupling(groups, changes).cpu().double()
-        self.K = core.costs(self.sizes)  # until the domain's rows say more
+            self.K = core.costs(self.sizes)  # until the domain's rows say more
 
     def measure(self, way: str, share: float) -> Point:
         scales, predicted = self.go(way, share)

@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hlora.data.parse import read_yaml
 from hlora.data.sandbox import Sandbox
 from hlora.errors import InputError, refuse_unknown
-from hlora.files import read_yaml
 from hlora.run.build import plain
 
 TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice", "doc_to_decontamination_query")

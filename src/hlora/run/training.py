@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hlora.core import store
 from hlora.core.regularizer import Regularizer
 from hlora.data.rows import Rows
-from hlora.errors import InputError, StoreError, suggest
+from hlora.errors import InputError, StoreError, one_line, suggest
 from hlora.files import refuse_result, write_json
 from hlora.hf.attach import attach
 from hlora.hf.badsteps import BadSteps
@@ -116,7 +116,9 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
     try:
         args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
-        raise InputError(f"TrainingArguments refuses these settings: {_one_line(error)}") from None
+        raise InputError(
+            f"TrainingArguments refuses these settings: {one_line(error, 240)}"
+        ) from None
     args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU; torchrun for several
     return args
 
@@ -153,7 +155,7 @@ def train(
     try:
         trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=collate)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise InputError(f"Trainer refuses these settings: {_one_line(error)}") from None
+        raise InputError(f"Trainer refuses these settings: {one_line(error, 240)}") from None
     attach(trainer, *parts, BadSteps(settings.max_bad_steps))
     for default in list(trainer.callback_handler.callbacks):
         if type(default).__name__ == "PrinterCallback":
@@ -170,10 +172,6 @@ def train(
             ) from None
     log = [e for e in trainer.state.log_history if math.isfinite(e.get("loss", math.nan))]
     return Trained(log, time.monotonic() - began, trainer.state.global_step)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:240]
 
 
 def work_folder(settings: TrainSettings) -> Path:

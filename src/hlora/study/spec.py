@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from hlora.core.kinds import kind_named
+from hlora.data.parse import read_yaml
 from hlora.errors import InputError, refuse_unknown
-from hlora.files import read_yaml, sha256
+from hlora.files import sha256
 from hlora.run.build import build, plain
 from hlora.run.settings import EvalSettings, RecordSettings, TuneSettings, without_secrets
 from hlora.study.lines import groups_of_text
