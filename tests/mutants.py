@@ -36,6 +36,8 @@ class Mutant:
 SEQUENCES, BUDGET, REWIND = (
     "tests/test_sequences.py", "tests/test_budget.py", "tests/test_rewind.py"
 )  # fmt: skip
+BAD_STEPS, CHECKPOINTS = "tests/test_badsteps.py", "tests/test_checkpoints.py"
+ENCODING = "tests/test_data_encoding.py"
 OPS, RECORD, FACTORED = "tests/test_ops.py", "tests/test_record.py", "tests/test_factored.py"
 PENALTY, STORE, FISHER = "tests/test_penalty.py", "tests/test_store.py", "tests/test_fisher.py"
 STORAGE, REGULARIZER, PAIRS = (
@@ -185,6 +187,25 @@ MUTANTS = [
            "False", STORE),
     Mutant("a trained bias is accepted", H + "peft.py",
            'if getattr(config, "bias", "none") != "none":', "if False:", PAIRS),
+    # Right, or refused
+    Mutant("a step that is not finite is taken", C + "steps.py", "if bool(bad):", "if False:",
+           BAD_STEPS),
+    Mutant("the weights of an earlier step are restored", C + "steps.py",
+           "[*map(id, self._good[0])] != [*map(id, trained)]",
+           "len(self._good[0]) != len(trained)", BAD_STEPS + " -k restored"),
+    Mutant("a damaged checkpoint is resumed", H + "checkpoints.py", "        if why is None:",
+           "        if True:", CHECKPOINTS),
+    Mutant("another run's state is mixed in", H + "callbacks.py",
+           'notes["weights"] != digest(groups)', "False", CHECKPOINTS),
+    Mutant("a finished run is trained one step more", H + "checkpoints.py",
+           "if _at_its_end(path, args):", "if False:", CHECKPOINTS),
+    Mutant("no number counts as the first choice", "run/evaluate.py",
+           "if all(map(math.isfinite, lls)) else None", "if True else None",
+           ENCODING + " -k no_number"),
+    Mutant("an adapter that is not finite is read", C + "adapter_file.py",
+           "if not isfinite(value).all():", "if False:", BAD_STEPS),
+    Mutant("a tokenizer's own beginning is left out", "data/encode.py",
+           'special and not text.startswith(start or "\\0")', "False", ENCODING),
     # At the base: sequences, budget, rewinding
     Mutant("the sketch takes layers apart", I + "sketch.py",
            "torch.stack([s.sum(0).to(seen[0].device) for s in seen]).sum(0)",
