@@ -32,7 +32,7 @@ REWOUND = "rewind.json"
 """The marker of a rewound adapter."""
 SHARES = (1.0, 0.75, 0.5, 0.25)
 """Points of the curve that are always shown; 1 is the adapter as it was."""
-ALIKE, OWN = "every matrix alike", "a scale for each matrix"
+ALIKE, OWN = "every matrix alike", "each matrix its own"
 CLOSE = 0.95
 """A measurement within the budget and above this share of it is close enough."""
 TRIES = 8
