@@ -24,14 +24,19 @@ def run(settings: EvalSettings) -> None:
 
 def _show(scores: dict[str, Scores]) -> None:
     base, after = scores["base"], scores.get("adapter")
-    headings = ["kind", "tokens", "base", *(("adapter", "forgetting") if after else ())]
+    headings = ["kind", "tokens", "base", *(("adapter", "forgetting", "KL") if after else ())]
     rows = []
     for name, before in base["text"].items():
         rows.append([name, f"{before.tokens:,}", _perplexity(before)])
         if after:
-            lost = forgetting(before, after["text"][name])
-            rows[-1] += [_perplexity(after["text"][name]), f"{lost.nats:+.4f} ± {lost.se:.4f}"]
-    show("General text (perplexity = e^loss; forgetting in nats per token)", headings, rows)
+            score = after["text"][name]
+            lost, apart = forgetting(before, score), score.divergence
+            rows[-1] += [_perplexity(score), f"{lost.nats:+.4f} ± {lost.se:.4f}"]
+            rows[-1].append(f"{apart.nats:.4f} ± {apart.se:.4f}")
+    show(
+        "General text (perplexity = e^loss; forgetting: rise of the loss, nats per token; KL: how "
+        "far the predictions are from the base model's)", headings, rows,
+    )  # fmt: skip
     rows = []
     for name, which, s in _each(scores, "task"):
         percents = [_percent(s.acc, s.acc_se), _percent(s.acc_norm, s.acc_norm_se)]

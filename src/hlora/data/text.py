@@ -136,7 +136,7 @@ def sources(specs: Sequence[str], column: str | None) -> list[Source]:
 
 def blocks(
     source: Source, tokenizer: Any, size: int, limit: int | None = None,
-    vocabulary: int | None = None,
+    vocabulary: int | None = None, per_document: bool = False,
 ) -> Tensor:  # fmt: skip
     """The text of a source as blocks of tokens, (N, size) int64.
 
@@ -147,6 +147,8 @@ def blocks(
     Args:
         limit: read no more than so many blocks.
         vocabulary: how many tokens the model knows; None does not check.
+        per_document: one block from each document, its beginning, so that blocks are independent;
+            shorter documents are left out.
 
     Raises:
         InputError: the text is empty or shorter than one block, or a row that cannot be taken.
@@ -157,6 +159,7 @@ def blocks(
     wanted = None if limit is None else limit * size
     empty = True
     for document in source.documents():
+        before = len(tokens)
         text = document.text
         if isinstance(text, list):
             text = iter([render_chat(tokenizer, text, document.where)])
@@ -166,9 +169,13 @@ def blocks(
             ids = encode(tokenizer, piece, document.where, vocabulary, special=False)
             tokens += ids if ids[:1] == start else start + ids
             start = []
-            if wanted is not None and len(tokens) >= wanted:
+            of_it = len(tokens) - before if per_document else 0
+            if of_it >= size or (wanted is not None and len(tokens) >= wanted):
                 break
         tokens += end
+        if per_document:
+            whole = size if len(tokens) - before >= size else 0
+            del tokens[before + whole :]
         if wanted is not None and len(tokens) >= wanted:
             break
     if empty:

@@ -142,6 +142,13 @@ def find_pairs(model: nn.Module) -> list[Pair]:
     return pairs
 
 
+def scale_adapter(model: nn.Module, factor: float) -> None:
+    """Multiply what the active adapter changes, in place."""
+    with torch.no_grad():
+        for pair in find_pairs(model):
+            pair.B.mul_(factor)
+
+
 def _check_factors(name: str, A: Tensor, B: Tensor) -> None:
     if type(A).__name__ == "DTensor" or A.ndim == 1 or B.ndim == 1:
         raise UnsupportedModelError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class TextScore:
         perplexity: e to the loss.
         tokens: how many were predicted.
         blocks: the loss of each block, nats per token.
+        divergences: KL(base ‖ adapter) of each block, nats per token; empty where not asked for.
     """
 
     loss: float
@@ -41,10 +42,17 @@ class TextScore:
     perplexity: float
     tokens: int
     blocks: list[float]
+    divergences: list[float] = field(default_factory=list)
+
+    @property
+    def divergence(self) -> Forgetting | None:
+        """The mean over blocks."""
+        values = torch.tensor(self.divergences, dtype=torch.float64)
+        return Forgetting(_mean(values), _standard_error(values)) if self.divergences else None
 
     def asdict(self) -> dict[str, Any]:
-        """Without the blocks."""
-        return {k: v for k, v in asdict(self).items() if k != "blocks"}
+        """Without what is of each block."""
+        return {k: v for k, v in asdict(self).items() if k not in ("blocks", "divergences")}
 
 
 @dataclass(frozen=True)
@@ -112,10 +120,16 @@ def pooled_forgetting(pairs: Iterable[tuple[TextScore, TextScore]]) -> Forgettin
 
 @torch.no_grad()
 def score_text(
-    model: nn.Module, blocks: Tensor, *, batch_size: int = 8, tick: Tick | None = None
-) -> TextScore:
-    """Loss on blocks of tokens (N, T): each token but a block's first is predicted."""
+    model: nn.Module, blocks: Tensor, *, batch_size: int = 8, tick: Tick | None = None,
+    divergence: bool = False,
+) -> TextScore:  # fmt: skip
+    """Loss on blocks of tokens (N, T): each token but a block's first is predicted.
+
+    Args:
+        divergence: also compare the predictions of a PEFT model with its base model's.
+    """
     sums: list[float] = []
+    found: list[float] = []
     with _evaluating(model):
         device = _device(model)
         for part in batches(len(blocks), batch_size):
@@ -123,17 +137,23 @@ def score_text(
             logits = model(input_ids=ids[:, :-1]).logits
             for row, target in zip(logits, ids[:, 1:], strict=True):
                 sums.append(float(F.cross_entropy(row.float(), target, reduction="sum")))
+            if divergence:
+                with model.disable_adapter():  # type: ignore[operator]
+                    before = model(input_ids=ids[:, :-1]).logits
+                # Row by row: a batch's log-softmax over a large vocabulary takes gigabytes.
+                found += [
+                    float(divergences(b, a).mean()) for b, a in zip(before, logits, strict=True)
+                ]
             if tick:
                 tick(part.stop - part.start)
     per_block = blocks.shape[1] - 1
     means = torch.tensor(sums, dtype=torch.float64) / per_block
     loss = float(means.mean())
     return TextScore(
-        loss, _standard_error(means), exp(loss), per_block * len(blocks), means.tolist()
+        loss, _standard_error(means), exp(loss), per_block * len(blocks), means.tolist(), found
     )
 
 
-@torch.no_grad()
 def divergence(
     model: nn.Module, blocks: Tensor, *, batch_size: int = 8, tick: Tick | None = None
 ) -> Forgetting:
@@ -141,19 +161,9 @@ def divergence(
 
     It is what an adapter changed of the predictions, for better or worse: 0 for the base model.
     """
-    found: list[float] = []
-    with _evaluating(model):
-        for part in batches(len(blocks), batch_size):
-            ids = blocks[part].to(_device(model))
-            with model.disable_adapter():  # type: ignore[operator]
-                before = model(input_ids=ids).logits
-            after = model(input_ids=ids).logits
-            for b, a in zip(before, after, strict=True):
-                found.append(float(divergences(b, a).mean()))
-            if tick:
-                tick(part.stop - part.start)
-    values = torch.tensor(found, dtype=torch.float64)
-    return Forgetting(_mean(values), _standard_error(values))
+    score = score_text(model, blocks, batch_size=batch_size, tick=tick, divergence=True)
+    assert score.divergence is not None
+    return score.divergence
 
 
 @torch.no_grad()

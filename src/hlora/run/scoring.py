@@ -48,7 +48,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Scores]:
     model, tokenizer, kinds, tasks = prepare(settings)
 
     def all_scores(of: nn.Module) -> Scores:
-        scores = score(of, tokenizer, kinds, tasks, settings.batch_size)
+        scores = score(of, tokenizer, kinds, tasks, settings.batch_size, of is not model)
         if zoo:
             scores["lm_eval"] = harness.run(
                 of, tokenizer, zoo, batch_size=settings.batch_size,
@@ -77,7 +77,14 @@ def prepare(
     model, tokenizer = load(settings.model, dtype=pick_dtype(settings.dtype, device), device=device)
     size = block_size(model, settings.block_size, BLOCK) if texts else 0
     kinds = {
-        s.name: blocks(s, tokenizer, size, settings.text_blocks or None, vocabulary(model))
+        s.name: blocks(
+            s,
+            tokenizer,
+            size,
+            settings.text_blocks or None,
+            vocabulary(model),
+            settings.per_document,
+        )
         for s in texts
     }
     tasks = [t.rendered(tokenizer) for t in tasks]
@@ -85,13 +92,16 @@ def prepare(
 
 
 def score(
-    model: nn.Module, tokenizer: Any, kinds: dict[str, Tensor], tasks: list[Task], batch_size: int
-) -> Scores:
+    model: nn.Module, tokenizer: Any, kinds: dict[str, Tensor], tasks: list[Task],
+    batch_size: int, divergence: bool = False,
+) -> Scores:  # fmt: skip
     """Scores by kind of text under `text`, by task under `task`."""
     result: Scores = {"text": {}, "task": {}}
     for name, rows in kinds.items():
         with bar(name, len(rows)) as shown:
-            result["text"][name] = score_text(model, rows, batch_size=batch_size, tick=shown.update)
+            result["text"][name] = score_text(
+                model, rows, batch_size=batch_size, tick=shown.update, divergence=divergence
+            )
     for task in tasks:
         with bar(task.name, sum(len(e.choices) for e in task.examples)) as shown:
             result["task"][task.name] = score_task(
@@ -110,6 +120,9 @@ def _as_json(settings: EvalSettings, scores: dict[str, Scores]) -> dict[str, Any
         result["forgetting"] = {
             name: asdict(forgetting(before, scores["adapter"]["text"][name]))
             for name, before in scores["base"]["text"].items()
+        }
+        result["divergence"] = {
+            name: asdict(s.divergence) for name, s in scores["adapter"]["text"].items()
         }
     return _without_nan(result)
 

@@ -258,6 +258,10 @@ class EvalSettings(Settings):
     task_format: str | None = setting("how to read the rows of the tasks", None)
     block_size: int = setting("tokens per row of text", 512, least=2)
     text_blocks: int = setting("maximum number of rows of each kind; 0 for all", 200, least=0)
+    per_document: bool = setting(
+        "take one row of each document, its beginning, so that rows are independent", False,
+        more=True,
+    )  # fmt: skip
     task_rows: int = setting("maximum number of questions per task; 0 for all", 0, least=0)
     batch_size: int = setting("rows per batch", 8, least=1)
     overwrite: bool = setting("replace the --json file", False)

@@ -29,6 +29,7 @@ class TextLine(TypedDict, total=False):
     perplexity: float
     tokens: int
     blocks: list[float]
+    divergences: list[float]
 
 
 class Line(TypedDict, total=False):
@@ -37,8 +38,9 @@ class Line(TypedDict, total=False):
     Every line has `key` (a hash of all that makes the run what it is), `run`, and `error`: None, or
     why it failed. One that succeeded also has the scores: `text` by kind, with the fields of
     `hlora.run.evaluate.TextScore` (older lines lack the blocks), and `task`, with those of
-    `TaskScore`. `answers` is the choice that the model made for each question. Forgetting is by
-    kind of text, and over all that were `seen` and `unseen`, as {nats, se}.
+    `TaskScore`. `answers` is the choice that the model made for each question, `losses` the NLL of
+    the right one; `others` are tasks that were not trained on. Forgetting is by kind of text, and
+    over all that were `seen` and `unseen`, as {nats, se}.
     """
 
     key: str
@@ -64,6 +66,8 @@ class Line(TypedDict, total=False):
     text: dict[str, TextLine]
     task: dict[str, float]
     answers: list[int | None]
+    losses: list[float]
+    others: dict[str, dict[str, Any]]
     forgetting: dict[str, dict[str, float]]
 
 

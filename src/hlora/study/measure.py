@@ -15,6 +15,7 @@ from hlora.core import store
 from hlora.core.adapter_file import ADAPTER_FILES
 from hlora.errors import HloraError, visible
 from hlora.files import write_json
+from hlora.hf.peft import scale_adapter
 from hlora.run import machine
 from hlora.run.convert import convert
 from hlora.run.evaluate import TextScore, best, pooled_forgetting
@@ -74,10 +75,8 @@ def _measured(study: Study, run: Run) -> dict[str, Any]:
     nu = phase_nu(study, run.method, run.seed)
     adapter, tuned = nu, dict[str, Any]()
     if method.tune is not None:
-        adapter = Path(study.work) / "mu" / spec.key_of(study, run)
         machine.reset_peak()
-        if not (adapter / TUNED).exists():
-            tune(spec.tune_settings(study, run, nu))
+        adapter = phase_mu(study, spec.whole(study, run))
         tuned = json.loads((adapter / TUNED).read_text("utf-8"))
         tuned["peak"] = machine.peak_bytes()
     recorded = store.read_info(nu)
@@ -91,8 +90,19 @@ def _measured(study: Study, run: Run) -> dict[str, Any]:
         "peak_bytes": tuned.get("peak"),
         "log": [{k: _short(e[k]) for k in LOGGED if k in e} for e in tuned.get("log", [])],
         "norms": {k: _short(v) for k, v in recorded["norms"].items()},
-        **_summary(study, base, _scores(study, run.task, adapter)),
+        **_summary(
+            study, base,
+            _scores(study, run.task, adapter, (run.phi or 1.0) if method.rewinds else 1.0),
+        ),
     }  # fmt: skip
+
+
+def phase_mu(study: Study, run: Run) -> Path:
+    """The adapter's folder of a run, made if it is not there yet."""
+    adapter = spec.mu_folder(study, run)
+    if not (adapter / TUNED).exists():
+        tune(spec.tune_settings(study, run, phase_nu(study, run.method, run.seed)))
+    return adapter
 
 
 def phase_nu(study: Study, method: str, seed: int) -> Path:
@@ -115,7 +125,7 @@ def base_scores(study: Study, task: str) -> dict[str, Any]:
     """Of the base model, kept: every run is compared with them."""
     what = {
         "model": study.model, "held_out": study.held_out, "task": study.tasks[task],
-        "eval": study.eval, "digests": study.digests,
+        "others": study.others, "eval": study.eval, "digests": study.digests,
     }  # fmt: skip
     path = Path(study.work) / "base" / f"{spec.digest(what)}.json"
     if not path.exists():
@@ -123,18 +133,24 @@ def base_scores(study: Study, task: str) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
-def _scores(study: Study, task: str, adapter: Path | None) -> dict[str, Any]:
-    """Scores as plain values, the loss of each block of text included."""
+def _scores(study: Study, task: str, adapter: Path | None, scale: float = 1.0) -> dict[str, Any]:
+    """Scores as plain values, those of each block of text and of each question included."""
     settings = spec.eval_settings(study, task)
     model, tokenizer, kinds, tasks = prepare(settings)
     if adapter is not None:
         model = load_adapter(model, adapter)
-    scores = score(model, tokenizer, kinds, tasks, settings.batch_size)
-    of_task = next(iter(scores["task"].values()))
+        scale_adapter(model, scale)
+    scores = score(model, tokenizer, kinds, tasks, settings.batch_size, adapter is not None)
+    of_task, *others = scores["task"].values()
     return {
         "text": {k: asdict(s) for k, s in scores["text"].items()},
         "task": of_task.asdict(),
         "answers": [best(lls) for lls in of_task.items],
+        "losses": [-lls[e.answer] for e, lls in zip(tasks[0].examples, of_task.items, strict=True)],
+        "others": {
+            name: {**s.asdict(), "answers": [best(lls) for lls in s.items]}
+            for name, s in zip(study.others, others, strict=True)
+        },
     }
 
 
@@ -146,17 +162,22 @@ def _summary(study: Study, base: dict[str, Any], after: dict[str, Any]) -> dict[
     groups |= groups_of_text(list(study.held_out), list(study.general))
     return {
         "text": {
-            k: {**after.asdict(), "blocks": [_short(b) for b in after.blocks]}
+            k: {
+                **after.asdict(), "blocks": [_short(b) for b in after.blocks],
+                "divergences": [_short(d) for d in after.divergences],
+            }
             for k, (_, after) in pairs.items()
         },
         "task": after["task"],
         "answers": after.get("answers", []),
+        "losses": [_short(n) for n in after.get("losses", [])],
+        "others": after.get("others", {}),
         "forgetting": {
             name: asdict(pooled_forgetting([pairs[k] for k in kinds]))
             for name, kinds in groups.items()
             if kinds
         },
-    }
+    }  # fmt: skip
 
 
 @contextlib.contextmanager

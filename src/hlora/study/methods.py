@@ -25,6 +25,7 @@ class Method:
         sweeps: whether a study's values of φ apply; else `tune` fixes φ, or the preset does.
         swept: the setting of `hlora tune` that takes them.
         keeps: the setting of `hlora tune` that takes the general text, where phase μ needs it too.
+        rewinds: in place of a phase μ, the adapter of this method, its change times φ.
         after_nu: the importance is gathered at the weights that the plain phase ν ended with.
         source: the paper, the baseline's paper, or this project.
     """
@@ -36,6 +37,7 @@ class Method:
     sweeps: bool = False
     swept: str = "phi"
     keeps: str = ""
+    rewinds: str = ""
     after_nu: bool = False
     source: str = "the paper"
 

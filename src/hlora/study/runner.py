@@ -8,11 +8,11 @@ from pathlib import Path
 
 from hlora.errors import visible
 from hlora.study.lines import Line, append, drop_half_line, read_lines
-from hlora.study.measure import base_scores, failed, phase_nu, run_one
+from hlora.study.measure import base_scores, failed, phase_mu, phase_nu, run_one
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS
 from hlora.study.pool import Call, outcomes
-from hlora.study.spec import Run, Study, key_of, nu_folder, runs_of
+from hlora.study.spec import Run, Study, key_of, mu_folder, nu_folder, runs_of, whole
 
 
 def run_study(
@@ -72,4 +72,9 @@ def _stages(study: Study, todo: list[Run]) -> list[list[Call]]:
         stage = 2 if of.ones else 1 if of.after_nu else 0
         folder = nu_folder(study, run.method, run.seed)
         phases[stage].setdefault(folder, (phase_nu, study, run.method, run.seed))
-    return [base, *(list(of.values()) for of in phases)]
+    # An adapter that is rewound is made once, and found by the run that is of it.
+    wholes = [whole(study, r) for r in todo if METHODS[r.method].rewinds]
+    adapters: list[Call] = [
+        (phase_mu, study, run) for run in {mu_folder(study, w): w for w in wholes}.values()
+    ]
+    return [base, *(list(of.values()) for of in phases), adapters]

@@ -34,6 +34,7 @@ class Study:
         methods: names from `hlora.study.methods`.
         phi: values for the methods that sweep, one list for all or method → list; empty for the
             default.
+        others: tasks that are scored and never trained on: what the model could do before.
         only: method → {tasks, seeds}, for methods too dear to run on all of them.
         record, tune, eval: settings of these commands.
         work: a folder for what is in between.
@@ -53,6 +54,7 @@ class Study:
     seeds: list[int]
     work: str
     phi: list[float] | dict[str, list[float]] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)
     only: dict[str, dict[str, list]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     tune: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +86,8 @@ class Study:
 
     def settings(self) -> dict[str, Any]:
         """What every run of the study has in common, and what two studies can differ in."""
-        shared = ("model", "general", "held_out", "record", "tune", "eval")
+        shared = ["model", "general", "held_out", "record", "tune", "eval"]
+        shared += ["others"] if self.others else []  # as the keys of earlier results were made
         return {name: getattr(self, name) for name in shared}
 
 
@@ -139,7 +142,7 @@ def read_study(path: Path) -> Study:
     for run in runs_of(study):  # refuse now what a command would refuse in hours
         record_settings(study, run.method, run.seed)
         if METHODS[run.method].tune is not None:
-            tune_settings(study, run, Path("nu"))
+            tune_settings(study, whole(study, run), Path("nu"))
         eval_settings(study, run.task)
     return study
 
@@ -159,10 +162,13 @@ def runs_of(study: Study) -> list[Run]:
 def key_of(study: Study, run: Run) -> str:
     """A hash of everything that makes a run what it is, the content of its files included."""
     task = study.tasks[run.task]
-    read = {*study.general.values(), *study.held_out.values(), *task.values()}
+    read = {*study.general.values(), *study.held_out.values(), *study.others.values()}
+    read |= set(task.values())
+    method = asdict(METHODS[run.method])
+    if not method["rewinds"]:
+        del method["rewinds"]  # as the keys of earlier results were made
     what = {
-        **study.settings(), **asdict(run), "task_files": task,
-        "method_settings": asdict(METHODS[run.method]),
+        **study.settings(), **asdict(run), "task_files": task, "method_settings": method,
         "digests": {k: v for k, v in study.digests.items() if k in read},
     }  # fmt: skip
     return digest(what)
@@ -193,11 +199,22 @@ def record_settings(study: Study, method: str, seed: int) -> RecordSettings:
     return build(RecordSettings, values)
 
 
+def whole(study: Study, run: Run) -> Run:
+    """The run whose adapter a rewound one scales; itself where nothing is rewound."""
+    rewound = METHODS[run.method].rewinds
+    return replace(run, method=rewound, phi=study.phis(rewound)[0]) if rewound else run
+
+
+def mu_folder(study: Study, run: Run) -> Path:
+    """Where the adapter of a run is."""
+    return Path(study.work) / "mu" / key_of(study, whole(study, run))
+
+
 def tune_settings(study: Study, run: Run, nu: Path) -> TuneSettings:
     values: dict[str, Any] = {
         "model": study.model, "importance": str(nu), "seed": run.seed, "resume": True,
         "task": study.where(study.tasks[run.task]["train"]),
-        "output": str(Path(study.work) / "mu" / key_of(study, run)), **study.tune,
+        "output": str(mu_folder(study, run)), **study.tune,
         **(METHODS[run.method].tune or {}),
     }  # fmt: skip
     of = METHODS[run.method]
@@ -210,7 +227,8 @@ def tune_settings(study: Study, run: Run, nu: Path) -> TuneSettings:
 
 def eval_settings(study: Study, task: str) -> EvalSettings:
     values = {
-        "model": study.model, "task": [study.where(study.tasks[task]["test"])],
+        "model": study.model,
+        "task": [study.where(t) for t in (study.tasks[task]["test"], *study.others.values())],
         "text": [f"{k}={study.where(v)}" for k, v in study.held_out.items()], **study.eval,
     }  # fmt: skip
     return build(EvalSettings, values)
@@ -260,5 +278,6 @@ def _chosen(study: Study, path: Path) -> Study:
 
     return replace(
         study, general=all_of(study.general), held_out=all_of(study.held_out),
-        tasks={k: all_of(v) for k, v in study.tasks.items()}, digests=digests,
+        tasks={k: all_of(v) for k, v in study.tasks.items()}, others=all_of(study.others),
+        digests=digests,
     )  # fmt: skip
