@@ -34,6 +34,21 @@ def test_text_loss_is_the_model_s_own_on_shifted_labels():
     assert "blocks" not in score.asdict()
 
 
+def test_divergence_from_the_base_is_torch_s():
+    model, rows = lora_model(), torch.randint(3, 60, (3, 9))
+    perturb(model)
+    score = score_text(model, rows, batch_size=2, divergence=True)
+    with torch.no_grad():
+        after = model(input_ids=rows[:, :-1]).logits.log_softmax(-1)
+        with model.disable_adapter():
+            before = model(input_ids=rows[:, :-1]).logits.log_softmax(-1)
+    kl = F.kl_div(after, before, log_target=True, reduction="none").sum(-1).mean(-1)
+    assert score.divergences == pytest.approx(kl.tolist(), rel=1e-4)
+    assert score.divergence.nats == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert score.loss == score_text(model, rows).loss
+    assert score_text(model, rows).divergence is None
+
+
 def test_a_model_that_predicts_only_itself_is_caught():
     """Without the label shift a copier would have a loss near zero."""
 

@@ -41,6 +41,15 @@ def test_documents_are_parted_by_the_end_token(tmp_path, words):
     ]
 
 
+@pytest.mark.parametrize("limit", [None, 2])
+def test_one_block_a_document(tmp_path, words, limit):
+    texts = ["abcdefghijklmnop", "abc", "qrstuvwx", "123456789"]
+    write_rows(tmp_path / "a.jsonl", [{"text": t} for t in texts])
+    source = Source.parse(str(tmp_path / "a.jsonl"))
+    rows = blocks(source, words, 8, limit, per_document=True)
+    assert [words.decode(r) for r in rows] == ["abcdefgh", "qrstuvwx", "12345678"][:limit]
+
+
 def test_jsonl_and_parquet_give_the_same(tmp_path, words):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

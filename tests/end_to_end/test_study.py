@@ -53,8 +53,8 @@ def test_every_method_runs_and_shares_phase_nu(place, capsys):
         assert r["unseen"] == ["c"]
         assert r["task"]["n"] == 8
     # plain, rslora, fisher, as published, at θ^ν, with corpus labels, factored, official, paper,
-    # kronecker, sketch, blend; and Ω = 1 beside the plain one.
-    assert len(list((place / "work" / "nu").iterdir())) == 13
+    # kronecker, sketch, blend; and Ω = 1 beside the plain one and beside the Fisher.
+    assert len(list((place / "work" / "nu").iterdir())) == 14
     for r in found.values():
         assert r["versions"]["torch"]
         assert r["study"]["model"] == "tiny"
@@ -66,9 +66,19 @@ def test_every_method_runs_and_shares_phase_nu(place, capsys):
         found["hlora", 0.01]["importance_bytes"] > found["hlora-factored", 0.01]["importance_bytes"]
     )
     assert found["lora-nu-mu", None]["settings"]["tune"]["phi"] == 0
+    whole, half = (found[row] for row in (("lora-mu", None), ("lora-rewound", 0.5)))
+    assert half["log"] == whole["log"]
+    for kind, of in half["text"].items():
+        assert 0 < sum(of["divergences"]) < sum(whole["text"][kind]["divergences"])
+        assert len(of["divergences"]) == len(of["blocks"]) == 4
+    assert base["text"]["a"]["divergences"] == []
+    assert found["lora-steps", 2.0]["steps"] == 2
+    assert found["lora-rate", 0.0001]["settings"]["tune"]["learning_rate"] == 0.0001
+    assert found["budget", 0.1]["settings"]["tune"]["forget_at_most"] == 0.1
+    assert sum(half["losses"]) / 8 == pytest.approx(half["task"]["nll"], rel=1e-4)
     held = [m for m in METHODS if METHODS[m].sweeps or "paper" in m]
     for (name, _), r in found.items():
-        if name in held and name != "replay":  # whose rows are only more rows
+        if name in held and name not in ("replay", "lora-rewound", "lora-rate", "lora-steps"):
             # KL is looked at in every fourth step.
             assert (any if name == "kl" else all)(e["R"] > 0 for e in r["log"]), r["label"]
 
@@ -94,11 +104,11 @@ def test_a_failed_run_is_noted_and_the_others_go_on(place, capsys, monkeypatch):
     edit(place, "seeds: [0, 1]", "seeds: [0]")
     scores = measure._scores
 
-    def fails(of, task, adapter):
+    def fails(of, task, adapter, *scale):
         if adapter is not None and not fails.done:
             fails.done = True
             raise RuntimeError("the roof fell in")
-        return scores(of, task, adapter)
+        return scores(of, task, adapter, *scale)
 
     fails.done = False
     monkeypatch.setattr(measure, "_scores", fails)

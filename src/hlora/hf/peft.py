@@ -143,10 +143,12 @@ def find_pairs(model: nn.Module) -> list[Pair]:
 
 
 def scale_adapter(model: nn.Module, factor: float) -> None:
-    """Multiply what the active adapter changes, in place."""
-    with torch.no_grad():
-        for pair in find_pairs(model):
-            pair.B.mul_(factor)
+    """Multiply what the active adapter changes, trainable or not."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in unwrap(model).modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(factor)
 
 
 def _check_factors(name: str, A: Tensor, B: Tensor) -> None:
