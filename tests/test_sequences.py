@@ -74,11 +74,15 @@ def test_projected_gradients_are_those_of_autograd_sequence_by_sequence(architec
         assert g.abs().max() > 0
         rowwise, columnwise = (g @ g.mT).mean(0), (g.mT @ g).mean(0)
         torch.testing.assert_close(of.U.mT @ of.U, torch.eye(3, dtype=g.dtype))
-        torch.testing.assert_close(of.cores, g @ of.V)
-        torch.testing.assert_close(of.left, of.U.mT @ rowwise @ of.U)
-        torch.testing.assert_close(of.right, of.V.mT @ columnwise @ of.V)
-        torch.testing.assert_close(of.rows, rowwise.diagonal())
-        torch.testing.assert_close(of.columns, columnwise.diagonal())
+        for kept, exact in (
+            (of.cores, g @ of.V),
+            (of.left, of.U.mT @ rowwise @ of.U),
+            (of.right, of.V.mT @ columnwise @ of.V),
+            (of.rows, rowwise.diagonal()),
+            (of.columns, columnwise.diagonal()),
+        ):
+            # Llama's norms are computed in float32, whatever the model's dtype.
+            torch.testing.assert_close(kept, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
 
 
 def test_the_bases_hold_the_largest_directions(monkeypatch):

@@ -125,9 +125,7 @@ def phi_curves(results: Results) -> Any | None:
 def frontier(results: Results) -> Any:
     """What the domain costs the rest: lower left is better. One panel a task, mean over seeds."""
     across, up = "nll", "forgetting_unseen"
-    rows = [
-        r for r in results.rows if r.method not in METHODS or METHODS[r.method].record is not None
-    ]
+    rows = [r for r in results.rows if r.method not in METHODS or METHODS[r.method].trains]
     tasks = results.tasks
     figure, [panels] = _panels(1, len(tasks), (max(7.4, 2.9 * len(tasks) + 0.5), 3.9))
     methods = list(dict.fromkeys(r.method for r in rows))

@@ -70,22 +70,25 @@ def _heading(study: Study, run: Run) -> dict[str, Any]:
 def _measured(study: Study, run: Run) -> dict[str, Any]:
     method = METHODS[run.method]
     base = base_scores(study, run.task)
-    if method.record is None:
+    if not method.trains:
         return {"settings": {}, **_summary(study, base, base)}
     nu = phase_nu(study, run.method, run.seed)
-    adapter, tuned = nu, dict[str, Any]()
-    if method.tune is not None:
+    tuned: dict[str, Any] = {}
+    if method.tune is None:
+        assert nu is not None
+        adapter = nu
+    else:
         machine.reset_peak()
         adapter = phase_mu(study, spec.whole(study, run))
         tuned = json.loads((adapter / TUNED).read_text("utf-8"))
         tuned["peak"] = machine.peak_bytes()
-    recorded = store.read_info(nu)
+    recorded = store.read_info(nu) if nu else {"settings": None, "summary": {}, "norms": {}}
     summary = recorded["summary"]
+    size = {"importance_bytes": recorded["files"][store.TENSORS]["bytes"]} if nu else {}
     return {
         "settings": {"record": recorded["settings"], "tune": tuned.get("settings")},
         "seconds": {"record": summary.get("seconds"), "tune": tuned.get("seconds")},
-        "steps": tuned.get("steps", 0), "recorded": summary,
-        "importance_bytes": recorded["files"][store.TENSORS]["bytes"],
+        "steps": tuned.get("steps", 0), "recorded": summary, **size,
         "adapter_bytes": (adapter / ADAPTER_FILES[1]).stat().st_size,
         "peak_bytes": tuned.get("peak"),
         "log": [{k: _short(e[k]) for k in LOGGED if k in e} for e in tuned.get("log", [])],
@@ -105,8 +108,10 @@ def phase_mu(study: Study, run: Run) -> Path:
     return adapter
 
 
-def phase_nu(study: Study, method: str, seed: int) -> Path:
-    """The importance folder of a method and seed, made if it is not there yet."""
+def phase_nu(study: Study, method: str, seed: int) -> Path | None:
+    """The importance folder of a method and seed, made if it is not there yet; None if it has none."""
+    if METHODS[method].record is None:
+        return None
     folder = spec.nu_folder(study, method, seed)
     if not (folder / store.MARKER).exists():
         with _logged(study, f"phase ν of {method}, seed {seed}"):

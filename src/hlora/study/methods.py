@@ -19,8 +19,9 @@ class Method:
     """One row of a comparison.
 
     Attributes:
-        record: settings of phase ν that differ; None where the base model itself is scored.
-        tune: settings of phase μ that differ; None where the general phase itself is scored.
+        record: settings of phase ν that differ; None where there is none: plain LoRA from the base.
+        tune: settings of phase μ that differ; None where there is none, and what phase ν ended
+            with is scored, or the base model.
         ones: replace the importance by Ω = 1.
         sweeps: whether a study's values of φ apply; else `tune` fixes φ, or the preset does.
         swept: the setting of `hlora tune` that takes them.
@@ -40,6 +41,11 @@ class Method:
     rewinds: str = ""
     after_nu: bool = False
     source: str = "the paper"
+
+    @property
+    def trains(self) -> bool:
+        """False of the base model alone."""
+        return self.record is not None or self.tune is not None
 
 
 METHODS = {name: Method(**values) for name, values in built_in("methods.yaml").items()}

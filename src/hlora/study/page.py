@@ -84,7 +84,9 @@ def parts(
 
 def about(results: Results) -> str:
     """Model, data, sizes, versions and machines: what stands behind the figures."""
-    line = next((r for r in results.lines if r.get("settings", {}).get("tune")), results.lines[0])
+    tuned = [r for r in results.lines if r.get("settings", {}).get("tune")]
+    recorded = [r for r in tuned if r["settings"]["record"]]
+    line = [*recorded, *tuned, results.lines[0]][0]
     study, n = line["study"], results.seeds
     trained = line.get("settings", {})
     said = [
@@ -93,11 +95,14 @@ def about(results: Results) -> str:
         f"{len(n)} seed{'s' * (len(n) != 1)}.",
         f"General text: {', '.join(line['seen'])}; unseen: {', '.join(line['unseen']) or 'none'}.",
     ]
-    if trained:
+    if trained.get("tune"):
         nu, mu = trained["record"], trained["tune"]
-        said.append(
+        general = "" if nu is None else (
             f"Phase ν: at most {nu['max_steps'] or 'all'} steps of {nu['batch_size']} × "
-            f"{nu['block_size'] or BLOCK} tokens; phase μ: {line['steps']} steps of "
+            f"{nu['block_size'] or BLOCK} tokens; "
+        )  # fmt: skip
+        said.append(
+            f"{general}{'phase' if general else 'Phase'} μ: {line['steps']} steps of "
             f"{mu['batch_size']} rows; r {mu['lora_rank']}, α {mu['lora_alpha']:g}, "
             f"learning rate {mu['learning_rate']:g}, {mu['dtype']}."
         )

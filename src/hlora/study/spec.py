@@ -21,6 +21,8 @@ from hlora.study.metrics import FORGETTING, METRICS
 
 DATA = "HLORA_DATA"
 """In the environment: where `data/...` in a study lies, instead of the study's own `data`."""
+ADAPTER = {"lora_rank", "lora_alpha", "lora_dropout", "rslora", "targets"}
+"""Settings that a general phase decides for the domain phase that starts from it."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,11 @@ def read_study(path: Path) -> Study:
         sweeping = [m for m in METHODS if METHODS[m].sweeps]
         refuse_unknown(study.phi, sweeping, f"{path}: phi names no method that has one:")
     for run in runs_of(study):  # refuse now what a command would refuse in hours
-        record_settings(study, run.method, run.seed)
+        if METHODS[run.method].record is not None:
+            record_settings(study, run.method, run.seed)
         if METHODS[run.method].tune is not None:
-            tune_settings(study, whole(study, run), Path("nu"))
+            nu = None if METHODS[run.method].record is None else Path("nu")
+            tune_settings(study, whole(study, run), nu)
         eval_settings(study, run.task)
     return study
 
@@ -210,14 +214,16 @@ def mu_folder(study: Study, run: Run) -> Path:
     return Path(study.work) / "mu" / key_of(study, whole(study, run))
 
 
-def tune_settings(study: Study, run: Run, nu: Path) -> TuneSettings:
-    values: dict[str, Any] = {
-        "model": study.model, "importance": str(nu), "seed": run.seed, "resume": True,
-        "task": study.where(study.tasks[run.task]["train"]),
-        "output": str(mu_folder(study, run)), **study.tune,
-        **(METHODS[run.method].tune or {}),
-    }  # fmt: skip
+def tune_settings(study: Study, run: Run, nu: Path | None) -> TuneSettings:
     of = METHODS[run.method]
+    values: dict[str, Any] = {
+        "model": study.model, "importance": nu and str(nu), "seed": run.seed, "resume": True,
+        "task": study.where(study.tasks[run.task]["train"]),
+        "output": str(mu_folder(study, run)),
+        # An adapter that starts at no recorded one has the shape of those that do.
+        **({} if nu else {k: v for k, v in study.record.items() if k in ADAPTER}),
+        **study.tune, **(of.tune or {}),
+    }  # fmt: skip
     if of.keeps:
         values[of.keeps] = [study.where(t) for t in study.general.values()]
     if run.phi is not None:
