@@ -109,7 +109,7 @@ def phase_mu(study: Study, run: Run) -> Path:
 
 
 def phase_nu(study: Study, method: str, seed: int) -> Path | None:
-    """The importance folder of a method and seed, made if it is not there yet; None if it has none."""
+    """The importance folder of a method and seed, made if it is not there yet; None without one."""
     if METHODS[method].record is None:
         return None
     folder = spec.nu_folder(study, method, seed)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hlora.core.kinds import kind_named
 from hlora.study.built_in import built_in
 
 
@@ -46,6 +47,14 @@ class Method:
     def trains(self) -> bool:
         """False of the base model alone."""
         return self.record is not None or self.tune is not None
+
+    @property
+    def from_base(self) -> bool:
+        """Whether phase μ starts at the base model, not at what a general phase ended with."""
+        if self.record is None:
+            return True
+        kind = self.record.get("kind")
+        return not self.after_nu and kind is not None and not kind_named(kind).trained
 
 
 METHODS = {name: Method(**values) for name, values in built_in("methods.yaml").items()}

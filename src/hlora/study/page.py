@@ -57,6 +57,10 @@ def parts(
     add("table_1", tables.table_1(results))
     for task in results.tasks:
         add("task", tables.means(results, [task], metrics), task=task)
+        if at := tables.matched(results, task):
+            add("matched", at, task=task)
+    if named := tables.contrasts(results):
+        add("contrasts", named)
     adapted = [r for r in results.rows if r.method != "base"]
     add("frontier", tables.by_kind(results, adapted), figures.frontier(results))
     if ablation := tables.table_2(results):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from hlora.errors import visible
 from hlora.files import size
 from hlora.study.claims import MISSING, Verdict, difference, named_with_tasks
 from hlora.study.cost import Cost
+from hlora.study.matched import CONTRASTS, LORA, MARGIN, SHARES, Estimate, Matched, estimate, holm
+from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS, forgetting_on
 from hlora.study.paper import COST, TABLE_1, TABLE_2, TASKS, Score, e_perplexity
 from hlora.study.rows import Results, Row
@@ -121,6 +124,59 @@ def head_to_head(results: Results, ours: Row) -> Table:
             row += [d.shown(METRICS[metric].digits), p_text(d.p)]
         cells.append(row)
     return Table(headings, cells)
+
+
+def matched(results: Results, task: str) -> Table | None:
+    """What is forgotten at shares of plain LoRA's gain on the task: no kind far and near pooled."""
+    found = {
+        (measure, group): of
+        for measure, group in (("KL", "unseen"), ("loss", "unseen"), ("KL", "seen"))
+        if (of := Matched.of(results, task, group, measure))
+    }
+    if not found:
+        return None
+    first = next(iter(found.values()))
+    names = {"unseen": "far", "seen": "near"}
+    headings = [
+        f"{measure}, {names[group]}, at {share:.0%}"
+        for measure, group in found for share in SHARES
+    ]  # fmt: skip
+    cells = [
+        [LORA.label] + [_interval(estimate(m.plain())) for m in found.values() for _ in SHARES]
+    ]
+    for method in first.methods:
+        least = [m.least(method, share) for m in found.values() for share in SHARES]
+        shown_ = ["–" if d is None else _interval(estimate(d)) for d in least]
+        cells.append([Row(method, None).label, *shown_])
+    return Table(["method", *headings], cells)
+
+
+def _interval(of: Estimate, sign: str = "") -> str:
+    if not math.isfinite(of.value):
+        return "not reached"
+    return f"{of.value:{sign}.3f} [{of.low:{sign}.3f}, {of.high:{sign}.3f}]"
+
+
+def contrasts(results: Results) -> Table | None:
+    """The differences that were named beforehand, corrected for their number."""
+    names, found = list[list[str]](), list[Estimate]()
+    for task in results.tasks:
+        of = Matched.of(results, task)
+        for ours, other in CONTRASTS if of else []:
+            a, b = (of.least(m, SHARES[0]) for m in (ours, other))
+            if a is not None and b is not None:
+                names.append([f"{METHODS[ours].label} minus {METHODS[other].label}", task])
+                found.append(estimate(a - b))
+    if not found:
+        return None
+    tested = [i for i, of in enumerate(found) if math.isfinite(of.p)]
+    ps = dict(zip(tested, holm([found[i].p for i in tested]), strict=True))
+    cells = [
+        [*name, _interval(of, "+"), p_text(ps.get(i, math.nan)), "yes" if of.alike else "no"]
+        for i, (name, of) in enumerate(zip(names, found, strict=True))
+    ]
+    alike = f"within ±{MARGIN:g}"
+    return Table(["difference", "task", f"KL, far, at {SHARES[0]:.0%}", "p (Holm)", alike], cells)
 
 
 def t_tests(results: Results, ours: Row, rival: Row) -> Table:

@@ -1,0 +1,125 @@
+"""Forgetting at a share of what LoRA learns: worked out by hand, and the bootstrap's errors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from hlora.study import tables
+from hlora.study.matched import CONTRASTS, MARGIN, Matched, estimate, holm
+from hlora.study.methods import METHODS
+from hlora.study.rows import Results
+from tests.results_lines import line
+
+
+def a_run(method, seed=0, phi=None, nll=1.0, kl=0.0, rise=0.0, noise=0.0):
+    """NLL of 5 at the base; two far kinds, one near; every document alike but for the noise."""
+    made = line(method, "a", seed, phi=phi)
+    wobble = noise * np.linspace(-1, 1, 40)
+    made["losses"] = [nll] * 20
+    made["seen"], made["unseen"] = ["near"], ["far", "farther"]
+    made["text"] = {
+        kind: {
+            "loss": 3.0, "tokens": 40, "blocks": list(3.0 + times * rise + wobble),
+            "divergences": [] if method == "base" else list(times * (kl + wobble)),
+        }
+        for kind, times in (("near", 0.5), ("far", 1), ("farther", 3))
+    }  # fmt: skip
+    made["forgetting"] = {k: {"nats": 0.0, "se": 0.0} for k in ("seen", "unseen", *made["text"])}
+    return made
+
+
+def results(*lines):
+    return Results([a_run("base", nll=5.0), *lines], [], [])
+
+
+def test_between_two_strengths_a_line_is_read():
+    found = results(
+        a_run("lora-mu", nll=1.0, kl=0.2, rise=0.1),
+        a_run("kl", phi=1.0, nll=1.2, kl=0.1, rise=0.05),  # 95 % of the gain of 4
+        a_run("kl", phi=4.0, nll=2.0, kl=0.02, rise=0.01),  # 75 %
+    )
+    of = Matched.of(found, "a")
+    assert of.plain()[0] == pytest.approx(0.4)  # the mean of 0.2 and 0.6
+    assert of.least("kl", 0.95)[0] == pytest.approx(0.2)
+    assert of.least("kl", 0.99)[0] == pytest.approx(0.4 - 0.2 * 0.2)  # a fifth of the way
+    assert of.least("kl", 0.85)[0] == pytest.approx(0.2 - 0.16 * 0.5)
+    assert of.least("kl", 0.5)[0] == pytest.approx(0.04)  # the strongest: nothing is extrapolated
+    assert Matched.of(found, "a", measure="loss").least("kl", 0.95)[0] == pytest.approx(0.1)
+    assert Matched.of(found, "a", "seen").least("kl", 0.95)[0] == pytest.approx(0.05)
+    assert of.least("kl", 0.95)[1:].std() < 1e-12  # documents and questions that are all alike
+
+
+def test_a_method_is_read_where_it_forgets_least():
+    """A strength that learns more and forgets less beats those before it."""
+    found = results(
+        a_run("lora-mu", nll=1.0, kl=0.2), a_run("kl", phi=1.0, nll=1.4, kl=0.15),
+        a_run("kl", phi=2.0, nll=0.9, kl=0.05),
+    )  # fmt: skip
+    assert Matched.of(found, "a").least("kl", 0.99)[0] == pytest.approx(0.1)
+
+
+def test_a_gain_that_is_not_reached_is_said():
+    found = results(
+        a_run("lora-mu", nll=1.0, kl=0.2), a_run("lora-nu-mu", nll=2.0, kl=0.3),
+        a_run("hlora", phi=0.1, nll=3.0, kl=0.1),
+    )  # fmt: skip
+    of = Matched.of(found, "a")
+    assert of.least("hlora", 0.99)[0] == math.inf
+    assert of.least("hlora", 0.5)[0] == pytest.approx(0.2)
+    table = tables.matched(found, "a")
+    assert table.rows[-1][0] == METHODS["hlora"].label
+    assert table.rows[-1][1] == "not reached"
+
+
+def test_differences_are_paired_over_documents():
+    """That documents differ, which all methods share, is no error of a difference."""
+    found = results(
+        a_run("lora-mu", nll=1.0, kl=0.2, noise=0.1),
+        a_run("blend", phi=1.0, nll=1.0, kl=0.10, noise=0.1),
+        a_run("kl", phi=1.0, nll=1.0, kl=0.101, noise=0.1),
+    )
+    of = Matched.of(found, "a")
+    single = estimate(of.least("blend", 0.99))
+    assert single.low < single.value - 0.02
+    assert single.value + 0.02 < single.high
+    difference = estimate(of.least("blend", 0.99) - of.least("kl", 0.99))
+    assert difference.value == pytest.approx(-0.002)
+    assert difference.high - difference.low < 1e-9
+    assert difference.alike
+    assert difference.p < 0.01
+    assert not estimate(of.least("blend", 0.99) - of.plain()).alike
+
+
+def test_the_error_over_seeds_is_the_bootstrap_s():
+    gains = {0: 0.08, 1: 0.10, 2: 0.15}
+    found = results(
+        *(a_run("lora-mu", s, nll=1.0, kl=0.2) for s in gains),
+        *(a_run("blend", s, phi=1.0, nll=1.0, kl=kl) for s, kl in gains.items()),
+        a_run("kl", 0, phi=1.0, nll=1.0, kl=0.1),
+    )
+    of = Matched.of(found, "a")
+    draws = of.least("blend", 0.99)
+    assert draws[0] == pytest.approx(2 * np.mean(list(gains.values())))
+    assert draws[1:].std() == pytest.approx(2 * np.std(list(gains.values())) / 3**0.5, rel=0.1)
+    assert of.least("kl", 0.99) is None  # one seed of three is no comparison
+
+
+def test_no_table_where_the_runs_do_not_tell():
+    assert (
+        tables.matched(Results([line("base", "a", 0), line("lora-mu", "a", 0)], [], []), "a")
+        is None
+    )
+    assert tables.contrasts(results(a_run("lora-mu", kl=0.2))) is None
+
+
+def test_contrasts_are_corrected_for_their_number():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert {m for pair in CONTRASTS for m in pair} <= set(METHODS)
+    of = {m: a_run(m, phi=1.0, kl=0.1 + i / 100) for i, m in enumerate(METHODS) if m != "lora-mu"}
+    table = tables.contrasts(results(a_run("lora-mu", kl=0.9), *of.values()))
+    assert len(table.rows) == len(CONTRASTS)
+    assert f"within ±{MARGIN:g}" in table.headings
