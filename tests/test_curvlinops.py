@@ -25,7 +25,7 @@ class OfSequences(nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_factors_are_partial_traces_of_the_empirical_fisher():
-    """E[ggᵀ] and E[gᵀg] are those of E[vec(g) vec(g)ᵀ]; the sequences' Gram matrix has its trace."""
+    """E[ggᵀ] and E[gᵀg] are those of E[vec(g) vec(g)ᵀ]."""
     model = lora_model(dtype=torch.float64).eval()
     model.set_attn_implementation("eager")  # it is differentiated forward too
     rows = torch.randint(3, 60, (6, 9), generator=torch.Generator().manual_seed(0))
