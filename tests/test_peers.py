@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 import hlora
 from hlora.cli import main as cli
 from hlora.hf.divergence import Divergence
+from hlora.run import phases
 from hlora.run.evaluate import divergence
 from hlora.run.phases import DomainPhase
 from hlora.run.settings import TuneSettings
@@ -93,7 +94,7 @@ def settings(tiny, tmp_path, **more):
     task, text = tmp_path / "task.jsonl", write_text(tmp_path / "a.txt")
     task.write_text('{"prompt": "the cat", "completion": " sat on a mat"}\n' * 12)
     given = {"model": str(tiny), "task": str(task), "device": "cpu", "output": str(tmp_path / "o")}
-    return TuneSettings(**given, **{k: v or [str(text)] for k, v in more.items()})
+    return TuneSettings(**given, **{k: [str(text)] if v is None else v for k, v in more.items()})
 
 
 def test_replay_mixes_its_share_into_the_rows(tiny, tmp_path):
@@ -101,6 +102,35 @@ def test_replay_mixes_its_share_into_the_rows(tiny, tmp_path):
     general = [r for r in phase.rows.rows if len(r["input_ids"]) == 128]
     assert (len(general), len(phase.rows)) == (4, 16)
     assert all((r["labels"] >= 0).all() for r in general)
+
+
+@pytest.mark.parametrize("other", [[], None])
+def test_the_model_s_own_text_is_written_before_training(other, tiny, tmp_path, monkeypatch):
+    """In the place of zeros, beside text that is read, for KL and for replay alike."""
+    text = [] if other is not None else [str(write_text(tmp_path / "b.txt"))]
+    phase = DomainPhase(
+        settings(
+            tiny,
+            tmp_path,
+            kl=["own", *text],
+            replay=["own"],
+            replay_share=0.25,
+            max_steps=1,
+            batch_size=2,
+        )
+    )
+    kl = phase.parts[0].rows
+    own = (kl == 0).all(1)
+    assert own.sum() == phases.OWN_BLOCKS
+    assert (~own).any() == bool(text)
+    replayed = [r for r in phase.rows.rows if len(r["input_ids"]) == kl.shape[1]]
+    assert len(replayed) == 4
+    assert not any(r["input_ids"].any() for r in replayed)
+    read = kl[~own].clone()
+    phase.run()
+    assert kl[own].bool().any(1).all()
+    assert all(r["labels"].any() for r in replayed)
+    torch.testing.assert_close(kl[~own], read)
 
 
 def test_both_go_through_the_command(tiny, tmp_path, capsys):

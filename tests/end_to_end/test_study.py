@@ -76,11 +76,12 @@ def test_every_method_runs_and_shares_phase_nu(place, capsys):
     assert found["lora-rate", 0.0001]["settings"]["tune"]["learning_rate"] == 0.0001
     assert found["budget", 0.1]["settings"]["tune"]["forget_at_most"] == 0.1
     assert sum(half["losses"]) / 8 == pytest.approx(half["task"]["nll"], rel=1e-4)
-    held = [m for m in METHODS if METHODS[m].sweeps or "paper" in m]
     for (name, _), r in found.items():
-        if name in held and name not in ("replay", "lora-rewound", "lora-rate", "lora-steps"):
-            # KL is looked at in every fourth step.
-            assert (any if name == "kl" else all)(e["R"] > 0 for e in r["log"]), r["label"]
+        of = METHODS[name]
+        if of.swept == "kl_weight" and name != "kl-seldom":  # one look in every fourth step
+            assert any(e["R"] > 0 for e in r["log"]), r["label"]
+        if (of.sweeps and of.swept == "phi" and not of.rewinds) or "paper" in name:
+            assert all(e["R"] > 0 for e in r["log"]), r["label"]
 
 
 def test_a_stopped_study_goes_on_and_a_half_line_is_dropped(place, capsys):

@@ -55,6 +55,8 @@ HUB_BLOCKS = 4000
 """Rows taken of a hub data set, which may be endless, unless --text-blocks says otherwise."""
 MEASURED_ON, MEASURED_BLOCKS = ["python-docs@test"], 24
 """Text that a budget is checked on, and rows of each kind."""
+OWN, OWN_BLOCKS = "own", 128
+"""The general text that the model writes itself while tuning, and its rows."""
 TUNED = "tune.json"
 """The marker of a finished domain phase."""
 
@@ -112,6 +114,13 @@ class _Phase:
     def _begin(self) -> dict[str, Any]:
         base = base_of(self.model, self.pairs)
         return begin_run(self.settings, base, self.rows, self.also_read)
+
+    def _write_own(self, count: int, length: int) -> Tensor:
+        with bar("the model's own text", count) as shown:
+            return own_text(
+                self.model, self.tokenizer, count, length, seed=self.settings.seed,
+                tick=shown.update,
+            )  # fmt: skip
 
     def plan(self) -> str:
         """What a run would train, and about how much time and memory it would take."""
@@ -220,11 +229,7 @@ class GeneralPhase(_Phase):
         given = {k: v for k, v in options.items() if v and k != "sequences"}
         began = time.monotonic()
         if self.own:
-            with bar("the model's own text", self.own) as shown:
-                self.tokens[-self.own :] = own_text(
-                    self.model, self.tokenizer, self.own, self.tokens.shape[1],
-                    seed=self.settings.seed, tick=shown.update,
-                )  # fmt: skip
+            self.tokens[-self.own :] = self._write_own(self.own, self.tokens.shape[1])
             order = torch.Generator().manual_seed(self.settings.seed)
             self.tokens = self.tokens[torch.randperm(len(self.tokens), generator=order)]
         with bar(f"{self.of.kind} importance", len(self.tokens)) as shown:
@@ -302,6 +307,7 @@ class DomainPhase(_Phase):
         else:
             self.model = new_adapter(self.model, settings)
         self.pairs = find_pairs(self.model)
+        self.unwritten: list[tuple[Tensor, Tensor]] = []  # rows, and which the model will write
         self.held = 0
         for penalty in self.regularizers:
             base = base_of(self.model, self.pairs)
@@ -331,6 +337,9 @@ class DomainPhase(_Phase):
             info = json.loads((self.output / TUNED).read_text("utf-8"))
             return Trained(info["log"], info["seconds"], info["steps"], info["forgetting"])
         run = self._begin()
+        for rows, which in self.unwritten:
+            with self.model.disable_adapter():  # type: ignore[operator]
+                rows[which] = self._write_own(len(which), rows.shape[1])
         trained = train(
             self.settings, self.model, self.rows, self.parts,
             what=f"domain phase, {self.task.name}", run=run, collate=self.collate,
@@ -352,10 +361,16 @@ class DomainPhase(_Phase):
     def _general(self, text: list[str], limit: int) -> Tensor:
         """At most so many rows of each kind of text, shuffled, (N, T)."""
         size, known = block_size(self.model, None, GATHERED_BLOCK), vocabulary(self.model)
-        kinds = [blocks(Source.parse(s), self.tokenizer, size, limit, known) for s in text]
-        rows, draw = torch.cat(kinds), torch.Generator().manual_seed(self.settings.seed)
+        own = torch.zeros(min(limit, OWN_BLOCKS) if OWN in text else 0, size, dtype=torch.int64)
+        read = [Source.parse(s) for s in text if s != OWN]
+        rows = torch.cat([own, *(blocks(s, self.tokenizer, size, limit, known) for s in read)])
         self.also_read.append(rows)
-        return rows[torch.randperm(len(rows), generator=draw)]
+        draw = torch.Generator().manual_seed(self.settings.seed)
+        order = torch.randperm(len(rows), generator=draw)
+        rows = rows[order]
+        if len(own):
+            self.unwritten.append((rows, (order < len(own)).nonzero()[:, 0]))
+        return rows
 
     def _with_replay(self) -> Rows:
         """The task's rows and, of all rows, a share of general text."""
@@ -363,8 +378,8 @@ class DomainPhase(_Phase):
         if share >= 1:
             raise InputError(f"--replay-share must be below 1, not {share:g}.")
         count = max(1, round(len(self.rows) * share / (1 - share)))
-        general = block_rows(self._general(self.settings.replay, count)[:count])
-        return Rows([*self.rows.rows, *general.rows])
+        general = block_rows(self._general(self.settings.replay, count)).rows
+        return Rows([*self.rows.rows, *(general[i % len(general)] for i in range(count))])
 
     def _write(self, trained: Trained, run: dict[str, Any]) -> None:
         penalties = [vars(p.rule) for p in self.regularizers]

@@ -209,15 +209,19 @@ class TuneSettings(TrainSettings):
         "(default: python-docs@test)", [], metavar="TEXT", more=True,
     )  # fmt: skip
     kl: list[str] = setting(
-        "general text on which the predictions are held to the base model's while tuning (KL)", [],
-        metavar="TEXT", more=True,
+        "general text on which the predictions are held to the base model's while tuning (KL); "
+        "own: text that the model writes itself", [], metavar="TEXT", more=True,
     )  # fmt: skip
     kl_weight: float = setting("weight of --kl, by nats per token", 1.0, more=True, least=0)
     kl_every: int = setting(
         "micro-batches from one look at --kl to the next", 4, more=True, least=1
     )
     replay: list[str] = setting(
-        "general text that is mixed into the rows of the task", [], metavar="TEXT", more=True
+        "general text that is mixed into the rows of the task; own: text that the model writes "
+        "itself",
+        [],
+        metavar="TEXT",
+        more=True,
     )
     replay_share: float = setting("share of --replay in all rows", 0.2, more=True, least=0.001)
     anchor: str | None = setting(
