@@ -75,6 +75,7 @@ def test_every_method_runs_and_shares_phase_nu(place, capsys):
     assert found["lora-steps", 2.0]["steps"] == 2
     assert found["lora-rate", 0.0001]["settings"]["tune"]["learning_rate"] == 0.0001
     assert found["budget", 0.1]["settings"]["tune"]["forget_at_most"] == 0.1
+    assert found["budget", 0.1]["budgeted"].keys() >= {"predicted", "measured", "share", "kept"}
     assert sum(half["losses"]) / 8 == pytest.approx(half["task"]["nll"], rel=1e-4)
     for (name, _), r in found.items():
         of = METHODS[name]

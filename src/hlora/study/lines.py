@@ -40,7 +40,8 @@ class Line(TypedDict, total=False):
     `hlora.run.evaluate.TextScore` (older lines lack the blocks), and `task`, with those of
     `TaskScore`. `answers` is the choice that the model made for each question, `losses` the NLL of
     the right one; `others` are tasks that were not trained on. Forgetting is by kind of text, and
-    over all that were `seen` and `unseen`, as {nats, se}.
+    over all that were `seen` and `unseen`, as {nats, se}. `budgeted` is what `hlora tune` says of a
+    budget: predicted, measured, and the share of the change that it kept.
     """
 
     key: str
@@ -61,6 +62,7 @@ class Line(TypedDict, total=False):
     importance_bytes: int
     adapter_bytes: int
     peak_bytes: int | None
+    budgeted: dict[str, float] | None
     log: list[dict[str, float]]
     norms: dict[str, float]
     text: dict[str, TextLine]

@@ -90,7 +90,7 @@ def _measured(study: Study, run: Run) -> dict[str, Any]:
         "seconds": {"record": summary.get("seconds"), "tune": tuned.get("seconds")},
         "steps": tuned.get("steps", 0), "recorded": summary, **size,
         "adapter_bytes": (adapter / ADAPTER_FILES[1]).stat().st_size,
-        "peak_bytes": tuned.get("peak"),
+        "peak_bytes": tuned.get("peak"), "budgeted": tuned.get("forgetting"),
         "log": [{k: _short(e[k]) for k in LOGGED if k in e} for e in tuned.get("log", [])],
         "norms": {k: _short(v) for k, v in recorded["norms"].items()},
         **_summary(
