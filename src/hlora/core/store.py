@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hlora.core import card
 from hlora.core.adapter_file import ADAPTER_FILES, read_adapter, read_config
 from hlora.core.importance import Importance
 from hlora.core.kinds import KINDS, kind_named
@@ -74,6 +75,7 @@ def save(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "base_model": base,
         "pairs": describe(pairs),
+        "versions": card.versions(),
         **notes,
     }
     with publish(folder, MARKER) as aside:
@@ -103,6 +105,7 @@ def write(aside: Path, importance: Importance, info: dict[str, Any]) -> dict[str
         "files": {f: checksum(aside / f) for f in (*ADAPTER_FILES, TENSORS)},
     }
     write_json(aside / MARKER, info)
+    card.write_card(aside, card.recorded(info))
     return info
 
 

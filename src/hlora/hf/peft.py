@@ -232,4 +232,7 @@ def base_of(model: nn.Module, pairs: list[Pair]) -> dict[str, Any]:
         if w.is_floating_point():  # a quantized weight has no entries to compare
             index = torch.linspace(0, w.numel() - 1, _FINGERPRINT_ENTRIES).long().to(w.device)
             samples[pair.name] = [float(f"{v:.6g}") for v in w.flatten()[index].float().tolist()]
-    return {"name": getattr(config, "name_or_path", ""), "config": values, "samples": samples}
+    return {
+        "name": getattr(config, "name_or_path", ""), "config": values, "samples": samples,
+        "revision": getattr(config, "_commit_hash", None),
+    }  # fmt: skip

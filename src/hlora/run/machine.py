@@ -7,29 +7,16 @@ import os
 import platform
 import subprocess
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hlora import __version__
-
-LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+from hlora.core import card
 
 
 @lru_cache
 def versions() -> dict[str, str | None]:
     """Of hlora (and its commit, in a checkout), Python and the libraries that train."""
-    found: dict[str, str | None] = {
-        "hlora": __version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-    }
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    return {"commit": _commit(), **card.versions()}
 
 
 def _commit() -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from hlora import __version__
-from hlora.core import store
+from hlora.core import card, store
 from hlora.core.importance import Importance
 from hlora.core.kinds import kind_named
 from hlora.core.pairs import Pair
@@ -33,7 +33,7 @@ from hlora.hf.divergence import Divergence
 from hlora.hf.peft import base_of, find_pairs, save_adapter
 from hlora.hf.record import Record, save_importance
 from hlora.hf.regularize import Penalty
-from hlora.run import dry_run
+from hlora.run import dry_run, machine
 from hlora.run.models import (
     block_size,
     context,
@@ -382,12 +382,22 @@ class DomainPhase(_Phase):
         return Rows([*self.rows.rows, *(general[i % len(general)] for i in range(count))])
 
     def _write(self, trained: Trained, run: dict[str, Any]) -> None:
-        penalties = [vars(p.rule) for p in self.regularizers]
+        held = self.regularizers[0] if self.regularizers else None
         info = {
             "hlora_version": __version__,
             "run": run["run"],
             "settings": asdict(self.settings),
-            "penalty": penalties[0] if penalties else None,
+            "base_model": base_of(self.model, self.pairs),
+            "data": {
+                "task": self.task.name,
+                "rows": len(self.rows),
+                "replay": self.settings.replay,
+                "measured_on": self.settings.text or MEASURED_ON,
+            },
+            "penalty": vars(held.rule) if held else None,
+            "kind": held.stored.importance.kind if held else None,
+            "anchor": held.anchor if held else None,
+            "versions": machine.versions(),
             "seconds": round(trained.seconds, 1),
             "steps": trained.steps,
             "forgetting": trained.forgetting,
@@ -396,6 +406,7 @@ class DomainPhase(_Phase):
         with publish(self.output, TUNED) as aside:
             save_adapter(self.model, aside)
             write_json(aside / TUNED, info)
+            card.write_card(aside, card.tuned(info))
 
 
 _OF_A_PENALTY = ("phi", "forget_at_most", "anchor", "layer_weights", "normalize")

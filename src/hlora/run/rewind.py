@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hlora import __version__
+from hlora.core import card, store
 from hlora.core import rewind as core
-from hlora.core import store
 from hlora.core.budget import check_budget
 from hlora.core.lowrank import LowRank
 from hlora.core.pairs import Group, group
@@ -22,6 +22,7 @@ from hlora.data.tasks import answer_rows
 from hlora.errors import InputError
 from hlora.files import publish, refuse_result, write_json
 from hlora.hf.peft import base_of, find_pairs, save_adapter, starts_at_base
+from hlora.run import machine
 from hlora.run.evaluate import Forgetting, divergence, score_task
 from hlora.run.models import load_adapter
 from hlora.run.progress import bar
@@ -124,13 +125,13 @@ def rewind(settings: RewindSettings) -> Rewound:
     result = Rewound(output, sorted(points, key=lambda p: (p.way, -p.share)), chosen)
     with publish(output, REWOUND) as aside:
         save_adapter(model, aside)
-        write_json(
-            aside / REWOUND,
-            {
-                "hlora_version": __version__, "settings": asdict(settings),
-                "chosen": asdict(chosen), "points": [asdict(p) for p in result.points],
-            },
-        )  # fmt: skip
+        info = {
+            "hlora_version": __version__, "settings": asdict(settings),
+            "base_model": base_of(model, pairs), "versions": machine.versions(),
+            "chosen": asdict(chosen), "points": [asdict(p) for p in result.points],
+        }  # fmt: skip
+        write_json(aside / REWOUND, info)
+        card.write_card(aside, card.rewound(info))
     return result
 
 

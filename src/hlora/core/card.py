@@ -1,0 +1,258 @@
+"""The README.md of an adapter or importance folder: a model card, in place of PEFT's blank one.
+
+It is made from what the folder's own notes say. Names in them come from others, so all are shown as
+code, and of a path only the last part: where someone keeps their files is nobody's business.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from hlora.errors import visible
+from hlora.files import size, write_whole
+
+CARD = "README.md"
+LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+URL = "https://arxiv.org/abs/2501.13669"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9_]")
+_TRAINED = (
+    "learning_rate", "epochs", "max_steps", "batch_size", "gradient_accumulation", "lora_rank",
+    "lora_alpha", "lora_dropout", "rslora", "targets", "preset", "max_length", "block_size",
+    "dtype", "seed",
+)  # fmt: skip
+"""Settings that say how it was trained; the others name places, or say nothing of the result."""
+_GATHERED = ("sequences", "block_size", "lora_rank", "targets", "dtype", "seed")
+_MEASURED = ("block_size", "text_blocks", "dtype")
+
+
+def write_card(folder: Path, text: str) -> None:
+    write_whole(folder / CARD, text)
+
+
+def versions() -> dict[str, str | None]:
+    """Of hlora, Python and the libraries that train; None for one that is missing."""
+    from hlora import __version__
+
+    found: dict[str, str | None] = {"hlora": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def tuned(info: Mapping[str, Any]) -> str:
+    """The card of a domain phase, from its `tune.json`."""
+    data, log = info["data"], info["log"]
+    mixed = f", mixed with general text ({_list(data['replay'])})" if data["replay"] else ""
+    lines = [
+        f"Trained on {code(data['task'])}, {data['rows']:,} rows{mixed}, for {info['steps']:,} "
+        "optimizer steps."
+    ]
+    if log:
+        lines.append(
+            f"Loss while training, nats per token: {log[0]['loss']:.4g} at step {log[0]['step']}, "
+            f"{log[-1]['loss']:.4g} at step {log[-1]['step']}."
+        )
+    parts = {
+        "What it learned": lines,
+        "What it was held by": _held(info),
+        "What it forgot": _forgot(info["forgetting"], data["measured_on"]),
+    }
+    return _page(info, f"tuned on {code(data['task'])}", parts, _TRAINED)
+
+
+def rewound(info: Mapping[str, Any]) -> str:
+    """The card of an adapter that was scaled back, from its `rewind.json`."""
+    chosen, whole = info["chosen"], next(p for p in info["points"] if p["share"] == 1)
+    s = info["settings"]
+    before, after = whole["measured"], chosen["measured"]
+    lines = [
+        f"Made from {_named(s['adapter'])} by scaling its change of the weights back, "
+        f"{chosen['way']}, by {chosen['share']:.3f}."
+    ]
+    if chosen["nll"] is not None:
+        lines.append(
+            f"Loss on {_named(s['task'])}: {chosen['nll']:.3f} nats per answer, as trained "
+            f"{whole['nll']:.3f}."
+        )
+    predicted = chosen["predicted"]
+    forgot = [
+        f"{after['nats']:.4g} ± {after['se']:.2g} nats per token, as trained "
+        f"{before['nats']:.4g} ± {before['se']:.2g}: the KL divergence from the base model's "
+        f"predictions, measured on {_list(s['text'])}."
+    ]
+    if predicted is not None:
+        forgot.append(f"Predicted by {_named(s['importance'])}: {predicted:.4g}.")
+    held = [f"A budget of {s['forget_at_most']:g} nats per token, by scaling after training."]
+    parts = {"What it is": lines, "What it was held by": held, "What it forgot": forgot}
+    return _page(info, "scaled back to a budget of forgetting", parts, _MEASURED)
+
+
+def recorded(info: Mapping[str, Any]) -> str:
+    """The card of an importance folder, from its `importance.json`."""
+    summary = info.get("summary") or {}
+    own = summary.get("own_text")
+    read = [f"{code(n)}, {count:,} rows" for n, count in (info.get("text") or {}).items()]
+    read += [f"text that the model wrote itself, {own:,} rows"] if own else []
+    stored = (info.get("recording") or {}).get("storage")
+    form = info["kind"] + (f", stored as {stored}" if stored not in (None, "fp32") else "")
+    bytes_ = sum(f["bytes"] for f in info["files"].values())
+    lines = [
+        f"How much each weight matters for general text: importance of the form {code(form)}, of "
+        f"{len(info['pairs'])} matrices, {size(bytes_)}.",
+        f"From {'; '.join(read) or 'general text'}.",
+    ]
+    previous, gathered = info.get("previous"), "own_text" in summary
+    if gathered:
+        at = f"the adapter of {_named(previous)}" if previous else "the base model"
+        lines.append(f"Gathered without training, at {at}.")
+    else:
+        lines.append(
+            "Gathered while the adapter beside it was trained on that text. A domain starts from "
+            "this adapter."
+        )
+        lines += [f"It adds to {_named(previous)}."] if previous else []
+    shown = _GATHERED if gathered else _TRAINED
+    return _page(info, "importance of its weights", {"What it is": lines}, shown, importance=True)
+
+
+def _page(
+    info: Mapping[str, Any], what: str, parts: dict[str, list[str]], shown: Iterable[str],
+    importance: bool = False,
+) -> str:  # fmt: skip
+    base = info["base_model"]
+    name = str(base["name"] or "")
+    on_hub = hub_name(name)
+    tags = ["hlora", "lora", "continual-learning", *(["importance"] if importance else [])]
+    front: dict[str, Any] = {"library_name": "peft", "tags": tags}
+    if on_hub:
+        front = {"base_model": on_hub, **front, "pipeline_tag": "text-generation"}
+    # JSON is YAML.
+    lines = ["---", *(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in front.items()), "---"]
+    lines += ["", f"# {_named(name) if name else 'A LoRA adapter'}, {what}", ""]
+    revision = base.get("revision")
+    lines += [
+        f"Base model: {_named(name) if name else 'unnamed'}"
+        + (f" at revision {code(str(revision))}" if revision else "")
+        + ("." if on_hub or not name else ", a local model.")
+    ]
+    for heading, said in parts.items():
+        lines += ["", f"## {heading}", "", *"\n\n".join(said).split("\n")]
+    lines += ["", "## How to load it", "", *_loading(on_hub, importance)]
+    noted = info.get("settings") or {}
+    settings = [
+        f"- {k.replace('_', ' ')}: {code(_value(noted[k]))}" for k in shown if _said(noted, k)
+    ]
+    lines += ["", "## Settings", "", *settings] if settings else []
+    made = [f"{k} {code(str(v))}" for k, v in (info.get("versions") or versions()).items() if v]
+    lines += ["", "## Versions", "", ", ".join(made) + "."]
+    lines += ["", f"Made with hlora ([the method]({URL}))."]
+    return "\n".join(lines) + "\n"
+
+
+def _loading(base: str | None, importance: bool) -> list[str]:
+    of = json.dumps(base or "BASE_MODEL")
+    lines = [
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({of})",
+        'model = PeftModel.from_pretrained(model, "THIS_FOLDER_OR_HUB_NAME")',
+        "```",
+    ]
+    if importance:
+        lines = [
+            "```bash",
+            f"hlora tune --model {base or 'BASE_MODEL'} --importance THIS_FOLDER_OR_HUB_NAME \\",
+            "  --task FILE --output DIR",
+            "```",
+            "",
+            "The adapter alone:",
+            "",
+            *lines,
+        ]
+    return lines
+
+
+def _held(info: Mapping[str, Any]) -> list[str]:
+    s, rule = info["settings"], info["penalty"]
+    lines = []
+    if s["importance"]:
+        budget = s["forget_at_most"]
+        how = (
+            f"a budget of {budget:g} nats per token, which steers φ"
+            if budget
+            else f"φ {rule['phi']:g}"
+        )
+        to = "the base model" if info["anchor"] == "base" else "the recorded adapter"
+        pinned = info.get("importance_revision")
+        lines.append(
+            f"{info['kind'].capitalize()} importance, {_named(s['importance'])}"
+            + (f" at revision {code(pinned)}" if pinned else "")
+            + f", with {how}; it pulls towards {to}."
+        )
+    if s["kl"]:
+        lines.append(
+            f"The KL divergence from the base model on {_list(s['kl'])}, with weight "
+            f"{s['kl_weight']:g}."
+        )
+    return lines or ["Nothing: this is plain LoRA."]
+
+
+def _forgot(found: Mapping[str, Any] | None, on: list[str]) -> list[str]:
+    if not found:
+        return ["Not measured: `hlora eval --adapter` does."]
+    scaled = f"; scaled by {found['share']:.3f} to {found['kept']:.4g}"
+    return [
+        f"Predicted {found['predicted']:.4g}, measured {found['measured']:.4g} ± "
+        f"{found['measured_se']:.2g}{scaled if found['share'] < 1 else ''}: nats per token of KL "
+        f"divergence from the base model's predictions, on {_list(on)}."
+    ]
+
+
+def hub_name(name: str) -> str | None:
+    """`owner/name` if a base model's name can be one on the hub, else None."""
+    bare = name.partition("@")[0]
+    return bare if _HUB_NAME.fullmatch(bare) and not Path(bare).exists() else None
+
+
+def _named(where: Any) -> str:
+    """A hub name, or the last part of a path."""
+    where = str(where)
+    if hub_name(where) or not where:
+        return code(where)
+    return code(PureWindowsPath(where).name or Path(where).name or where)
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(_named(n) for n in names)
+
+
+def _said(settings: Mapping[str, Any], key: str) -> bool:
+    value = settings.get(key)
+    if key == "epochs" and settings.get("max_steps"):
+        return False
+    return value not in (None, "") and value is not False and (key == "seed" or value != 0)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def code(text: str) -> str:
+    """Text as an inline code span, whatever is in it."""
+    text = visible(text).replace("\n", "\\n")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if "`" in text else ""
+    return f"{fence}{pad}{text}{pad}{fence}" if text else "(unnamed)"
