@@ -102,6 +102,8 @@ def publish(folder: Path, marker: str) -> Iterator[Path]:
         yield aside
         files = sorted(p for p in aside.iterdir() if p.name != marker)
         for path in [*files, aside / marker]:
+            if path.is_dir():  # of a tokenizer with several templates
+                continue
             os.chmod(path, 0o666 & ~_umask())  # safetensors keeps them to their owner
             with path.open("rb") as file:
                 os.fsync(file.fileno())

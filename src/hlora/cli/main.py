@@ -18,6 +18,7 @@ COMMANDS = {
     "tune": (config.TuneSettings, "domain phase: learn a domain without forgetting"),
     "eval": (config.EvalSettings, "measure perplexity, accuracy and forgetting"),
     "rewind": (config.RewindSettings, "scale an adapter back to a budget of forgetting"),
+    "merge": (config.MergeSettings, "add an adapter to the weights of its base model"),
     "inspect": (config.InspectSettings, "show what an importance folder contains"),
     "convert": (config.ConvertSettings, "convert an importance folder to another form"),
     "study": (config.StudySettings, "run a grid of methods, tasks, seeds and φ"),

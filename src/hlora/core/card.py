@@ -27,6 +27,7 @@ _TRAINED = (
     "dtype", "seed",
 )  # fmt: skip
 """Settings that say how it was trained; the others name places, or say nothing of the result."""
+ADAPTER, IMPORTANCE, MERGED = "adapter", "importance", "merged"
 _GATHERED = ("sequences", "block_size", "lora_rank", "targets", "dtype", "seed")
 _MEASURED = ("block_size", "text_blocks", "dtype")
 
@@ -96,6 +97,16 @@ def rewound(info: Mapping[str, Any]) -> str:
     return _page(info, "scaled back to a budget of forgetting", parts, _MEASURED)
 
 
+def merged(info: Mapping[str, Any]) -> str:
+    """The card of a model with an adapter merged into it.
+
+    Args:
+        info: base_model, adapter, versions.
+    """
+    lines = [f"The weights of the base model with the adapter {_named(info['adapter'])} added."]
+    return _page(info, "with an adapter merged into it", {"What it is": lines}, (), MERGED)
+
+
 def recorded(info: Mapping[str, Any]) -> str:
     """The card of an importance folder, from its `importance.json`."""
     summary = info.get("summary") or {}
@@ -121,18 +132,21 @@ def recorded(info: Mapping[str, Any]) -> str:
         )
         lines += [f"It adds to {_named(previous)}."] if previous else []
     shown = _GATHERED if gathered else _TRAINED
-    return _page(info, "importance of its weights", {"What it is": lines}, shown, importance=True)
+    return _page(info, "importance of its weights", {"What it is": lines}, shown, IMPORTANCE)
 
 
 def _page(
     info: Mapping[str, Any], what: str, parts: dict[str, list[str]], shown: Iterable[str],
-    importance: bool = False,
+    what_for: str = ADAPTER,
 ) -> str:  # fmt: skip
     base = info["base_model"]
     name = str(base["name"] or "")
     on_hub = hub_name(name)
-    tags = ["hlora", "lora", "continual-learning", *(["importance"] if importance else [])]
-    front: dict[str, Any] = {"library_name": "peft", "tags": tags}
+    tags = ["hlora", "lora", "continual-learning"]
+    library = "transformers" if what_for == MERGED else "peft"
+    front: dict[str, Any] = {"library_name": library, "tags": tags}
+    if what_for == IMPORTANCE:
+        tags.append("importance")
     if on_hub:
         front = {"base_model": on_hub, **front, "pipeline_tag": "text-generation"}
     # JSON is YAML.
@@ -146,7 +160,7 @@ def _page(
     ]
     for heading, said in parts.items():
         lines += ["", f"## {heading}", "", *"\n\n".join(said).split("\n")]
-    lines += ["", "## How to load it", "", *_loading(on_hub, importance)]
+    lines += ["", "## How to load it", "", *_loading(on_hub, what_for)]
     noted = info.get("settings") or {}
     settings = [
         f"- {k.replace('_', ' ')}: {code(_value(noted[k]))}" for k in shown if _said(noted, k)
@@ -158,29 +172,20 @@ def _page(
     return "\n".join(lines) + "\n"
 
 
-def _loading(base: str | None, importance: bool) -> list[str]:
-    of = json.dumps(base or "BASE_MODEL")
+def _loading(base: str | None, what_for: str) -> list[str]:
+    base, here = base or "BASE_MODEL", "THIS_FOLDER_OR_HUB_NAME"
+    load = "model = AutoModelForCausalLM.from_pretrained"
+    start = ["```python", "from transformers import AutoModelForCausalLM", ""]
+    if what_for == MERGED:
+        return [*start, f'{load}("{here}")', "```"]
     lines = [
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained({of})",
-        'model = PeftModel.from_pretrained(model, "THIS_FOLDER_OR_HUB_NAME")',
-        "```",
-    ]
-    if importance:
-        lines = [
-            "```bash",
-            f"hlora tune --model {base or 'BASE_MODEL'} --importance THIS_FOLDER_OR_HUB_NAME \\",
-            "  --task FILE --output DIR",
-            "```",
-            "",
-            "The adapter alone:",
-            "",
-            *lines,
-        ]
-    return lines
+        start[0], "from peft import PeftModel", *start[1:], f'{load}("{base}")',
+        f'model = PeftModel.from_pretrained(model, "{here}")', "```",
+    ]  # fmt: skip
+    if what_for == ADAPTER:
+        return lines
+    command = f"hlora tune --model {base} --importance {here} --task FILE --output DIR"
+    return ["```bash", command, "```", "", "The adapter alone:", "", *lines]
 
 
 def _held(info: Mapping[str, Any]) -> list[str]:

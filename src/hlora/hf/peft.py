@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hlora.core.adapter_file import ADAPTER_FILES
 from hlora.core.pairs import Pair
-from hlora.errors import DivergedError, UnsupportedModelError
+from hlora.errors import DivergedError, UnsupportedModelError, one_line
 
 _REFUSED_SETTINGS = {
     "use_dora": "DoRA also trains a magnitude for each row",
@@ -149,6 +149,29 @@ def scale_adapter(model: nn.Module, factor: float) -> None:
     for module in unwrap(model).modules():
         if isinstance(module, LoraLayer):
             module.scale_layer(factor)
+
+
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """The base model with the active adapter added to its weights, as a model without PEFT.
+
+    Raises:
+        UnsupportedModelError: the adapter is on a matrix that the model uses twice.
+        DivergedError: a merged weight is not finite.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    base = model.get_base_model()  # type: ignore[operator]
+    tied = getattr(base.get_input_embeddings(), "weight", None)
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and module.get_base_layer().weight is tied:
+            raise UnsupportedModelError(
+                f"The adapter changes {name}, whose weight is also that of another layer (tied "
+                "embeddings): the two would differ once merged. Use the adapter as it is."
+            )
+    try:
+        return model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    except ValueError as error:
+        raise DivergedError(f"The adapter cannot be merged: {one_line(error)}") from None
 
 
 def _check_factors(name: str, A: Tensor, B: Tensor) -> None:

@@ -78,17 +78,25 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu") -> tuple[nn.Mod
     Raises:
         InputError: there is no such model, or it holds no weights that can be read safely.
     """
-    source = str(embedded_folder()) if name == EMBEDDED else name
-    model, tokenizer = (_from_gguf if source.endswith(".gguf") else _from_pretrained)(
-        source, DTYPES[dtype]
-    )
-    if name == EMBEDDED:
-        model.config.name_or_path = EMBEDDED_HUB_NAME
+    model, tokenizer = load_as_published(name, DTYPES[dtype])
     model.config.use_cache = False
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False)
     return model.to(device), tokenizer
+
+
+def load_as_published(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """The model and tokenizer as `load` finds them, to be written again.
+
+    Args:
+        dtype: None takes that of the files; fp32 for a .gguf file.
+    """
+    source = str(embedded_folder()) if name == EMBEDDED else name
+    model, tokenizer = (_from_gguf if source.endswith(".gguf") else _from_pretrained)(source, dtype)
+    if name == EMBEDDED:
+        model.config.name_or_path = EMBEDDED_HUB_NAME
+    return model, tokenizer
 
 
 def vocabulary(model: nn.Module) -> int:
@@ -146,7 +154,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
         raise InputError(f"The adapter in {folder} does not fit this model: {first}") from None
 
 
-def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _from_pretrained(source: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     path = Path(source)
@@ -179,7 +187,7 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _with_known_attention(source: str, dtype: torch.dtype, revision: str | None) -> Any:
+def _with_known_attention(source: str, dtype: torch.dtype | None, revision: str | None) -> Any:
     """The model with torch's attention, or its own: its config may name one to be downloaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -190,7 +198,7 @@ def _with_known_attention(source: str, dtype: torch.dtype, revision: str | None)
     for attention in ("sdpa", "eager"):
         try:
             return AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, trust_remote_code=False,
+                source, config=config, dtype=dtype or "auto", trust_remote_code=False,
                 use_safetensors=True, attn_implementation=attention, revision=revision,
             )  # fmt: skip
         except ValueError as error:
@@ -216,7 +224,7 @@ def _why_not(source: str, error: Exception) -> str:
     return f"The model {source} cannot be loaded: {text[:240]}"
 
 
-def _from_gguf(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _from_gguf(source: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = Path(source)
@@ -237,7 +245,7 @@ def _from_gguf(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     model = type(read)(type(read.config)(**settings))
     model.load_state_dict(read.state_dict())
     model.tie_weights()
-    return model.to(dtype), tokenizer
+    return model.to(dtype or torch.float32), tokenizer
 
 
 def embedded_folder() -> Path:

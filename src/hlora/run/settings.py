@@ -299,6 +299,19 @@ class RewindSettings(Settings):
 
 
 @dataclass(kw_only=True)
+class MergeSettings:
+    """Add a LoRA adapter to the weights of its base model: a model that needs no PEFT."""
+
+    adapter: str = setting("a LoRA adapter", required=True, metavar="DIR")
+    output: str = setting("output folder", required=True, metavar="DIR")
+    model: str | None = setting("the base model; by default the one that the adapter names", None)
+    dtype: str = setting(
+        "dtype of the merged weights; auto is that of the base model's files", "auto",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )  # fmt: skip
+
+
+@dataclass(kw_only=True)
 class InspectSettings:
     """Show what an importance folder contains."""
 
