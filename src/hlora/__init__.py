@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ERRORS = (
-    "DivergedError", "HloraError", "InputError", "MismatchError", "StoreError",
+    "DivergedError", "HloraError", "HubError", "InputError", "MismatchError", "StoreError",
     "UnsupportedModelError",
 )  # fmt: skip
 _WHERE = {

@@ -50,6 +50,10 @@ class DivergedError(HloraError):
     """Losses, gradients or weights are not finite: training cannot go on."""
 
 
+class HubError(HloraError):
+    """A finished result could not be uploaded; it is on the disk."""
+
+
 def one_of(what: str, value: str, allowed: Iterable[str]) -> None:
     """Raise InputError if the value is none of those allowed."""
     allowed = list(allowed)

@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 
 import hlora
-from hlora.errors import DivergedError, HloraError, InputError, suggest, visible
+from hlora.errors import DivergedError, HloraError, HubError, InputError, suggest, visible
 from hlora.run import settings as config
 
 COMMANDS = {
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(argv)
     except HloraError as error:
-        return _complain(str(error), 1 if isinstance(error, DivergedError) else 2)
+        return _complain(str(error), 1 if isinstance(error, (DivergedError, HubError)) else 2)
     except KeyboardInterrupt as stop:
         return _complain(str(stop) or "Stopped. Finished work is kept.", 130)
     except BrokenPipeError:  # `| head` has seen enough

@@ -20,7 +20,7 @@ from hlora.files import size, write_whole
 CARD = "README.md"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 URL = "https://arxiv.org/abs/2501.13669"
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9_]")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TRAINED = (
     "learning_rate", "epochs", "max_steps", "batch_size", "gradient_accumulation", "lora_rank",
     "lora_alpha", "lora_dropout", "rslora", "targets", "preset", "max_length", "block_size",
@@ -199,11 +199,9 @@ def _held(info: Mapping[str, Any]) -> list[str]:
             else f"φ {rule['phi']:g}"
         )
         to = "the base model" if info["anchor"] == "base" else "the recorded adapter"
-        pinned = info.get("importance_revision")
         lines.append(
             f"{info['kind'].capitalize()} importance, {_named(s['importance'])}"
-            + (f" at revision {code(pinned)}" if pinned else "")
-            + f", with {how}; it pulls towards {to}."
+            f", with {how}; it pulls towards {to}."
         )
     if s["kl"]:
         lines.append(

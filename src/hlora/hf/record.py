@@ -18,6 +18,7 @@ from hlora.errors import InputError
 from hlora.files import refuse_result, write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.distributed import wait_for_all
+from hlora.hf.hub import located
 from hlora.hf.peft import base_of, find_pairs, save_adapter
 
 RECORD_STATE = "hlora_record.safetensors"
@@ -41,8 +42,8 @@ class Record(Attached):
         storage: what dense importance is written as: `fp32`, `bf16` or `int8` (logarithmic codes).
         preset: `default`, `paper` (Eq. 11-13 to the letter) or `official` (the authors' code; it
             also turns gradient clipping off).
-        previous: an importance folder of an earlier general task, which this one adds to
-            (the sum over ν in Eq. 13).
+        previous: an importance folder of an earlier general task, or its name on the hub, which
+            this one adds to (the sum over ν in Eq. 13).
         overwrite: replace a result that the folder holds, once the new one is complete.
         quiet: do not print the summary when training ends.
         rule: fields of `hlora.core.presets.RecordRule` in place of the preset's:
@@ -71,7 +72,7 @@ class Record(Attached):
         **rule: Any,
     ) -> None:
         self.output = Path(output)
-        self.previous = None if previous is None else Path(previous)
+        self.previous = previous
         self.preset, self.storage = preset or "default", storage
         self.overwrite, self.quiet = overwrite, quiet
         if kind is None and storage != "fp32":
@@ -104,7 +105,7 @@ class Record(Attached):
         refuse_result(self.output, self.overwrite or self._wrote)
         if self.previous is None:
             return None
-        self._earlier = earlier = self._earlier or store.load(self.previous)
+        self._earlier = earlier = self._earlier or store.load(located(self.previous))
         held = earlier.importance
         if not held.trained:
             raise InputError(

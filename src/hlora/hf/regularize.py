@@ -20,6 +20,7 @@ from hlora.core.statefile import pack, read
 from hlora.errors import InputError, UnsupportedModelError, one_of
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
+from hlora.hf.hub import located
 from hlora.hf.peft import base_of, find_pairs, init_of, starts_at_base
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ class Penalty(Regularization):
     closed form, after accumulation and clipping: the same for SFT and DPO and on every rank.
 
     Args:
-        importance: an importance folder.
+        importance: an importance folder, or its name on the hub, `owner/name[@revision]`.
         phi: φ of Eq. 16; 0.01 on normalized importance unless the preset says otherwise, and 1 on
             importance in nats per token. The attribute may be set while training.
         forget_at_most: in place of φ, a budget: nats per token of KL divergence from the base model
@@ -215,7 +216,7 @@ class Penalty(Regularization):
         super().__init__()
         one_of("anchor", anchor or "nu", ANCHORS)
         self.rule: PenaltyRule = choose(PENALTY_PRESETS, preset, phi=phi, **rule)
-        self.stored = store.load(importance)
+        self.stored = store.load(located(importance))
         held = self.stored.importance
         if held.natural:
             given = [name for name, value in rule.items() if value is not None]

@@ -11,6 +11,7 @@ from hlora.core import card
 from hlora.core.store import check_base
 from hlora.errors import InputError
 from hlora.files import MARKERS, check_space, publish, refuse_result
+from hlora.hf.hub import located, pinned
 from hlora.hf.peft import base_of, find_pairs, merge_adapter
 from hlora.run import machine
 from hlora.run.models import DTYPES, load_adapter, load_as_published
@@ -36,7 +37,7 @@ def merge(settings: MergeSettings) -> Merged:
         InputError: an output that is there already; a base model that is quantized, or not named.
         MismatchError: the adapter is another base model's.
     """
-    adapter, output = Path(settings.adapter), Path(settings.output)
+    adapter, output = located(settings.adapter), Path(settings.output)
     refuse_result(output, overwrite=True)
     if any(output.iterdir()):  # shards of two models would be mixed
         raise InputError(f"{output} is not empty: choose another folder for the merged model.")
@@ -60,7 +61,11 @@ def merge(settings: MergeSettings) -> Merged:
     with publish(output, CONFIG) as aside:
         merged.save_pretrained(aside, safe_serialization=True, max_shard_size=SHARD)
         tokenizer.save_pretrained(aside)
-        info = {"base_model": base, "adapter": str(adapter), "versions": machine.versions()}
+        info = {
+            "base_model": base,
+            "adapter": pinned(settings.adapter),
+            "versions": machine.versions(),
+        }
         card.write_card(aside, card.merged(info))
     return Merged(output, parameters)
 

@@ -20,6 +20,7 @@ from torch import nn
 from hlora.core import store
 from hlora.core.adapter_file import read_adapter
 from hlora.errors import InputError, one_of, suggest
+from hlora.hf.hub import located
 from hlora.run.build import default_of
 from hlora.run.settings import TrainSettings
 
@@ -137,7 +138,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     """
     from peft import PeftModel
 
-    folder = Path(folder)
+    folder = located(folder)
     if not (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder} holds no LoRA adapter (adapter_config.json is missing).")
     if not (folder / "adapter_model.safetensors").is_file():
@@ -313,8 +314,9 @@ def follow_adapter(settings: T, folder: str | Path) -> T:
     Raises:
         InputError: one was given that the adapter does not have.
     """
+    folder = located(folder)
     noted = store.read_info(folder).get("settings") or {}
-    config, _ = read_adapter(Path(folder))
+    config, _ = read_adapter(folder)
     targets = config.get("target_modules")
     held: dict[str, Any] = {
         "lora_rank": config.get("r"), "lora_alpha": config.get("lora_alpha"),

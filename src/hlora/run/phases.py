@@ -30,6 +30,7 @@ from hlora.errors import InputError
 from hlora.files import check_space, publish, write_json
 from hlora.hf.distributed import is_main
 from hlora.hf.divergence import Divergence
+from hlora.hf.hub import check_name, pinned, push
 from hlora.hf.peft import base_of, find_pairs, save_adapter
 from hlora.hf.record import Record, save_importance
 from hlora.hf.regularize import Penalty
@@ -122,6 +123,12 @@ class _Phase:
                 tick=shown.update,
             )  # fmt: skip
 
+    def _push(self) -> None:
+        s = self.settings
+        if s.push_to_hub and is_main():
+            again = " The same command with --resume tries again."
+            push(Path(s.output), s.push_to_hub, public=s.public, advice=again)
+
     def plan(self) -> str:
         """What a run would train, and about how much time and memory it would take."""
         batch = self.collate(self.rows.rows[: self.settings.batch_size])
@@ -147,8 +154,10 @@ class GeneralPhase(_Phase):
         self.settings = settings
         self.output = Path(settings.output)
         texts = sources(settings.text, settings.text_column)
+        check_name(settings.push_to_hub)
         if settings.importance:
-            self.settings = settings = follow_adapter(settings, settings.importance)
+            settings = replace(settings, importance=pinned(settings.importance))
+            self.settings = settings = follow_adapter(settings, str(settings.importance))
         self.finished = check_unfinished(settings, store.MARKER)
         self.recorder = _recorder(settings)
         if self.recorder is None:
@@ -195,10 +204,18 @@ class GeneralPhase(_Phase):
         check_space(self.output, self.held + (4 * running if settings.save_steps else 0))
 
     def run(self) -> Recorded:
-        """Train and record, or gather, and write the output folder.
+        """Train and record, or gather, write the output folder, and upload it if asked to.
 
         A finished run that is resumed is read.
+
+        Raises:
+            HubError: the result is written, and could not be uploaded.
         """
+        done = self._run()
+        self._push()
+        return done
+
+    def _run(self) -> Recorded:
         if self.finished:
             info = store.read_info(self.output)
             size = sum(f["bytes"] for f in info["files"].values())
@@ -288,6 +305,9 @@ class DomainPhase(_Phase):
         super().__init__()
         self.settings = settings
         self.output = Path(settings.output)
+        check_name(settings.push_to_hub)
+        if settings.importance:
+            self.settings = settings = replace(settings, importance=pinned(settings.importance))
         nu = settings.importance
         if nu and self.output.resolve() == Path(nu).resolve():
             raise InputError("--output and --importance are one folder: choose another --output.")
@@ -329,10 +349,18 @@ class DomainPhase(_Phase):
         check_space(self.output, 64 << 20)
 
     def run(self) -> Trained:
-        """Train, and write the adapter to the output folder.
+        """Train, write the adapter to the output folder, and upload it if asked to.
 
         A finished run that is resumed is read.
+
+        Raises:
+            HubError: the result is written, and could not be uploaded.
         """
+        trained = self._run()
+        self._push()
+        return trained
+
+    def _run(self) -> Trained:
         if self.finished:
             info = json.loads((self.output / TUNED).read_text("utf-8"))
             return Trained(info["log"], info["seconds"], info["steps"], info["forgetting"])

@@ -21,6 +21,7 @@ from hlora.data.rows import Collate
 from hlora.data.tasks import answer_rows
 from hlora.errors import InputError
 from hlora.files import publish, refuse_result, write_json
+from hlora.hf.hub import check_name, located, pinned, push
 from hlora.hf.peft import base_of, find_pairs, save_adapter, starts_at_base
 from hlora.run import machine
 from hlora.run.evaluate import Forgetting, divergence, score_task
@@ -78,11 +79,16 @@ def rewind(settings: RewindSettings) -> Rewound:
         HloraError: an adapter, importance, text or task that cannot be used.
     """
     check_budget(settings.forget_at_most)
+    check_name(settings.push_to_hub)
+    settings = replace(
+        settings, adapter=pinned(settings.adapter),
+        importance=pinned(settings.importance) if settings.importance else None,
+    )  # fmt: skip
     output = Path(settings.output)
     if output.resolve() == Path(settings.adapter).resolve():
         raise InputError("--output is the adapter's own folder: choose another.")
     refuse_result(output, settings.overwrite)
-    stored = store.load(settings.importance) if settings.importance else None
+    stored = store.load(located(settings.importance)) if settings.importance else None
     if stored and not stored.importance.natural:
         raise InputError(
             f"{settings.importance} holds {stored.importance.kind} importance, which predicts no "
@@ -132,6 +138,8 @@ def rewind(settings: RewindSettings) -> Rewound:
         }  # fmt: skip
         write_json(aside / REWOUND, info)
         card.write_card(aside, card.rewound(info))
+    if settings.push_to_hub:
+        push(output, settings.push_to_hub, public=settings.public)
     return result
 
 

@@ -50,6 +50,9 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+PUSH = "upload the finished folder to the hub; a new repository is private"
+PUBLIC = "a new repository of --push-to-hub is public"
+
 SECRETS = ("hub_token", "push_to_hub_token")
 """Fields of TrainingArguments that nobody else may read."""
 
@@ -98,6 +101,8 @@ class TrainSettings(Settings):
     save_steps: int = setting("save a checkpoint every N optimizer steps; 0 for none", 500, least=0)
     resume: bool = setting("resume from the last checkpoint in the output folder", False)
     overwrite: bool = setting("replace an existing result in the output folder", False)
+    push_to_hub: str | None = setting(PUSH, None, metavar="OWNER/NAME")
+    public: bool = setting(PUBLIC, False, more=True)
     dry_run: bool = setting("check all inputs, show what would be trained, and stop", False)
     lora_rank: int = setting("rank r of the adapter", 8, more=True, least=1, most=65536)
     lora_alpha: float = setting("α; the adapter is scaled by α/r", 32.0, more=True, least=0.001)
@@ -148,7 +153,8 @@ class RecordSettings(TrainSettings):
         "maximum number of rows; 0 for all (4000 from a hub data set)", 0, more=True, least=0
     )
     importance: str | None = setting(
-        "an earlier importance folder to build on: starts from its adapter (Eq. 13)", None,
+        "an earlier importance, folder or hub name, to build on: starts from its adapter (Eq. 13)",
+        None,
         metavar="DIR", more=True,
     )  # fmt: skip
     kind: str | None = setting(
@@ -188,7 +194,8 @@ class TuneSettings(TrainSettings):
     """The domain phase (μ): learn a domain without forgetting what matters for general text."""
 
     importance: str | None = setting(
-        "folder written by `hlora record`; without it, plain LoRA from the base model", None,
+        "folder written by `hlora record`, or owner/name[@revision] on the hub; without it, plain "
+        "LoRA from the base model", None,
         metavar="DIR",
     )  # fmt: skip
     task: str = setting(
@@ -250,7 +257,9 @@ class TuneSettings(TrainSettings):
 class EvalSettings(Settings):
     """Perplexity by kind of text, accuracy and NLL by task, and forgetting."""
 
-    adapter: str | None = setting("an adapter to compare with the base model", None, metavar="DIR")
+    adapter: str | None = setting(
+        "an adapter to compare with the base model: a folder or a hub name", None, metavar="DIR"
+    )
     text: list[str] = setting("general text, as for `hlora record`", [], metavar="TEXT")
     task: list[str] = setting("tasks, as for `hlora tune`", [], metavar="TASK")
     lm_eval: list[str] = setting(
@@ -275,15 +284,17 @@ class EvalSettings(Settings):
 class RewindSettings(Settings):
     """Take back a part of a finished LoRA adapter, so that it forgets no more than a budget."""
 
-    adapter: str = setting("a LoRA adapter, trained by anyone", required=True, metavar="DIR")
+    adapter: str = setting(
+        "a LoRA adapter, trained by anyone: a folder or a hub name", required=True, metavar="DIR"
+    )
     output: str = setting("output folder", required=True, metavar="DIR")
     forget_at_most: float = setting(
         "budget: nats per token of KL divergence from the base model on --text", 0.02,
         metavar="NATS", least=1e-6,
     )  # fmt: skip
     importance: str | None = setting(
-        "importance gathered at the base (kind blend): also try a scale for each matrix", None,
-        metavar="DIR",
+        "importance gathered at the base (kind blend), folder or hub name: also try a scale "
+        "for each matrix", None, metavar="DIR",
     )  # fmt: skip
     text: list[str] = setting(
         "general text to measure on, as for `hlora record`", ["python-docs@test"], metavar="TEXT"
@@ -296,13 +307,15 @@ class RewindSettings(Settings):
     task_rows: int = setting("number of rows of the task", 64, more=True, least=1)
     batch_size: int = setting("rows per batch", 8, more=True, least=1)
     overwrite: bool = setting("replace an existing result in the output folder", False)
+    push_to_hub: str | None = setting(PUSH, None, metavar="OWNER/NAME")
+    public: bool = setting(PUBLIC, False, more=True)
 
 
 @dataclass(kw_only=True)
 class MergeSettings:
     """Add a LoRA adapter to the weights of its base model: a model that needs no PEFT."""
 
-    adapter: str = setting("a LoRA adapter", required=True, metavar="DIR")
+    adapter: str = setting("a LoRA adapter: a folder or a hub name", required=True, metavar="DIR")
     output: str = setting("output folder", required=True, metavar="DIR")
     model: str | None = setting("the base model; by default the one that the adapter names", None)
     dtype: str = setting(

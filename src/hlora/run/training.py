@@ -27,6 +27,7 @@ from hlora.hf.attach import attach
 from hlora.hf.badsteps import BadSteps
 from hlora.hf.checkpoints import newest_whole
 from hlora.hf.distributed import is_main, refuse_sharded, wait_for_all
+from hlora.hf.hub import located
 from hlora.run.models import pick_device, pick_dtype
 from hlora.run.progress import Interruptible, Progress
 from hlora.run.settings import TrainSettings
@@ -54,7 +55,7 @@ OURS = {
 
 _MAY_DIFFER = (
     "resume", "overwrite", "dry_run", "save_steps", "logging_steps", "device", "max_bad_steps",
-    "output",
+    "output", "push_to_hub", "public",
 )  # fmt: skip
 _BY_CONTENT = ("model", "importance", "text", "text_column", "task", "replay", "kl")
 """What is read may have moved: its content is compared."""
@@ -246,7 +247,7 @@ def begin_run(
     nu = getattr(settings, "importance", None)
     content = {
         "base model": _digest([base["config"], base["samples"]]),
-        "importance": nu and _digest(store.read_info(nu)["files"]),
+        "importance": nu and _digest(store.read_info(located(nu))["files"]),
         "data": _digest([[t.tolist() for t in row.values()] for row in rows.rows]),
         "general text": _digest([t.tolist() for t in also]),
     }
