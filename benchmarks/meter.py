@@ -21,7 +21,8 @@ from hlora.core.importance.passes import backward_passes
 from hlora.core.importance.sequences import RANK, bases, project
 from hlora.core.lowrank import LowRank
 from hlora.core.pairs import Pair, group
-from hlora.data.text import Source, blocks
+from hlora.data.source import Source
+from hlora.data.text import blocks
 from hlora.files import write_json
 from hlora.hf.peft import find_pairs
 from hlora.run.evaluate import divergence

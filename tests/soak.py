@@ -31,8 +31,8 @@ from safetensors.torch import load_file
 from hlora.cli import main as cli
 from hlora.core import statefile, store
 from hlora.core.adapter_file import read_adapter
+from hlora.data.source import Source
 from hlora.data.tasks import load_task
-from hlora.data.text import Source
 from hlora.errors import HloraError, StoreError
 from hlora.files import MANIFEST, checksum, seal, write_json, write_whole
 from hlora.hf.checkpoints import newest_whole

@@ -9,8 +9,10 @@ from tokenizers.processors import TemplateProcessing
 
 import hlora
 from hlora.cli import main as cli
-from hlora.data.tasks import answer_rows, encode_pair, load_task
-from hlora.data.text import Source, blocks
+from hlora.data.answers import answer_rows, encode_pair
+from hlora.data.source import Source
+from hlora.data.tasks import load_task
+from hlora.data.text import blocks
 from hlora.run.evaluate import score_task, score_text, summarize
 from hlora.run.models import load
 from tests.test_evaluate import lora
@@ -113,7 +115,7 @@ def test_chats_are_rendered_with_the_chat_template(tmp_path):
     rows = [{"prompt": [asked], "completion": [said]}, {"prompt": "1?", "completion": [said]}]
     task = load_task(str(write_rows(tmp_path / "t.jsonl", rows)))
     with pytest.raises(hlora.InputError, match=r"row 1.*chat template"):
-        answer_rows(task, words, 64)
+        answer_rows(task, words, 64)[0]
     words.chat_template = CHAT
     for row in answer_rows(task, words, 64).rows:
         assert words.decode(row["input_ids"]) == "[user]1?</s>[assistant]2</s>"
@@ -124,7 +126,59 @@ def test_chats_are_rendered_with_the_chat_template(tmp_path):
     assert text.startswith("[user]1?</s>[assistant]2</s>")
     words.chat_template = "{{ messages.nothing.here }}"
     with pytest.raises(hlora.InputError, match="row 1"):
-        answer_rows(task, words, 64)
+        answer_rows(task, words, 64)[0]
+
+
+TURNS = [
+    {"role": "system", "content": "be brief"}, {"role": "user", "content": "1?"},
+    {"role": "assistant", "content": "2"}, {"role": "user", "content": "3?"},
+    {"role": "assistant", "content": "4"}, {"role": "user", "content": "thanks"},
+]  # fmt: skip
+WHOLE = "[system]be brief</s>[user]1?</s>[assistant]2</s>[user]3?</s>[assistant]4</s>"
+
+
+def of_messages(tmp_path, messages, template=CHAT, length=256):
+    """The row of one conversation, as text and what of it is learned."""
+    words = tokenizer()
+    words.chat_template = template
+    task = load_task(str(write_rows(tmp_path / "m.jsonl", [{"id": 7, "messages": messages}])))
+    [row] = answer_rows(task, words, length).rows
+    learned = [t if keep else -1 for t, keep in zip(row["input_ids"], row["labels"] != -100)]
+    pieces = [[]]
+    for token in learned:
+        pieces = [*pieces, []] if token == -1 and pieces[-1] else pieces
+        pieces[-1] += [token] if token != -1 else []
+    return words.decode(row["input_ids"]), [words.decode(p) for p in pieces if p]
+
+
+def test_every_answer_of_a_conversation_is_learned_and_nothing_else(tmp_path):
+    """What follows the last answer has none to learn, and is left out."""
+    assert of_messages(tmp_path, TURNS) == (WHOLE, ["2</s>", "4</s>"])
+    assert of_messages(tmp_path, TURNS[1:3]) == ("[user]1?</s>[assistant]2</s>", ["2</s>"])
+
+
+def test_a_long_conversation_loses_its_beginning_and_the_labels_with_it(tmp_path):
+    whole, learned = of_messages(
+        tmp_path, TURNS, length=len("2</s>[user]3?</s>[assistant]4</s>") - 9
+    )
+    assert whole == "2</s>[user]3?</s>[assistant]4</s>"
+    assert learned == ["2</s>", "4</s>"]
+
+
+def test_answers_that_a_template_rewrites_later_are_passed_over(tmp_path, caplog):
+    """As those that drop the thoughts of earlier answers."""
+    last = "{% if loop.last and m.role == 'assistant' %}<think>{% endif %}"
+    template = CHAT.replace("{{m.content}}", last + "{{m.content}}")
+    whole, learned = of_messages(tmp_path, TURNS, template)
+    assert whole == WHOLE.replace("4</s>", "<think>4</s>")
+    assert learned == ["<think>4</s>"]
+    assert "only the last one is learned" in caplog.text
+
+
+@pytest.mark.parametrize("messages", [TURNS[:2], TURNS[2:3], [], "1?", None, [{"role": "user"}]])
+def test_messages_without_an_answer_are_refused(tmp_path, messages):
+    with pytest.raises(hlora.InputError, match=r"row 1.*messages"):
+        of_messages(tmp_path, messages)
 
 
 def test_other_lists_are_not_text(tmp_path):

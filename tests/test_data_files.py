@@ -8,8 +8,9 @@ import pytest
 
 import hlora
 from hlora.data.read import data_files
+from hlora.data.source import Source
 from hlora.data.tasks import load_task
-from hlora.data.text import Source, blocks
+from hlora.data.text import blocks
 from tests.tiny import tokenizer, write_rows
 
 ROWS = [{"id": i, "text": f"document {i} of a few"} for i in range(5)]

@@ -10,8 +10,8 @@ import hlora
 from hlora.cli import main as cli
 from hlora.data import chemistry
 from hlora.data.read import load_hub
+from hlora.data.source import Source
 from hlora.data.tasks import load_task
-from hlora.data.text import Source
 from hlora.files import write_json
 from hlora.run import harness, scoring
 from tests.tiny import questions, write_rows, write_text

@@ -73,7 +73,8 @@ def settings(tiny, made, output, **more):
 
 
 def measured(tiny, folder, made):
-    from hlora.data.text import Source, blocks
+    from hlora.data.source import Source
+    from hlora.data.text import blocks
 
     model, tokenizer = load(str(tiny))
     rows = blocks(Source.parse(str(made / "a.txt")), tokenizer, 16, 24)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import hlora
+from hlora.data.answers import answer_rows, encode_pair
 from hlora.data.formats import FORMATS
 from hlora.data.rows import Collate
-from hlora.data.tasks import answer_rows, encode_pair, load_task
+from hlora.data.tasks import load_task
 from hlora.data.text import block_rows
 from tests.tiny import questions, tokenizer, write_rows
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import hlora
-from hlora.data import pythontext, text
-from hlora.data.text import Source, blocks, mix
+from hlora.data import pythontext
+from hlora.data import source as sourcing
+from hlora.data.source import Source
+from hlora.data.text import block_rows, blocks, mix
 from tests.tiny import tokenizer, write_rows, write_text
 
 GENERAL = Path(__file__).parents[2] / "shared" / "data" / "general"
@@ -152,7 +154,7 @@ def test_empty_short_and_broken_files_are_told_apart(tmp_path, words):
 def test_a_limit_stops_reading(tmp_path, words):
     def endless():
         while True:
-            yield text.Document("here", iter(["abcdefghijklmnop"]))
+            yield sourcing.Document("here", iter(["abcdefghijklmnop"]))
 
     source = Source("endless", "nowhere")
     object.__setattr__(source, "documents", endless)
@@ -162,7 +164,7 @@ def test_a_limit_stops_reading(tmp_path, words):
 def test_long_documents_are_cut_for_the_tokenizer_only(words, monkeypatch, tmp_path):
     path = write_text(tmp_path / "a.txt", count=200)
     whole = read(path, words)
-    monkeypatch.setattr(text, "PIECE", 16)
+    monkeypatch.setattr(sourcing, "PIECE", 16)
     assert torch.equal(read(path, words), whole)
 
 
@@ -195,7 +197,7 @@ def test_real_text_is_packed_whole(words):
 
 
 def test_the_data_set_for_trainer_has_every_token_as_a_label():
-    row = text.block_rows(torch.arange(12).reshape(3, 4))[1]
+    row = block_rows(torch.arange(12).reshape(3, 4))[1]
     assert row["input_ids"].tolist() == row["labels"].tolist() == [4, 5, 6, 7]
 
 

@@ -17,7 +17,7 @@ def run(settings: TuneSettings) -> None:
     how = f"forgetting at most {budget:g}" if budget else "φ {0.phi:g}, anchored at {0.anchor}"
     held = [how.format(p) for p in phase.regularizers]
     say(
-        f"Tuning on {len(phase.rows):,} rows of {phase.task.name} ({phase.rows.tokens:,} tokens), "
+        f"Tuning on {len(phase.rows):,} rows of {phase.task.name} ({phase.rows.tokens}), "
         f"{held[0] if held else 'plain LoRA'}."
     )
     trained = phase.run()

@@ -8,20 +8,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hlora.data.chemistry import chemistry_rows
-from hlora.data.encode import encode, is_chat, leading, prefix_token, render_chat
+from hlora.data.encode import is_chat, render_chat
 from hlora.data.formats import FORMATS, Format, format_of
 from hlora.data.parse import read_yaml
 from hlora.data.read import ROWS, load_hub, missing, read_rows, suffix_of
-from hlora.data.rows import IGNORED, Row, Rows
 from hlora.data.sandbox import Sandbox
 from hlora.errors import InputError, suggest
 
 CHEMISTRY = "chemistry"
 """The task that needs no file and no hub."""
 
+ASSISTANT = "assistant"
 Messages = list[dict[str, Any]]
 
 
@@ -46,6 +44,9 @@ class Example:
         bare: the choices without the delimiter, whose length acc_norm divides by.
         where: the file and row.
         chat: prompt and completion as messages; `prompt` and `choices` are to be rendered.
+        conversation: the answers in the prompt are learned too.
+        learned: where they are in the rendered prompt, in characters.
+        passed_over: some of them are not to be found there.
     """
 
     prompt: str
@@ -54,6 +55,9 @@ class Example:
     bare: tuple[str, ...]
     where: str = field(default="", compare=False)
     chat: tuple[Messages, Messages] | None = None
+    conversation: bool = False
+    learned: tuple[tuple[int, int], ...] = ()
+    passed_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Task:
         Raises:
             InputError: it has none, or one that does not go on where a prompt ends.
         """
-        return replace(self, examples=[_rendered(e, tokenizer) for e in self.examples])
+        return replace(self, examples=[rendered(e, tokenizer) for e in self.examples])
 
 
 def load_tasks(specs: Sequence[str], **settings: Any) -> list[Task]:
@@ -199,9 +203,11 @@ def _example(row: dict[str, Any], format: Format, where: str) -> Example:
     if format.name == "completion" and (is_chat(row["prompt"]) or is_chat(row["completion"])):
         sides = (
             _messages(row, "prompt", "user", where),
-            _messages(row, "completion", "assistant", where),
+            _messages(row, "completion", ASSISTANT, where),
         )
         return Example("", ("",), 0, ("",), where, sides)
+    if format.name == "messages":
+        return Example("", ("",), 0, ("",), where, _conversation(row["messages"], where), True)
     prompt = _render(format.prompt, row, where)
     if isinstance(format.choices, str):
         bare = _listed(format.choices, row, where)
@@ -223,7 +229,22 @@ def _messages(row: dict[str, Any], column: str, role: str, where: str) -> Messag
     return list(value)
 
 
-def _rendered(example: Example, tokenizer: Any) -> Example:
+def _conversation(value: Any, where: str) -> tuple[Messages, Messages]:
+    """What comes before the last answer of a conversation, and that answer."""
+    if not is_chat(value):
+        raise InputError(f"{where}: 'messages' is no list of chat messages (role and content).")
+    answers = [i for i, m in enumerate(value) if m["role"] == ASSISTANT]
+    if not answers or answers[-1] == 0:
+        raise InputError(f"{where}: the messages hold no answer of the role {ASSISTANT!r}.")
+    return list(value[: answers[-1]]), [value[answers[-1]]]
+
+
+def rendered(example: Example, tokenizer: Any) -> Example:
+    """An example whose chat messages are text, by the tokenizer's template.
+
+    Raises:
+        InputError: it has none, or one that does not go on where a prompt ends.
+    """
     if example.chat is None:
         return example
     asked, answered = example.chat
@@ -235,7 +256,17 @@ def _rendered(example: Example, tokenizer: Any) -> Example:
             "prompt: give both as text."
         )
     completion = (whole[len(prompt) :],)
-    return replace(example, prompt=prompt, choices=completion, bare=completion)
+    found = replace(example, prompt=prompt, choices=completion, bare=completion)
+    if not example.conversation:
+        return found
+    spans: list[tuple[int, int]] = []
+    earlier = [i for i, m in enumerate(asked) if i and m["role"] == ASSISTANT]
+    for i in earlier:
+        start = render_chat(tokenizer, asked[:i], example.where, ask=True)
+        end = render_chat(tokenizer, asked[: i + 1], example.where)
+        if prompt.startswith(end) and end.startswith(start):
+            spans.append((len(start), len(end)))
+    return replace(found, learned=tuple(spans), passed_over=len(spans) < len(earlier))
 
 
 def _answer(row: dict[str, Any], format: Format, bare: tuple[str, ...], where: str) -> int:
@@ -255,78 +286,6 @@ def _answer(row: dict[str, Any], format: Format, bare: tuple[str, ...], where: s
             "from 0."
         )
     return int(label)
-
-
-def encode_pair(
-    tokenizer: Any, prompt: str, completion: str, where: str = "", vocabulary: int | None = None
-) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of what follows it, as lm-evaluation-harness cuts them.
-
-    The two are tokenized together and cut where the prompt alone would end; white space at the end
-    of the prompt belongs to what follows.
-
-    Raises:
-        InputError: the tokenizer cannot take them, or leaves nothing of the completion.
-    """
-    bare = prompt.rstrip()
-    completion = prompt[len(bare) :] + completion
-    if bare:
-        whole = encode(tokenizer, bare + completion, where, vocabulary)
-        head = encode(tokenizer, bare, where, vocabulary)
-        head, tail = whole[: len(head)], whole[len(head) :]
-    else:
-        tail = encode(tokenizer, completion, where, vocabulary, special=False)
-        head = [prefix_token(tokenizer)]
-        tail = tail[1:] if tail[:1] == head else tail
-    if not tail:
-        raise InputError(f"{where}: the tokenizer leaves nothing of the answer {completion!r}.")
-    return head, tail
-
-
-def answer_rows(
-    task: Task,
-    tokenizer: Any,
-    max_length: int,
-    *,
-    vocabulary: int | None = None,
-    context: int | None = None,
-) -> Rows:
-    """The right answers of a task as rows, with the loss on the answer only.
-
-    Prompts that do not fit into `max_length` tokens lose their beginning, but for the token that
-    the tokenizer begins a text with.
-
-    Args:
-        vocabulary, context: how many tokens the model knows, and takes; None does not check.
-
-    Raises:
-        InputError: a row that the tokenizer or the model cannot take.
-    """
-    rows: list[Row] = []
-    begin = leading(tokenizer)
-    eos = tokenizer.eos_token_id
-    for example in task.rendered(tokenizer).examples:
-        answer = example.choices[example.answer]
-        head, tail = encode_pair(tokenizer, example.prompt, answer, example.where, vocabulary)
-        if eos is not None and eos not in tail:
-            tail = [*tail, eos]
-        tail = tail[:max_length]
-        over = len(head) + len(tail) - max_length
-        if over > 0:
-            kept = begin if head[:1] == begin and len(tail) < max_length else []
-            head = kept + head[over + len(kept) :]
-        if context is not None and len(head) + len(tail) > context:
-            raise InputError(
-                f"{example.where}: {len(head) + len(tail)} tokens, and the model takes {context}: "
-                f"give --max-length {context}."
-            )
-        rows.append(
-            {
-                "input_ids": torch.tensor(head + tail),
-                "labels": torch.tensor([IGNORED] * len(head) + tail),
-            }
-        )
-    return Rows(rows)
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

@@ -29,7 +29,7 @@ def describe(
     pairs: list[Pair],
     batch: dict[str, torch.Tensor],
     rows: int,
-    tokens: int,
+    tokens: str,
     importance: int,
 ) -> str:
     """A few lines: what is trained on how much, and about how much memory and time it takes.
@@ -48,7 +48,7 @@ def describe(
             f"model       {settings.model}: {sum(p.numel() for p in model.parameters()):,} "
             f"parameters in {next(model.parameters()).dtype} on {args.device}",
             f"adapter     r {ranks} on {len(pairs)} matrices, {trainable:,} trained",
-            f"data        {rows:,} rows, {tokens:,} tokens",
+            f"data        {rows:,} rows, {tokens}",
             f"steps       {steps:,} of {settings.batch_size} rows × "
             f"{settings.gradient_accumulation} micro-batches",
             f"importance  {size(importance)}",

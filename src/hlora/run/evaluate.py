@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlora.data.tasks import Task, batches, encode_pair
+from hlora.data.answers import encode_pair
+from hlora.data.tasks import Task, batches
 from hlora.hf.divergence import divergences
 from hlora.run.models import context, vocabulary
 

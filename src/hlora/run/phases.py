@@ -7,6 +7,7 @@ phase, ask it for its `plan`, and `run` it.
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from hlora.core.kinds import kind_named
 from hlora.core.pairs import Pair
 from hlora.core.presets import RecordRule
 from hlora.core.recorder import summarize_norms
-from hlora.data.rows import Collate, Rows
-from hlora.data.tasks import answer_rows, load_task
-from hlora.data.text import Source, block_rows, blocks, mix, sources
+from hlora.data.answers import answer_rows
+from hlora.data.rows import FIRST, Collate, Rows
+from hlora.data.source import Source, sources
+from hlora.data.tasks import load_task
+from hlora.data.text import block_rows, blocks, mix
 from hlora.errors import InputError
 from hlora.files import check_space, publish, write_json
 from hlora.hf.distributed import is_main
@@ -50,7 +53,16 @@ from hlora.run.own_text import own_text
 from hlora.run.progress import bar
 from hlora.run.rewind import within_budget
 from hlora.run.settings import BLOCK, GATHERED_BLOCK, RecordSettings, TrainSettings, TuneSettings
-from hlora.run.training import Trained, arguments, begin_run, check_unfinished, clean_up, train
+from hlora.run.training import (
+    Trained,
+    arguments,
+    begin_run,
+    check_unfinished,
+    clean_up,
+    rows_needed,
+    tokenize,
+    train,
+)
 
 HUB_BLOCKS = 4000
 """Rows taken of a hub data set, which may be endless, unless --text-blocks says otherwise."""
@@ -176,14 +188,18 @@ class GeneralPhase(_Phase):
         self._load_model()
         usual = GATHERED_BLOCK if self.of.own_text else BLOCK
         size = block_size(self.model, settings.block_size, usual)
-        self.texts: dict[str, Tensor] = {
-            s.name: blocks(
-                s, self.tokenizer, size,
-                settings.text_blocks or (max(HUB_BLOCKS, taken) if s.hub else None),
-                vocabulary(self.model),
-            )
-            for s in texts
-        }  # fmt: skip
+        needed = (self.recorder and rows_needed(settings)) or math.inf
+        with bar("tokenizing", None, "tokens") as shown:
+            self.texts: dict[str, Tensor] = {
+                s.name: blocks(
+                    s, self.tokenizer, size, _at_most(
+                        settings.text_blocks or (max(HUB_BLOCKS, taken) if s.hub else math.inf),
+                        needed,
+                    ),
+                    vocabulary(self.model), tick=shown.update,
+                )
+                for s in texts
+            }  # fmt: skip
         tokens = torch.zeros(0, size, dtype=torch.int64)
         if texts:
             tokens = mix(self.texts, settings.text_weights or None, settings.text_blocks or None)
@@ -270,6 +286,11 @@ class GeneralPhase(_Phase):
         return summary
 
 
+def _at_most(*limits: float) -> int | None:
+    least = min(limits)
+    return None if math.isinf(least) else int(least)
+
+
 def _recorder(settings: RecordSettings) -> Record | None:
     """None for a kind that is gathered without training."""
     if settings.kind and not kind_named(settings.kind).trained:
@@ -342,6 +363,9 @@ class DomainPhase(_Phase):
         )  # fmt: skip
         if settings.replay:
             self.rows = self._with_replay()
+        needed = rows_needed(settings)
+        whole = needed is None or needed >= len(self.rows)
+        tokenize(self.rows, range(len(self.rows) if whole else min(FIRST, len(self.rows))))
         self.parts: list[Penalty | Divergence] = [*self.regularizers]
         if settings.kl:
             rows = self._general(settings.kl, HUB_BLOCKS)
@@ -407,7 +431,7 @@ class DomainPhase(_Phase):
             raise InputError(f"--replay-share must be below 1, not {share:g}.")
         count = max(1, round(len(self.rows) * share / (1 - share)))
         general = block_rows(self._general(self.settings.replay, count)).rows
-        return Rows([*self.rows.rows, *(general[i % len(general)] for i in range(count))])
+        return self.rows.plus(Rows([general[i % len(general)] for i in range(count)]))
 
     def _write(self, trained: Trained, run: dict[str, Any]) -> None:
         held = self.regularizers[0] if self.regularizers else None

@@ -22,7 +22,7 @@ def watched() -> bool:
 
 
 @contextmanager
-def bar(what: str, total: int, unit: str = "rows") -> Iterator[Any]:
+def bar(what: str, total: int | None, unit: str = "rows") -> Iterator[Any]:
     """A progress bar with the time left, or nothing where no person looks."""
     with tqdm(
         total=total, desc=visible(what), unit=f" {unit}", disable=not watched(), leave=False,

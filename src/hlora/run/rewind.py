@@ -17,8 +17,8 @@ from hlora.core import rewind as core
 from hlora.core.budget import check_budget
 from hlora.core.lowrank import LowRank
 from hlora.core.pairs import Group, group
+from hlora.data.answers import answer_rows
 from hlora.data.rows import Collate
-from hlora.data.tasks import answer_rows
 from hlora.errors import InputError
 from hlora.files import publish, refuse_result, write_json
 from hlora.hf.hub import check_name, located, pinned, push

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hlora.data.source import sources
 from hlora.data.tasks import Task, load_tasks
-from hlora.data.text import blocks, sources
+from hlora.data.text import blocks
 from hlora.errors import InputError
 from hlora.files import refuse_file, write_json
 from hlora.run import harness

@@ -136,14 +136,17 @@ class RecordSettings(TrainSettings):
     """The general phase (ν): train on general text and record which weights matter for it."""
 
     text: list[str] = setting(
-        "general text: .txt, .jsonl or .parquet files, folders, hub names (owner/name[:config]"
+        "general text: .txt, .jsonl, .csv or .parquet files, folders, hub names (owner/name[:config]"
         "[@split][#column]), python-docs, python-docstrings, python-code; NAME=WHERE sets a name; "
         "importance gathered at the base needs none: the model then writes its own", [],
         metavar="TEXT",
     )  # fmt: skip
     text_column: str | None = setting("column with the text; detected if there is only one", None)
     text_weights: list[float] = setting(
-        "relative share of each kind of text; by default all text is used", [], metavar="W"
+        "relative share of each kind of text; by default all text is used, or of each kind as much "
+        "as --max-steps could need",
+        [],
+        metavar="W",
     )
     block_size: int = setting(
         f"tokens per row; 0 for {BLOCK}, or {GATHERED_BLOCK} for importance gathered at the base",
@@ -199,8 +202,9 @@ class TuneSettings(TrainSettings):
         metavar="DIR",
     )  # fmt: skip
     task: str = setting(
-        "sciq, piqa, medmcqa, openbookqa, arc_easy, arc_challenge (from the hub), or a .jsonl or "
-        ".parquet file with the same columns or with prompt and completion",
+        "sciq, piqa, medmcqa, openbookqa, arc_easy, arc_challenge (from the hub), another data "
+        "set there, or a .jsonl, .csv or .parquet file; its rows have the same columns, or prompt "
+        "and completion, or messages (all answers in a conversation are learned)",
         required=True,
     )  # fmt: skip
     phi: float | None = setting(

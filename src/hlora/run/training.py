@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
+import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -29,7 +32,7 @@ from hlora.hf.checkpoints import newest_whole
 from hlora.hf.distributed import is_main, refuse_sharded, wait_for_all
 from hlora.hf.hub import located
 from hlora.run.models import pick_device, pick_dtype
-from hlora.run.progress import Interruptible, Progress
+from hlora.run.progress import Interruptible, Progress, bar
 from hlora.run.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -163,6 +166,8 @@ def train(
             trainer.remove_callback(default)
     trainer.add_callback(Progress(what))
     trainer.add_callback(stop)
+    if isinstance(data, Rows) and len(data.made) < len(data):  # what is wrong is said now
+        tokenize(data, _drawn(trainer, settings.max_steps * settings.gradient_accumulation))
     began = time.monotonic()
     with stop.listening():
         try:
@@ -173,6 +178,31 @@ def train(
             ) from None
     log = [e for e in trainer.state.log_history if math.isfinite(e.get("loss", math.nan))]
     return Trained(log, time.monotonic() - began, trainer.state.global_step)
+
+
+def rows_needed(settings: TrainSettings) -> int | None:
+    """Rows that --max-steps reads, on all processes; None trains for --epochs."""
+    per_step = settings.batch_size * settings.gradient_accumulation
+    return settings.max_steps * per_step * int(os.environ.get("WORLD_SIZE", 1)) or None
+
+
+def tokenize(rows: Rows, which: Iterable[int]) -> None:
+    """Make rows that are not made yet, in sight of whoever waits."""
+    which = list(which)
+    with bar("tokenizing", len(which)) as shown:
+        for index in which:
+            rows[index]
+            shown.update()
+
+
+def _drawn(trainer: Trainer, batches: int) -> list[int]:
+    """The rows of the first batches, by a sampler like the one that Trainer will use.
+
+    Should it draw others, they are made when they are read.
+    """
+    with torch.random.fork_rng(devices=[]):
+        sampler = trainer.get_train_dataloader().batch_sampler
+        return [i for batch in itertools.islice(sampler, batches) for i in batch]
 
 
 def work_folder(settings: TrainSettings) -> Path:
@@ -248,7 +278,7 @@ def begin_run(
     content = {
         "base model": _digest([base["config"], base["samples"]]),
         "importance": nu and _digest(store.read_info(located(nu))["files"]),
-        "data": _digest([[t.tolist() for t in row.values()] for row in rows.rows]),
+        "data": _digest(rows.content()),
         "general text": _digest([t.tolist() for t in also]),
     }
     work = work_folder(settings)
@@ -275,7 +305,7 @@ def _noted(path: Path) -> dict[str, Any]:
 
 
 def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def clean_up(settings: TrainSettings) -> None:
