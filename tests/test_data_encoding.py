@@ -143,7 +143,9 @@ def of_messages(tmp_path, messages, template=CHAT, length=256):
     words.chat_template = template
     task = load_task(str(write_rows(tmp_path / "m.jsonl", [{"id": 7, "messages": messages}])))
     [row] = answer_rows(task, words, length).rows
-    learned = [t if keep else -1 for t, keep in zip(row["input_ids"], row["labels"] != -100)]
+    learned = [
+        t if keep else -1 for t, keep in zip(row["input_ids"], row["labels"] != -100, strict=True)
+    ]
     pieces = [[]]
     for token in learned:
         pieces = [*pieces, []] if token == -1 and pieces[-1] else pieces

@@ -29,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
+def write_model(folder: Path, architecture: str = "llama", seed: int = 0, width: int = 16) -> Path:
     torch.manual_seed(seed)
     words = tokenizer()
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -43,7 +43,8 @@ def write_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Pat
     else:
         model = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                vocab_size=len(words), hidden_size=width, intermediate_size=width * 3 // 2,
+                num_hidden_layers=2,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, **ids,
             )
         )  # fmt: skip

@@ -21,7 +21,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MARKERS = ("importance.json", "tune.json", "rewind.json")
-RESULTS = (*MARKERS, "adapter_config.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+RESULTS = (*MARKERS, ADAPTER_FILES[0])
 """A folder with one of these files holds a result: of a phase, or another adapter."""
 
 
@@ -184,17 +185,12 @@ def refuse_result(folder: Path, overwrite: bool) -> None:
     Raises:
         InputError: it cannot be written, is in use, or already holds a finished result.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"The output {folder} is a file: name a folder.")
+    refuse_no_folder(folder)
     if folder.exists():
         lock(folder)
         recover(folder)
-    held = [m for m in RESULTS if (folder / m).exists()]
-    if held and not overwrite:
-        raise InputError(
-            f"{folder} already holds a result ({held[0]}): choose another folder, or overwrite it "
-            "with --overwrite (overwrite=True)."
-        )
+    if not overwrite:
+        refuse_held(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -202,6 +198,20 @@ def refuse_result(folder: Path, overwrite: bool) -> None:
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error.strerror}).") from None
     lock(folder)
+
+
+def refuse_no_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"The output {folder} is a file: name a folder.")
+
+
+def refuse_held(folder: Path) -> None:
+    """Raise InputError if a folder holds a finished result."""
+    if held := [m for m in RESULTS if (folder / m).exists()]:
+        raise InputError(
+            f"{folder} already holds a result ({held[0]}): choose another folder, or overwrite it "
+            "with --overwrite (overwrite=True)."
+        )
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -70,9 +70,11 @@ def _run(argv: list[str]) -> int:
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     from hlora.cli.options import parse
+    from hlora.run.inputs import check
     from hlora.run.quiet import quiet_libraries
 
     settings: object = parse(COMMANDS[name][0], rest, f"hlora {name}")
+    check(settings)
     command = import_module(f"hlora.cli.{name}")
     quiet_libraries()
     command.run(settings)

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, isfinite
 
 from hlora.errors import StoreError
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+from hlora.files import ADAPTER_FILES as ADAPTER_FILES
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TRAINED = (
     "learning_rate", "epochs", "max_steps", "batch_size", "gradient_accumulation", "lora_rank",
     "lora_alpha", "lora_dropout", "rslora", "targets", "preset", "max_length", "block_size",
-    "dtype", "seed",
+    "dtype", "load_in_4bit", "load_in_8bit", "seed",
 )  # fmt: skip
 """Settings that say how it was trained; the others name places, or say nothing of the result."""
 ADAPTER, IMPORTANCE, MERGED = "adapter", "importance", "merged"

@@ -111,27 +111,18 @@ def load_task(
     """
     given = _format(format) if format else None
     path = Path(where)
-    if path.is_dir():
-        raise InputError(f"{where} is a folder: name the file with the task's rows.")
     built_in, _, side = where.partition("@")
     rows: Iterable[dict[str, Any]]
-    if path.is_file():
-        if suffix_of(path) not in ROWS:
-            raise InputError(f"{where} holds no rows: a task is a file of {', '.join(ROWS)}.")
-        rows = read_rows(path)
-        name = path.name.split(".")[0]
+    if _is_file(where):
+        rows, name = read_rows(path), path.name.split(".")[0]
     elif built_in == CHEMISTRY:
         rows, name = chemistry_rows(side or split), built_in
-    elif where in FORMATS and FORMATS[where].hub:
+    elif where in FORMATS:
         given = given or FORMATS[where]
         hub = str(FORMATS[where].hub)
         rows, name = load_hub(f"{hub}@{given.test_split if split == 'test' else split}"), where
-    elif "/" in where and suffix_of(path) not in ROWS:
-        rows, name = load_hub(where, split), where.split("/")[-1]
     else:
-        known = [CHEMISTRY, *(n for n, f in FORMATS.items() if f.hub)]
-        listed = f". Known tasks: {', '.join(known)}."
-        raise InputError(f"There is no task or file {where!r}" + suggest(where, known, listed))
+        rows, name = load_hub(where, split), where.split("/")[-1]
     examples = []
     for number, row in enumerate(rows, 1):
         if given is None:
@@ -142,6 +133,35 @@ def load_task(
     if not examples or given is None:
         raise InputError(f"The task {where} has no rows.")
     return Task(name, given, examples)
+
+
+def check_task(where: str, format: str | None = None) -> None:
+    """Refuse a task that is not there, or whose first row cannot be read. Of the hub nothing is.
+
+    Raises:
+        InputError: as `load_task`.
+    """
+    if _is_file(where):
+        load_task(where, format=format, limit=1)
+    elif format:
+        _format(format)
+
+
+def _is_file(where: str) -> bool:
+    """Whether a task is a file here; otherwise its name is a known one, or can be the hub's."""
+    path = Path(where)
+    if path.is_dir():
+        raise InputError(f"{where} is a folder: name the file with the task's rows.")
+    if path.is_file():
+        if suffix_of(path) not in ROWS:
+            raise InputError(f"{where} holds no rows: a task is a file of {', '.join(ROWS)}.")
+        return True
+    known = [CHEMISTRY, *(n for n, f in FORMATS.items() if f.hub)]
+    on_hub = "/" in where and suffix_of(path) not in ROWS
+    if where.partition("@")[0] != CHEMISTRY and where not in known and not on_hub:
+        listed = f". Known tasks: {', '.join(known)}."
+        raise InputError(f"There is no task or file {where!r}" + suggest(where, known, listed))
+    return False
 
 
 def recognise(row: dict[str, Any], where: str) -> Format:

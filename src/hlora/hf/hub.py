@@ -12,11 +12,10 @@ from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from hlora.core.adapter_file import ADAPTER_FILES
 from hlora.core.card import CARD
-from hlora.core.store import MARKER, TENSORS
+from hlora.core.info import MARKER, TENSORS
 from hlora.errors import HubError, InputError, one_line
-from hlora.files import MARKERS
+from hlora.files import ADAPTER_FILES, MARKERS
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (*ADAPTER_FILES, *MARKERS, TENSORS, CARD)

@@ -62,7 +62,8 @@ def describe(
 
 def _one_pass(model: nn.Module, batch: dict[str, torch.Tensor], args: Any) -> tuple[float, int]:
     device = args.device
-    model.to(device)
+    if not getattr(model, "is_quantized", False):  # such a model stays where it was loaded
+        model.to(device)
     cuda = device.type == "cuda"
     seconds = 0.0
     for _ in range(2):  # the first warms up

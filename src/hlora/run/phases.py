@@ -38,6 +38,7 @@ from hlora.hf.peft import base_of, find_pairs, save_adapter
 from hlora.hf.record import Record, save_importance
 from hlora.hf.regularize import Penalty
 from hlora.run import dry_run, machine
+from hlora.run.inputs import bits
 from hlora.run.models import (
     block_size,
     context,
@@ -120,7 +121,9 @@ class _Phase:
         s = self.settings
         arguments(s)
         device = pick_device(s.device)
-        self.model, self.tokenizer = load(s.model, dtype=pick_dtype(s.dtype, device), device=device)
+        self.model, self.tokenizer = load(
+            s.model, dtype=pick_dtype(s.dtype, device), device=device, bits=bits(s)
+        )
         set_seed(s.seed)  # for the adapter's start; after loading, since a GGUF file draws numbers
         self.collate = Collate(self.tokenizer.pad_token_id)
 

@@ -24,7 +24,7 @@ def quiet_libraries() -> None:
 
         chatter.set_verbosity_error()
         chatter.disable_progress_bar()
-    for name in ("huggingface_hub", "lm_eval"):
+    for name in ("huggingface_hub", "lm_eval", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     handler = logging.StreamHandler()

@@ -162,8 +162,10 @@ def within_budget(
 
 def _scoring(settings: RewindSettings) -> EvalSettings:
     of = vars(settings)
-    shared = ("model", "device", "dtype", "text", "text_column", "task_format", "block_size",
-              "text_blocks", "task_rows", "batch_size")  # fmt: skip
+    shared = (
+        "model", "device", "dtype", "load_in_4bit", "load_in_8bit", "text", "text_column",
+        "task_format", "block_size", "text_blocks", "task_rows", "batch_size",
+    )  # fmt: skip
     task = [settings.task] if settings.task else []
     return EvalSettings(**{k: of[k] for k in shared}, task=task)
 

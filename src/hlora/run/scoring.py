@@ -17,6 +17,7 @@ from hlora.files import refuse_file, write_json
 from hlora.run import harness
 from hlora.run.evaluate import TaskScore, TextScore, forgetting, score_task, score_text
 from hlora.run.harness import HarnessScore
+from hlora.run.inputs import bits
 from hlora.run.models import (
     block_size,
     load,
@@ -75,7 +76,8 @@ def prepare(
         limit=settings.task_rows or None,
     )  # fmt: skip
     device = pick_device(settings.device)
-    model, tokenizer = load(settings.model, dtype=pick_dtype(settings.dtype, device), device=device)
+    dtype = pick_dtype(settings.dtype, device)
+    model, tokenizer = load(settings.model, dtype=dtype, device=device, bits=bits(settings))
     size = block_size(model, settings.block_size, BLOCK) if texts else 0
     kinds = {
         s.name: blocks(

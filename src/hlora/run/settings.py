@@ -83,6 +83,10 @@ class Settings:
         "else fp32", "auto",
         choices=("auto", "bf16", "fp16", "fp32"), more=True,
     )  # fmt: skip
+    load_in_4bit: bool = setting(
+        "quantize the base model to 4 bits (NF4) as it is loaded, with bitsandbytes", False
+    )
+    load_in_8bit: bool = setting("the same with 8 bits", False, more=True)
 
 
 @dataclass(kw_only=True)
@@ -136,9 +140,10 @@ class RecordSettings(TrainSettings):
     """The general phase (ν): train on general text and record which weights matter for it."""
 
     text: list[str] = setting(
-        "general text: .txt, .jsonl, .csv or .parquet files, folders, hub names (owner/name[:config]"
-        "[@split][#column]), python-docs, python-docstrings, python-code; NAME=WHERE sets a name; "
-        "importance gathered at the base needs none: the model then writes its own", [],
+        "general text: .txt, .jsonl, .csv or .parquet files, folders, hub names "
+        "(owner/name[:config][@split][#column]), python-docs, python-docstrings, "
+        "python-code; NAME=WHERE sets a name; importance gathered at the base needs none: the model "
+        "then writes its own", [],
         metavar="TEXT",
     )  # fmt: skip
     text_column: str | None = setting("column with the text; detected if there is only one", None)

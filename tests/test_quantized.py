@@ -1,0 +1,87 @@
+"""A base model quantized while it is loaded."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from hlora.cli import main as cli
+from hlora.run.models import load
+from tests.tiny import questions, write_model, write_rows, write_text
+
+BITS = pytest.mark.parametrize("bits", [4, 8])
+needs = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
+)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """As wide as the 4-bit kernels of a CPU ask for."""
+    return write_model(tmp_path_factory.mktemp("wide"), width=128)
+
+
+@needs
+@BITS
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes has its own to say
+def test_record_tune_eval_and_merge(bits, wide, tmp_path, capsys):
+    write_text(tmp_path / "a.txt")
+    write_rows(tmp_path / "q.jsonl", questions())
+    flags = ["--model", str(wide), "--device", "cpu", "--batch-size", "4", "--dtype", "fp32"]
+    flags += [f"--load-in-{bits}bit"]
+    text, task = ["--text", str(tmp_path / "a.txt")], ["--task", str(tmp_path / "q.jsonl")]
+    steps = ["--max-steps", "3", "--logging-steps", "1"]
+    nu, mu = str(tmp_path / "nu"), str(tmp_path / "mu")
+    short = ["--block-size", "32"]
+    assert cli.main(["record", *flags, *text, *steps, *short, "--output", nu]) == 0
+    tune = ["tune", *flags, *task, *steps, "--importance", nu, "--output"]
+    assert cli.main([*tune, str(tmp_path / "dry"), "--dry-run"]) == 0
+    assert cli.main([*tune, mu]) == 0
+    noted = json.loads((tmp_path / "mu" / "tune.json").read_text())
+    assert noted["log"][-1]["R"] > 0
+    assert f"load in {bits}bit: `True`" in (tmp_path / "mu" / "README.md").read_text()
+    assert cli.main(["eval", *flags, "--adapter", mu, *text, *task, *short]) == 0
+    back = ["rewind", *flags, "--adapter", mu, *text, *short, "--output", str(tmp_path / "back")]
+    assert cli.main(back) == 0
+    into = ["merge", "--adapter", mu, "--model", str(wide), "--output", str(tmp_path / "out")]
+    assert cli.main(into) == 0  # into the model that was quantized
+
+
+@needs
+@BITS
+def test_the_weights_have_as_many_bits(bits, wide):
+    model, _ = load(str(wide), bits=bits)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert weight.dtype == {4: torch.uint8, 8: torch.int8}[bits]
+    assert weight.numel() == 128 * 128 * bits // 8
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@BITS
+def test_without_bitsandbytes_the_extra_is_named(bits, tiny, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a)
+    )
+    write_text(tmp_path / "a.txt")
+    argv = ["eval", "--model", str(tiny), "--text", str(tmp_path / "a.txt"), f"--load-in-{bits}bit"]
+    assert cli.main(argv) == 2
+    assert "hlora[quant]" in capsys.readouterr().err
+
+
+@needs
+def test_what_is_quantized_already_is_refused(tiny, tmp_path, capsys):
+    import shutil
+
+    base = shutil.copytree(tiny, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (base / "config.json").write_text(json.dumps(config))
+    write_text(tmp_path / "a.txt")
+    argv = ["eval", "--text", str(tmp_path / "a.txt"), "--load-in-4bit", "--model"]
+    assert cli.main([*argv, str(base)]) == 2
+    assert "quantized as it is" in capsys.readouterr().err
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert cli.main([*argv, str(tmp_path / "m.gguf")]) == 2
+    assert ".gguf" in capsys.readouterr().err
