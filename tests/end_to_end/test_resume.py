@@ -209,3 +209,65 @@ def test_max_bad_steps_is_heeded(place, capsys):
     [checkpoint] = (place.folder / "nu" / "checkpoints").glob("checkpoint-*")
     assert files.fault(checkpoint) is None
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 4
+
+
+CONSTANT = ["--training.lr_scheduler_type", "constant", "--save-steps", "2"]
+
+
+@pytest.mark.parametrize("phase", ["record", "tune"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_lengthened_run_is_the_long_run(place, phase, finished, monkeypatch, capsys):
+    """Bit for bit, where the learning rate does not depend on the length."""
+    place.record("--text-blocks", "16")
+    run = place.record if phase == "record" else place.tune
+    more = [*CONSTANT, "--lora-dropout", "0.2", "--seed", "2"]
+    more += ["--text-blocks", "16"] if phase == "record" else ["--anchor", "base"]
+    assert run(*more, "--max-steps", "8", output="whole") == 0
+    if finished:
+        assert run(*more, "--max-steps", "4", "--keep-checkpoint", output="on") == 0
+        [kept] = (place.folder / "on" / "checkpoints").glob("checkpoint-*")
+        assert kept.name == "checkpoint-4"
+    else:
+        killed(run, monkeypatch, *more, "--max-steps", "5", step=4, output="on")
+    assert run(*more, "--max-steps", "8", output="on") == 2  # without --resume
+    capsys.readouterr()
+    assert run(*more, "--max-steps", "8", "--resume", output="on") == 0
+    assert "goes on to --max-steps 8" in capsys.readouterr().err
+    assert same(place.adapter("whole"), place.adapter("on"))
+    assert not (place.folder / "on" / "checkpoints").exists()
+    if phase == "record":
+        assert same(importance(place, "whole"), importance(place, "on"))
+    else:
+        logs = [json.loads((place.folder / n / "tune.json").read_text()) for n in ("whole", "on")]
+        assert [n["steps"] for n in logs] == [8, 8]
+        assert [e["loss"] for e in logs[0]["log"]] == [e["loss"] for e in logs[1]["log"]]
+
+
+def test_a_lengthened_recording_goes_over_its_text_again(place, monkeypatch):
+    assert place.record(*CONSTANT, "--max-steps", "2", "--keep-checkpoint") == 0
+    for steps in ("3", "5"):
+        assert place.record(*CONSTANT, "--max-steps", steps, "--keep-checkpoint", "--resume") == 0
+    noted = store.read_info(place.folder / "nu")
+    assert noted["text"] == {"a": 8, "b": 8}
+    assert noted["summary"]["steps"] == 5
+
+
+def test_a_finished_run_without_its_checkpoint_cannot_be_lengthened(place, capsys):
+    assert place.record(*CONSTANT) == 0
+    before = (place.folder / "nu" / store.MARKER).read_bytes()
+    assert place.record(*CONSTANT, "--resume", "--max-steps", "9") == 2
+    assert "--keep-checkpoint" in capsys.readouterr().err
+    assert place.record(*CONSTANT, "--resume", "--max-steps", "2") == 2
+    assert "already holds a result" in capsys.readouterr().err
+    assert (place.folder / "nu" / store.MARKER).read_bytes() == before
+
+
+def test_a_killed_lengthening_is_resumed(place, monkeypatch, capsys):
+    place.record()
+    place.tune(*CONSTANT, "--max-steps", "8", output="whole")
+    assert place.tune(*CONSTANT, "--max-steps", "2", "--keep-checkpoint") == 0
+    killed(place.tune, monkeypatch, *CONSTANT, "--max-steps", "8", "--resume", step=6)
+    assert json.loads((place.folder / "mu" / "tune.json").read_text())["steps"] == 2
+    assert place.tune(*CONSTANT, "--max-steps", "8") == 2
+    assert place.tune(*CONSTANT, "--max-steps", "8", "--resume") == 0
+    assert same(place.adapter("whole"), place.adapter("mu"))

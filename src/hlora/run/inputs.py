@@ -30,6 +30,7 @@ def check(settings: Any) -> None:
     """
     given = vars(settings)
     if given.get("output"):
+        check_apart(given["output"], given.get("importance"))
         _check_output(Path(given["output"]), given)
     if given.get("model") and given.get("model") != EMBEDDED:
         check_model(given["model"])
@@ -47,6 +48,16 @@ def check(settings: Any) -> None:
         read_info(nu)
     if adapter and (Path(adapter).exists() or not _may_be_on_hub(adapter)):
         check_adapter(Path(adapter))
+
+
+def check_apart(output: str, importance: str | None) -> None:
+    """Refuse to write a result over the importance that it is made with.
+
+    Raises:
+        InputError: the two are one folder.
+    """
+    if importance and Path(output).resolve() == Path(importance).resolve():
+        raise InputError("--output and --importance are one folder: choose another --output.")
 
 
 def _may_be_on_hub(name: str) -> bool:

@@ -38,7 +38,7 @@ from hlora.hf.peft import base_of, find_pairs, save_adapter
 from hlora.hf.record import Record, save_importance
 from hlora.hf.regularize import Penalty
 from hlora.run import dry_run, machine
-from hlora.run.inputs import bits
+from hlora.run.inputs import bits, check_apart
 from hlora.run.models import (
     block_size,
     context,
@@ -61,6 +61,7 @@ from hlora.run.training import (
     check_unfinished,
     clean_up,
     rows_needed,
+    text_rows,
     tokenize,
     train,
 )
@@ -191,7 +192,7 @@ class GeneralPhase(_Phase):
         self._load_model()
         usual = GATHERED_BLOCK if self.of.own_text else BLOCK
         size = block_size(self.model, settings.block_size, usual)
-        needed = (self.recorder and rows_needed(settings)) or math.inf
+        needed = (self.recorder and text_rows(settings)) or math.inf
         with bar("tokenizing", None, "tokens") as shown:
             self.texts: dict[str, Tensor] = {
                 s.name: blocks(
@@ -306,8 +307,8 @@ def _recorder(settings: RecordSettings) -> Record | None:
             )
     return Record(
         settings.output, kind=settings.kind, storage=settings.storage, preset=settings.preset,
-        previous=settings.importance, overwrite=settings.overwrite, estimator=settings.estimator,
-        xi=settings.xi, xi_relative=settings.xi_relative, quiet=True,
+        previous=settings.importance, overwrite=settings.overwrite or settings.resume,
+        estimator=settings.estimator, xi=settings.xi, xi_relative=settings.xi_relative, quiet=True,
         max_grad_norm=settings.training.get("max_grad_norm"),
     )  # fmt: skip
 
@@ -333,8 +334,7 @@ class DomainPhase(_Phase):
         if settings.importance:
             self.settings = settings = replace(settings, importance=pinned(settings.importance))
         nu = settings.importance
-        if nu and self.output.resolve() == Path(nu).resolve():
-            raise InputError("--output and --importance are one folder: choose another --output.")
+        check_apart(settings.output, nu)
         if settings.text and not settings.forget_at_most:
             raise InputError("--text is what --forget-at-most is checked on: give both.")
         self.regularizers = regularizers(settings)

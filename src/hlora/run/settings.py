@@ -103,7 +103,14 @@ class TrainSettings(Settings):
         "random seed for initialization, data order and dropout", 0, least=0, most=2**32 - 1
     )
     save_steps: int = setting("save a checkpoint every N optimizer steps; 0 for none", 500, least=0)
-    resume: bool = setting("resume from the last checkpoint in the output folder", False)
+    resume: bool = setting(
+        "resume from the last checkpoint in the output folder; more --max-steps or --epochs "
+        "lengthen the run", False,
+    )  # fmt: skip
+    keep_checkpoint: bool = setting(
+        "keep the last checkpoint of a finished run, so that --resume can lengthen it", False,
+        more=True,
+    )  # fmt: skip
     overwrite: bool = setting("replace an existing result in the output folder", False)
     push_to_hub: str | None = setting(PUSH, None, metavar="OWNER/NAME")
     public: bool = setting(PUBLIC, False, more=True)
@@ -142,8 +149,8 @@ class RecordSettings(TrainSettings):
     text: list[str] = setting(
         "general text: .txt, .jsonl, .csv or .parquet files, folders, hub names "
         "(owner/name[:config][@split][#column]), python-docs, python-docstrings, "
-        "python-code; NAME=WHERE sets a name; importance gathered at the base needs none: the model "
-        "then writes its own", [],
+        "python-code; NAME=WHERE sets a name; importance gathered at the base needs none: the "
+        "model then writes its own", [],
         metavar="TEXT",
     )  # fmt: skip
     text_column: str | None = setting("column with the text; detected if there is only one", None)

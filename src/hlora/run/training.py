@@ -58,7 +58,7 @@ OURS = {
 
 _MAY_DIFFER = (
     "resume", "overwrite", "dry_run", "save_steps", "logging_steps", "device", "max_bad_steps",
-    "output", "push_to_hub", "public",
+    "output", "push_to_hub", "public", "keep_checkpoint",
 )  # fmt: skip
 _BY_CONTENT = ("model", "importance", "text", "text_column", "task", "replay", "kl")
 """What is read may have moved: its content is compared."""
@@ -186,6 +186,12 @@ def rows_needed(settings: TrainSettings) -> int | None:
     return settings.max_steps * per_step * int(os.environ.get("WORLD_SIZE", 1)) or None
 
 
+def text_rows(settings: TrainSettings) -> int | None:
+    """Rows of text that a recording needs at most; a lengthened one goes over the same again."""
+    noted = _noted(work_folder(settings) / NOTES) if settings.resume else {}
+    return noted.get("text_rows", rows_needed(settings))
+
+
 def tokenize(rows: Rows, which: Iterable[int]) -> None:
     """Make rows that are not made yet, in sight of whoever waits."""
     which = list(which)
@@ -223,12 +229,23 @@ def check_unfinished(settings: TrainSettings, marker: str) -> bool:
     refuse_result(output, overwrite=True)
     before = _noted(work / NOTES)
     result = _noted(output / marker)
-    if result.get("run") and before.get("run", result["run"]) == result["run"]:  # of one run
-        if is_main():
-            shutil.rmtree(work, ignore_errors=True)
-        if settings.resume and not settings.overwrite and not _changed(settings, result):
+    of_one = result.get("run") and before.get("run", result["run"]) == result["run"]
+    goes_on = False
+    if of_one and settings.resume and not settings.overwrite:
+        changed = _changed(settings, result)
+        if not changed:
+            if not _changed(settings, before):
+                clean_up(settings)
             return True
-    refuse_result(output, settings.overwrite)
+        goes_on = all(_is_longer(k, *both) for k, both in changed.items())
+        if goes_on and not any(work.glob("checkpoint-*")):
+            raise InputError(
+                f"The run in {output} is finished and its checkpoints are gone, so that it cannot "
+                "be lengthened (--keep-checkpoint would have kept one): start again with "
+                "--overwrite."
+            )
+    if not goes_on:
+        refuse_result(output, settings.overwrite)
     if not any(work.glob("checkpoint-*")):
         return False
     if settings.overwrite and not settings.resume:
@@ -242,11 +259,21 @@ def check_unfinished(settings: TrainSettings, marker: str) -> bool:
     if not isinstance(before.get("settings"), dict):
         raise StoreError(f"{work / NOTES} is missing or damaged: start again with --overwrite.")
     for key, (was, value) in _changed(settings, before).items():
-        if key not in _BY_CONTENT or None in (was, value):
+        if _is_longer(key, was, value):
+            logger.warning(
+                "The run goes on to --%s %g in place of %g, from here with the learning rate of a "
+                "run of that length.", key.replace("_", "-"), value, was,
+            )  # fmt: skip
+        elif key not in _BY_CONTENT or None in (was, value):
             raise InputError(
                 f"Cannot resume: --{key.replace('_', '-')} was {was} and is {value} now."
             )
     return False
+
+
+def _is_longer(key: str, was: Any, now: Any) -> bool:
+    """Whether a setting makes a run longer that had this one before."""
+    return key in ("max_steps", "epochs") and bool(was) and now > was
 
 
 def _changed(settings: TrainSettings, noted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -292,7 +319,7 @@ def begin_run(
             )
     return {
         "run": before.get("run") or uuid.uuid4().hex, "settings": asdict(settings),
-        "content": content,
+        "content": content, "text_rows": text_rows(settings),
     }  # fmt: skip
 
 
@@ -309,7 +336,11 @@ def _digest(content: Any) -> str:
 
 
 def clean_up(settings: TrainSettings) -> None:
-    """The result is complete: its checkpoints are no longer needed."""
+    """The result is complete: its checkpoints are no longer needed, but for one to go on from."""
     wait_for_all()
+    work = work_folder(settings)
+    last = newest_whole(work) if settings.keep_checkpoint and is_main() else None
     if is_main():
-        shutil.rmtree(work_folder(settings), ignore_errors=True)
+        for path in [work] if last is None else work.glob("checkpoint-*"):
+            if path != last:
+                shutil.rmtree(path, ignore_errors=True)
