@@ -66,7 +66,7 @@ def _may_be_on_hub(name: str) -> bool:
 
 def _check_output(folder: Path, given: dict[str, Any]) -> None:
     refuse_no_folder(folder)
-    if not (given.get("resume") or given.get("overwrite")):
+    if "overwrite" in given and not (given["overwrite"] or given.get("resume")):
         refuse_held(folder)
 
 
