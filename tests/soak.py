@@ -93,7 +93,7 @@ def kills(place: Path, most: int) -> Counter:
     common = ["--model", str(model), "--device", "cpu", "--max-steps", "6", "--save-steps", "2"]
     common += ["--batch-size", "2"]
     phases = {
-        "record": [*common, "--text", str(text), "--block-size", "32"],
+        "record": [*common, "--kind", "factored", "--text", str(text), "--block-size", "32"],
         "tune": [*common, "--task", str(task), "--importance", str(place / "record")],
     }
     found: Counter = Counter()

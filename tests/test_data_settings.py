@@ -172,7 +172,18 @@ def test_a_hub_token_is_used_and_never_written(tiny, tmp_path, monkeypatch, caps
     write_rows(tmp_path / "q.jsonl", questions())
     common = ["--model", str(tiny), "--max-steps", "4", "--save-steps", "2", "--batch-size", "2"]
     common += ["--device", "cpu", f"--training.hub_token={SECRET}"]
-    argv = ["record", *common, "--text", "a.txt", "--block-size", "16", "--output", "nu"]
+    argv = [
+        "record",
+        *common,
+        "--kind",
+        "factored",
+        "--text",
+        "a.txt",
+        "--block-size",
+        "16",
+        "--output",
+        "nu",
+    ]
     assert cli.main(argv) == 0
     argv = ["tune", *common, "--task", "q.jsonl", "--importance", "nu", "--output", "mu"]
     assert cli.main(argv) == 0

@@ -63,14 +63,15 @@ def test_its_tokens_come_as_often_as_the_model_says(tiny):
     assert (found - expected).abs().max() < 0.04  # five standard errors of a share of a half
 
 
-@pytest.mark.parametrize("kind", ["kronecker", "sketch", "blend"])
+@pytest.mark.parametrize("kind", ["kronecker", "sketch", "blend", None])
 def test_from_no_text_to_a_held_adapter(kind, tiny, tmp_path, capsys):
     common = ["--model", str(tiny), "--batch-size", "4", "--device", "cpu"]
     nu = str(tmp_path / "nu")
-    argv = ["record", *common, "--kind", kind, "--sequences", "6", "--block-size", "16"]
-    assert cli.main([*argv, "--output", nu]) == 0
+    argv = ["record", *common, "--sequences", "6", "--block-size", "16", "--output", nu]
+    assert cli.main([*argv, *(["--kind", kind] if kind else [])]) == 0
     assert "6 that the model writes" in capsys.readouterr().out
     assert hlora.load(nu).info["summary"]["own_text"] == 6
+    assert hlora.load(nu).info["kind"] == (kind or "blend")
     task = tmp_path / "task.jsonl"
     task.write_text('{"prompt": "the cat", "completion": " sat on a mat"}\n' * 8)
     argv = ["tune", *common, "--importance", nu, "--task", str(task), "--max-steps", "4"]
@@ -96,11 +97,11 @@ def test_with_text_it_is_half_and_half(tiny, tmp_path, capsys):
 def test_options_of_a_gathering_are_refused_in_a_recording(tiny, tmp_path, capsys):
     text = write_text(tmp_path / "a.txt")
     argv = ["record", "--model", str(tiny), "--text", str(text), "--output", str(tmp_path / "nu")]
-    assert cli.main([*argv, "--sequences", "8"]) == 2
+    assert cli.main([*argv, "--kind", "dense", "--sequences", "8"]) == 2
     assert "--sequences" in capsys.readouterr().err
 
 
 def test_a_recording_without_text_is_refused(tiny, tmp_path, capsys):
-    argv = ["record", "--model", str(tiny), "--output", str(tmp_path / "nu")]
+    argv = ["record", "--model", str(tiny), "--kind", "dense", "--output", str(tmp_path / "nu")]
     assert cli.main(argv) == 2
     assert "--text" in capsys.readouterr().err

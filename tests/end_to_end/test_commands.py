@@ -30,10 +30,10 @@ class Place:
 
     def record(self, *more, output="nu"):
         return cli.main(
-            ["record", "--model", self.model, "--text", str(self.folder / "a.txt"),
-             str(self.folder / "b.txt"), "--output", str(self.folder / output), "--block-size",
-             "32", "--batch-size", "4", "--max-steps", "6", "--logging-steps", "2", "--dtype",
-             "fp32", *more]
+            ["record", "--model", self.model, "--kind", "factored", "--text",
+             str(self.folder / "a.txt"), str(self.folder / "b.txt"),
+             "--output", str(self.folder / output), "--block-size", "32", "--batch-size", "4",
+             "--max-steps", "6", "--logging-steps", "2", "--dtype", "fp32", *more]
         )  # fmt: skip
 
     def tune(self, *more, output="mu"):
@@ -213,20 +213,21 @@ def test_without_importance_it_is_plain_lora_from_the_base_model(place, capsys):
 
 
 def test_the_phases_are_functions_that_print_nothing(place, capsys):
-    common = {"model": place.model, "dtype": "fp32", "batch_size": 4, "max_steps": 4}
+    common = {"model": place.model, "dtype": "fp32", "batch_size": 4}
     nu, mu = str(place.folder / "nu"), str(place.folder / "mu")
     text, task = [str(place.folder / "a.txt")], str(place.folder / "q.jsonl")
     logging_before = list(logging.getLogger("hlora").handlers)
     for kind, preset in (("fisher", "default"), (None, "official")):
+        steps = 0 if kind else 4
         recorded = phases.record(
             RecordSettings(
                 text=text, output=nu, block_size=32, kind=kind, preset=preset, overwrite=True,
-                **common,
+                max_steps=steps, **common,
             )
         )  # fmt: skip
     assert (recorded.kind, recorded.summary["steps"]) == ("dense", 4)
     assert recorded.bytes == sum(f["bytes"] for f in store.read_info(nu)["files"].values())
-    tuned = phases.tune(TuneSettings(importance=nu, task=task, output=mu, **common))
+    tuned = phases.tune(TuneSettings(importance=nu, task=task, output=mu, max_steps=4, **common))
     assert tuned.steps == 4
     found = evaluate(
         EvalSettings(model=place.model, adapter=mu, text=text, task=[task], block_size=32)
@@ -248,7 +249,10 @@ BAD = [
     (["record", "--model", "M", "--text", "A", "--output", "o", "--xi", "-1"], "xi must"),
     (["record", "--model", "M", "--text", "A", "--output", "A"], "is a file"),
     (["record", "--model", "M", "--text", "A", "A", "--output", "o"], "same name"),
-    (["record", "--model", "M", "--output", "o"], "--text"),
+    (["record", "--model", "M", "--kind", "factored", "--output", "o"], "--text"),
+    (["record", "--model", "M", "--max-steps", "9", "--output", "o"], "--kind factored"),
+    (["record", "--model", "M", "--kind", "fisher", "--text", "A", "--xi", "1", "--output", "o"],
+     "--xi"),
     (["record", "--model", "M", "--text", "A", "--output", "o", "--device", "cuda:9"],
      "'cuda:9'"),
     (["tune", "--model", "M", "--importance", "nowhere", "--task", "Q", "--output", "o"],
@@ -263,8 +267,8 @@ BAD = [
       "--training.fsdp=full_shard"], "fsdp"),
     (["record", "--model", "M", "--text", "A", "--output", "o", "--block-size", "32",
       "--training.deepspeed=x.json"], "deepspeed"),
-    (["record", "--model", "M", "--text", "A", "--output", "o", "--block-size", "32",
-      "--training.report_to=nothing"], "nothing"),
+    (["record", "--model", "M", "--text", "A", "--output", "o", "--kind", "factored",
+      "--block-size", "32", "--training.report_to=nothing"], "nothing"),
     (["record", "--model", "nobody/nothing", "--text", "A", "--output", "o"], "nobody/nothing"),
     (["tune", "--model", "M", "--importance", "NU", "--task", "quiz", "--output", "o"],
      "'quiz'"),
@@ -351,9 +355,9 @@ def test_help_answers_in_under_a_second_of_processor_time():
 def test_ctrl_c_and_sigterm_keep_a_checkpoint(place, number):
     """A real signal to a real process, half-way."""
     argv = [
-        sys.executable, "-m", "hlora", "record", "--model", place.model, "--text",
-        str(place.folder / "a.txt"), "--output", str(place.folder / "nu"), "--block-size", "32",
-        "--batch-size", "2", "--max-steps", "100000",
+        sys.executable, "-m", "hlora", "record", "--model", place.model, "--kind", "factored",
+        "--text", str(place.folder / "a.txt"), "--output", str(place.folder / "nu"),
+        "--block-size", "32", "--batch-size", "2", "--max-steps", "100000",
     ]  # fmt: skip
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     settings = place.folder / "nu" / "checkpoints" / "settings.json"

@@ -82,6 +82,7 @@ def test_a_run_stopped_at_its_end_trains_no_more(place, length, monkeypatch):
 def test_an_epoch_that_ended_with_its_checkpoint_is_consolidated(place, monkeypatch):
     """The official preset adds up over epochs."""
     rows = ["--text-blocks", "8", "--max-steps", "0", "--epochs", "3", "--preset", "official"]
+    rows += ["--kind", "dense"]
     place.record(*rows, output="whole")
     killed(place.record, monkeypatch, *rows, step=4)  # two steps an epoch
     assert place.record(*rows, "--save-steps", "2", "--resume") == 0

@@ -24,8 +24,8 @@ def test_hlora_forgets_less_than_lora_after_the_same_nu(tmp_path):
     steps = ["--max-steps", "12", "--learning-rate", "2e-3", "--save-steps", "0"]
     text = "docs=python-docs@train"
     assert cli.main(
-        ["record", *model, *steps, "--text", text, "--output", str(tmp_path / "nu"),
-         "--block-size", "64", "--batch-size", "8"]
+        ["record", *model, *steps, "--kind", "factored", "--text", text,
+         "--output", str(tmp_path / "nu"), "--block-size", "64", "--batch-size", "8"]
     ) == 0  # fmt: skip
     lost = {}
     for phi in ("0", "0.01"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from hlora.hf.peft import base_of, find_pairs, save_adapter
 from hlora.hf.record import Record, save_importance
 from hlora.hf.regularize import Penalty
 from hlora.run import dry_run, machine
+from hlora.run.build import default_of
 from hlora.run.inputs import bits, check_apart
 from hlora.run.models import (
     block_size,
@@ -53,7 +54,14 @@ from hlora.run.models import (
 from hlora.run.own_text import own_text
 from hlora.run.progress import bar
 from hlora.run.rewind import within_budget
-from hlora.run.settings import BLOCK, GATHERED_BLOCK, RecordSettings, TrainSettings, TuneSettings
+from hlora.run.settings import (
+    BLOCK,
+    GATHERED_BLOCK,
+    OF_TRAINING,
+    RecordSettings,
+    TrainSettings,
+    TuneSettings,
+)
 from hlora.run.training import (
     Trained,
     arguments,
@@ -298,6 +306,13 @@ def _at_most(*limits: float) -> int | None:
 def _recorder(settings: RecordSettings) -> Record | None:
     """None for a kind that is gathered without training."""
     if settings.kind and not kind_named(settings.kind).trained:
+        for f in fields(settings):
+            if f.name in OF_TRAINING and getattr(settings, f.name) != default_of(f):
+                raise InputError(
+                    f"--{f.name.replace('_', '-')} is for importance that is recorded while "
+                    f"training, and {settings.kind} is gathered without: leave it out, or give "
+                    "--kind factored or dense."
+                )
         return None
     for name in ("sequences", "fisher_labels", "fisher_method"):
         if getattr(settings, name):

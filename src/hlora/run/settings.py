@@ -14,6 +14,13 @@ from typing import Any
 
 from hlora.core.kinds import KINDS
 
+DEFAULT_KIND = "blend"
+"""The importance that `hlora record` makes unless told otherwise."""
+OF_TRAINING = (
+    "epochs", "max_steps", "learning_rate", "gradient_accumulation", "preset", "estimator", "xi",
+    "xi_relative",
+)  # fmt: skip
+"""Settings of a general phase that importance gathered without training has no use for."""
 BLOCK, GATHERED_BLOCK = 512, 128
 """Tokens per row by default: of a recording, and of a gathering at the base."""
 USUAL_METRICS = (
@@ -173,10 +180,10 @@ class RecordSettings(TrainSettings):
         metavar="DIR", more=True,
     )  # fmt: skip
     kind: str | None = setting(
-        "form of the importance: factored, row and column sums (the default); dense, one value "
-        "per weight (the paper; default with its presets or --storage); without training, at the "
-        "base: fisher, as in EWC; kronecker, sketch, and blend, which is both", None,
-        choices=KINDS,
+        "form of the importance. Gathered at the base without training: blend (the default), the "
+        "sum of kronecker and sketch; fisher, as in EWC. Recorded while training: dense, one value "
+        "per weight (the paper; the default with its presets, --storage, --estimator or --xi); "
+        "factored, row and column sums", None, choices=KINDS,
     )  # fmt: skip
     storage: str = setting(
         "file format of dense importance; int8 stores logarithms", "fp32",
@@ -202,6 +209,12 @@ class RecordSettings(TrainSettings):
     xi_relative: bool | None = setting(
         "take ξ as a multiple of the mean squared change of the weights", None, more=True
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_training = (self.storage, self.estimator, self.xi, self.xi_relative)
+        if self.kind is None and self.preset == "default" and of_training == ("fp32", *[None] * 3):
+            self.kind = DEFAULT_KIND
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,13 @@ from hlora.data.parse import read_yaml
 from hlora.errors import InputError, refuse_unknown
 from hlora.files import sha256
 from hlora.run.build import build, plain
-from hlora.run.settings import EvalSettings, RecordSettings, TuneSettings, without_secrets
+from hlora.run.settings import (
+    OF_TRAINING,
+    EvalSettings,
+    RecordSettings,
+    TuneSettings,
+    without_secrets,
+)
 from hlora.study.lines import groups_of_text
 from hlora.study.methods import METHODS, Method
 from hlora.study.metrics import FORGETTING, METRICS
@@ -198,6 +204,8 @@ def record_settings(study: Study, method: str, seed: int) -> RecordSettings:
     }  # fmt: skip
     if kind_named(values["kind"]).trained:
         values.pop("sequences", None)  # the study's are for the methods that take some
+    else:
+        values = {k: v for k, v in values.items() if k not in OF_TRAINING}
     if of.after_nu:
         values["importance"] = str(nu_folder(study, "lora-nu-mu", seed))
     return build(RecordSettings, values)
