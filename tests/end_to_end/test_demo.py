@@ -25,11 +25,13 @@ def demo(tiny, folder, *more):
 def test_the_demo_ends_in_a_table_and_a_page(tiny, tmp_path, capsys):
     assert demo(tiny, tmp_path / "demo") == 0
     out = capsys.readouterr().out
-    for word in ("LoRA(μ)", "LoRA(ν+μ)", "HLoRA", "forgot, unseen*", "NLL", "importance"):
+    for word in ("LoRA(μ)", "HLoRA", "blend", "forgot, unseen*", "NLL", "importance"):
         assert word in out
     assert max(len(line) for line in out.splitlines() if "PPL" in line) <= 80
     results = read_lines(tmp_path / "demo" / "demo.jsonl")
-    assert [r["label"] for r in results] == ["Base", "after ν", "LoRA(μ)", "LoRA(ν+μ)", "HLoRA"]
+    assert [r["label"] for r in results] == [
+        "Base", "LoRA(μ)", "LoRA(μ) rewound", "HLoRA", "blend at base",
+    ]  # fmt: skip
     assert [len(r["answers"]) for r in results] == [8] * 5
     assert all(len(r["text"]["code"]["blocks"]) == 2 for r in results)
     page = (tmp_path / "demo" / "report.html").read_text()
@@ -70,7 +72,7 @@ def test_a_stopped_demo_goes_on_where_it_was(tiny, tmp_path, capsys, monkeypatch
     monkeypatch.undo()
     capsys.readouterr()
     before = read_lines(tmp_path / "demo" / "demo.jsonl")
-    assert [r["run"]["method"] for r in before] == ["base", "nu", "lora-mu"]
+    assert [r["run"]["method"] for r in before] == ["base", "lora-mu", "lora-rewound"]
     assert demo(tiny, tmp_path / "demo", "--seed", "1") == 2
     assert "other settings" in capsys.readouterr().err
     assert demo(tiny, tmp_path / "demo") == 0

@@ -59,12 +59,14 @@ def _make_room(output: Path, overwrite: bool) -> None:
 
 def _show(results: Results) -> None:
     table = summary(results)
-    # On its side: five models fit into 80 columns, ten measures do not.
+    # On its side: five models fit into 80 columns, ten measures do not. Their names may wrap.
     heading, *lines = zip(table.headings, *table.rows, strict=True)
     shown = Shown(box=None, padding=(0, 0, 0, 1), pad_edge=False)
     for i, model in enumerate(heading):
         style = "bold" if model == table.strong else ""
-        shown.add_column(model if i else "", justify="right" if i else "left", style=style)
+        shown.add_column(
+            model if i else "", justify="right" if i else "left", style=style, no_wrap=not i
+        )
     for line in lines:
         shown.add_row(*(cell.replace(" ± ", " ±").replace("±0.", "±.") for cell in line))
     console = Screen(highlight=False)

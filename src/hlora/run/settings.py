@@ -422,10 +422,10 @@ class ReportSettings:
 
 @dataclass(kw_only=True)
 class DemoSettings:
-    """Both phases and an evaluation on a small model: about 10 minutes on two CPU cores."""
+    """Train, hold and measure a small model: about 10 minutes on two CPU cores."""
 
     output: str = setting("folder for the report and all results", "demo", metavar="DIR")
-    phi: float = setting("strength of the penalty", 0.003, least=0)
+    phi: float = setting("strength of the penalty", 1.0, least=0)
     seed: int = setting("random seed", 0, least=0, most=2**32 - 1)
     overwrite: bool = setting("start over; by default an interrupted demo is resumed", False)
     quick: bool = setting("run only a few steps, as a smoke test", False)

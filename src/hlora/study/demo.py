@@ -16,6 +16,7 @@ from hlora.run.settings import DemoSettings
 from hlora.study import figures, spec
 from hlora.study.claims import mean_norms
 from hlora.study.lines import Line
+from hlora.study.methods import METHODS
 from hlora.study.metrics import perplexity
 from hlora.study.page import Part, write
 from hlora.study.rows import Results
@@ -23,9 +24,9 @@ from hlora.study.spec import Study
 from hlora.study.tables import Table
 
 TITLE = "LoRA that does not forget"
-PLAIN, OURS = "lora-nu-mu", "hlora"
+PLAIN, OURS = "lora-mu", "blend"
 QUICK: dict[str, dict[str, Any]] = {
-    "record": {"max_steps": 2}, "tune": {"max_steps": 2},
+    "record": {"max_steps": 2, "sequences": 8}, "tune": {"max_steps": 2},
     "eval": {"text_blocks": 2, "task_rows": 8},
 }  # fmt: skip
 """Sizes that only show that it runs."""
@@ -43,7 +44,8 @@ def demo_study(settings: DemoSettings) -> Study:
         for name, quick in QUICK.items()
     }
     work = str(Path(settings.output) / "work")
-    phi = {OURS: [settings.phi]}
+    assert isinstance(study.phi, dict)
+    phi = {**study.phi, OURS: [settings.phi]}
     return replace(
         study, model=settings.model, seeds=[settings.seed], phi=phi, work=work, **changed
     )
@@ -67,13 +69,14 @@ def summary(results: Results) -> Table:
         "model", "accuracy %", "NLL", *(f"PPL {k}" + ("*" if k in unseen else "") for k in kinds),
         "forgot, seen", "forgot, unseen*", "seconds", "importance",
     ]  # fmt: skip
-    return Table(headings, [_cells(line, kinds) for line in results.lines], strong="HLoRA")
+    return Table(
+        headings, [_cells(line, kinds) for line in results.lines], strong=METHODS[OURS].label
+    )
 
 
 def _cells(line: Line, kinds: list[str]) -> list[str]:
-    task, spent = line["task"], line.get("seconds", {})
-    general = line["run"]["method"] not in ("base", "lora-mu")
-    seconds = ((general and spent.get("record")) or 0.0) + (spent.get("tune") or 0.0)
+    task = line["task"]
+    seconds = sum(s or 0.0 for s in line.get("seconds", {}).values())
     forgot = ["{nats:+.3f} ± {se:.3f}".format(**line["forgetting"][w]) for w in ("seen", "unseen")]
     return [
         line["label"],
@@ -82,7 +85,7 @@ def _cells(line: Line, kinds: list[str]) -> list[str]:
         *(f"{perplexity(line, [k]):.2f}" for k in kinds),
         *(["0", "0"] if line["run"]["method"] == "base" else forgot),
         f"{seconds:.0f}" if seconds else "–",
-        size(line["importance_bytes"]) if line["run"]["method"] == OURS else "–",
+        size(line["importance_bytes"]) if "importance_bytes" in line else "–",
     ]
 
 
@@ -95,8 +98,8 @@ def note(results: Results) -> str:
         f"{line['task']['n']} chemistry questions in words that training did not use. Perplexity "
         f"over {line['text'][unseen]['tokens']:,} tokens of each kind. Forgot: loss on general "
         "text minus the base model's, nats per token; below zero, the text was learned. ± is one "
-        f"standard error. * {unseen} is in no training text: what is lost there is general "
-        "ability. Seconds of training, the general phase included where there is one."
+        f"standard error. * {unseen} is in no text that was read: what is lost there is general "
+        "ability. Seconds: training, and the general phase or the gathering where there is one."
     )
 
 
@@ -106,19 +109,19 @@ def verdict(results: Results) -> str:
     parts = []
     [unseen] = ours["unseen"]
     kinds = {"seen": [k for k in ours["text"] if k != unseen], "unseen": [unseen]}
-    for which, text in (("seen", "text like that of the general phase"), ("unseen", unseen)):
+    for which, text in (("seen", "text like that of the gathering"), ("unseen", unseen)):
         pairs = [[TextScore(**of["text"][k]) for of in (ours, plain)] for k in kinds[which]]
         saved = pooled_forgetting([(a, b) for a, b in pairs])
         if abs(saved.nats) < 2 * saved.se or not saved.nats:
-            parts.append(f"as much as LoRA(ν+μ) on {text}, within the noise")
+            parts.append(f"as much as plain LoRA on {text}, within the noise")
         else:
             word = "less" if saved.nats > 0 else "MORE"
             amount = f"{abs(saved.nats):.3f} ± {saved.se:.3f}"
             parts.append(f"{amount} nats per token {word} on {text}")
     a, b = ours["task"], plain["task"]
     return (
-        f"With the penalty (HLoRA) the model forgot {', and '.join(parts)}, compared with the same "
-        f"training without it (LoRA(ν+μ)). Accuracy on chemistry: {100 * a['acc']:.1f} % and "
+        f"Held at the base, the model forgot {', and '.join(parts)}, compared with the same "
+        f"training without a penalty. Accuracy on chemistry: {100 * a['acc']:.1f} % and "
         f"{100 * b['acc']:.1f} %, ± {100 * a['acc_se']:.1f}; NLL of the right answer: "
         f"{a['nll']:.2f} and {b['nll']:.2f}."
     )
@@ -126,23 +129,25 @@ def verdict(results: Results) -> str:
 
 def commands(study: Study) -> list[str]:
     """What the demo ran, as commands to copy."""
-    by_method = {r.method: r for r in spec.runs_of(study)}
-    [seed] = study.seeds
-    nu = spec.nu_folder(study, OURS, seed)
-    tuned = [spec.tune_settings(study, by_method[m], nu) for m in ("lora-mu", PLAIN, OURS)]
-    recorded = command_line("record", spec.record_settings(study, OURS, seed))
-    return [recorded, *(command_line("tune", t) for t in tuned)]
+    found = []
+    for run in spec.runs_of(study):
+        of, nu = METHODS[run.method], None
+        if of.record is not None:
+            nu = spec.nu_folder(study, run.method, run.seed)
+            found.append(command_line("record", spec.record_settings(study, run.method, run.seed)))
+        if of.tune is not None and not of.rewinds:
+            found.append(command_line("tune", spec.tune_settings(study, run, nu)))
+    return found
 
 
 def _questions(results: Results, examples: list[Example]) -> Table:
     """The first questions, with each model's answer."""
-    models = [r for r in results.lines if r["run"]["method"] != "nu"]
     rows = []
     for i, e in enumerate(examples[:ASKED]):
-        given = [r["answers"][i] for r in models]
+        given = [r["answers"][i] for r in results.lines]
         marked = ["–" if a is None else e.bare[a] + " ✓" * (a == e.answer) for a in given]
         rows.append([e.prompt, e.bare[e.answer], *marked])
-    return Table(["question", "right", *(r["label"] for r in models)], rows, prose=True)
+    return Table(["question", "right", *(r["label"] for r in results.lines)], rows, prose=True)
 
 
 def write_page(path: Path, study: Study, results: Results) -> list[Path]:
@@ -161,14 +166,14 @@ def write_page(path: Path, study: Study, results: Results) -> list[Path]:
             ]),
             Part("Training", figures=[
                 ("task", figures.task_losses(results),
-                 "The task's loss. All three take the same steps on the same rows."),
+                 "The task's loss. All take the same steps on the same rows."),
                 ("losses", figures.losses(results, ours),
-                 "HLoRA's loss and φR (the paper's Fig. 4): φR is zero at the recorded weights and "
-                 "rises as the task pulls them away."),
+                 "The held model's loss and φR (as the paper's Fig. 4): φR is zero at the base "
+                 "model and rises as the task pulls the weights away."),
             ]),
-            Part("What the general phase remembered",
-                 "‖Ω‖₂ of each target matrix: bright ones are held where the general phase left "
-                 "them.", figures=[
+            Part("What is held",
+                 "The size of the importance of each target matrix: bright ones are held most.",
+                 figures=[
                 ("norms", figures.heatmap(mean_norms(results, ours)),
                  "Log scale (the paper's Fig. 7)."),
             ]),
@@ -177,7 +182,8 @@ def write_page(path: Path, study: Study, results: Results) -> list[Path]:
                  _questions(results, asked)),
             Part("How this was made",
                  f"{versions}; {machine['threads']} threads on {machine['device']}. The demo ran "
-                 "these commands; φ = 0 is plain LoRA.", code="\n".join(commands(study))),
+                 "these commands; the rewound adapter is the plain one, scaled.",
+                 code="\n".join(commands(study))),
         ],
         path, title=TITLE, lead=verdict(results),
     )  # fmt: skip
