@@ -30,7 +30,7 @@ def made(tiny, tmp_path_factory):
     train = ["--max-steps", "4", "--logging-steps", "2", "--training.hub_token", SECRET]
     for command, output, *more in (
         ["record", "base", "--kind", "blend", "--sequences", "6", "--block-size", "16"],
-        ["record", "nu", "--text", text, "--block-size", "32", *train],
+        ["record", "nu", "--kind", "factored", "--text", text, "--block-size", "32", *train],
         ["tune", "mu", *held, "1e-6", "--text", text, "--task", task, *train, "--seed", "3"],
         ["tune", "lora", "--task", task, *train, "--kl", text],
         ["rewind", "back", "--adapter", str(folder / "lora"), "--forget-at-most", "1e-6",

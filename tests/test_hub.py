@@ -50,7 +50,8 @@ def place(tmp_path, tiny, monkeypatch):
 
         def record(self, *more):
             return cli.main(
-                ["record", *model, "--text", str(home / "a.txt"), "--output", str(home / "nu"),
+                ["record", *model, "--kind", "factored", "--text", str(home / "a.txt"),
+                 "--output", str(home / "nu"),
                  "--block-size", "32", "--max-steps", "2", "--batch-size", "4", *more]
             )  # fmt: skip
 

@@ -29,7 +29,8 @@ def place(tiny, tmp_path, monkeypatch):
         def record(self, output, *more):
             self.seen.clear()
             return cli.main(
-                ["record", "--model", str(tiny), "--text", *(str(p) for p in self.texts),
+                ["record", "--model", str(tiny), "--kind", "factored", "--text",
+                 *(str(p) for p in self.texts),
                  "--output", str(tmp_path / output), "--batch-size", "4", "--block-size", "32",
                  "--device", "cpu", *more]
             )  # fmt: skip

@@ -33,7 +33,7 @@ def test_record_tune_eval_and_merge(bits, wide, tmp_path, capsys):
     text, task = ["--text", str(tmp_path / "a.txt")], ["--task", str(tmp_path / "q.jsonl")]
     steps = ["--max-steps", "3", "--logging-steps", "1"]
     nu, mu = str(tmp_path / "nu"), str(tmp_path / "mu")
-    short = ["--block-size", "32"]
+    short = ["--block-size", "32", "--kind", "factored"]
     assert cli.main(["record", *flags, *text, *steps, *short, "--output", nu]) == 0
     tune = ["tune", *flags, *task, *steps, "--importance", nu, "--output"]
     assert cli.main([*tune, str(tmp_path / "dry"), "--dry-run"]) == 0
