@@ -55,6 +55,18 @@ def test_what_is_predicted_at_the_end_is_within_the_budget(base, tmp_path):
     assert all(e["forgetting"] >= 0 for e in logs)
 
 
+def test_φ_settles(base, tmp_path):
+    """A level that is moved by the error alone swings φ by orders of magnitude."""
+    free = predicted(trained(tmp_path / "a", hlora.Penalty(base, phi=0.0)).model, base)
+    settings = {"max_steps": 120, "logging_steps": 1, "lr_scheduler_type": "constant"}
+    trainer = trained(tmp_path / "b", hlora.Penalty(base, forget_at_most=free / 5), **settings)
+    late = [e for e in trainer.state.log_history if e.get("step", 0) > 60 and "phi" in e]
+    swing = max(e["phi"] for e in late) / min(e["phi"] for e in late)
+    worst = max(e["forgetting"] for e in late) / (free / 5)
+    assert swing < 6, swing
+    assert worst < 1.5, worst
+
+
 def test_what_is_above_the_budget_at_the_end_is_taken_back(base):
     model = lora_model()
     penalty = hlora.Penalty(base, forget_at_most=1e-4)

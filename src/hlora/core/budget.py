@@ -15,14 +15,19 @@ from hlora.errors import InputError
 
 RAMP = 0.1
 """Share of the steps over which the budget opens: a model may not spend it all at the start."""
-GAIN = 0.2
-"""Change of log φ at a step for an e-fold that the forgetting is off the budget, and at most."""
+GAIN, LEVEL_GAIN = 2.0, 0.1
+"""Log φ is its level and GAIN times the e-folds by which the forgetting is off the budget; the
+level moves by LEVEL_GAIN times them, at most, a step. Without the first φ swings by orders."""
+MOST = 3.0
+"""E-folds that count."""
 FIRST, LOWEST, HIGHEST = 1.0, 1e-6, 1e6
 """φ at the start, and its bounds."""
 
 
 class Budgeted(Quadratic):
-    """Holds θ to the base model as strongly as a budget asks for (dual ascent on log φ).
+    """Holds θ to the base model as strongly as a budget asks for.
+
+    Dual ascent on log φ, with a proportional term that damps it.
 
     Nothing leaves the device: φ is a tensor there.
 
@@ -41,15 +46,23 @@ class Budgeted(Quadratic):
         device = next(iter(self.anchor.values()))[0].device
         self.at_most, self.steps = at_most, steps
         self.phi: Tensor = torch.tensor(FIRST, device=device)
-        self.taken = torch.zeros((), device=device)
+        self.taken, self.level = (torch.zeros((), device=device) for _ in range(2))
 
     @torch.no_grad()
     def steer(self, pull: Pull) -> None:
         assert pull.forgetting is not None
         self.taken += 1
         opened = (self.taken / max(RAMP * self.steps, 1)).clamp(max=1)
-        over = (pull.forgetting.to(self.phi) / (self.at_most * opened)).log().clamp(-1, 1)
-        self.phi.mul_((GAIN * over).exp()).clamp_(LOWEST, HIGHEST)
+        over = (pull.forgetting.to(self.phi) / (self.at_most * opened)).log().clamp(-MOST, MOST)
+        self.level += LEVEL_GAIN * over.clamp(-1, 1)
+        self.level.clamp_(math.log(LOWEST), math.log(HIGHEST))
+        self.phi.copy_((self.level + GAIN * over).exp()).clamp_(LOWEST, HIGHEST)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"level": self.level.cpu()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.level.copy_(tensors.get("level", self.level))
 
     @torch.no_grad()
     def keep(self, groups: list[Group]) -> float:

@@ -318,12 +318,14 @@ class Penalty(Regularization):
         if self.anchor != "base":
             return {}
         assert isinstance(self.regularizer, Quadratic)
-        found: dict[str, Tensor] = {}
+        found = self.regularizer.state()
         for names, both in self.regularizer.anchor.items():
             found |= unstack(names, both, ("B.{}", "A.{}"))
         return found
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        if isinstance(self.regularizer, Budgeted) and tensors:
+            self.regularizer.load_state(tensors)
         if not self.needs_state:
             return
         assert isinstance(self.regularizer, Quadratic)
