@@ -79,7 +79,7 @@ def handler(hub: Hub):
                 url = f"http://{self.headers['Host']}/{name}"
                 if name in hub.repos:
                     return self.answer({"url": url, "error": "exists"}, 409)
-                hub.repos[name] = {"main": {}}
+                hub.commit(name, {".gitattributes": b""})
                 hub.private[name] = asked.get("private", asked.get("visibility") == "private")
                 return self.answer({"url": url})
             if found := re.match(r"/api/models/([^/]+/[^/]+)/preupload/", self.path):
