@@ -71,6 +71,7 @@ def test_no_space_is_said_before_anything_is_done(tmp_path):
 
 def test_a_full_disk_is_recognised_whoever_says_so():
     assert files.is_full_disk(OSError(errno.ENOSPC, "x"))
+    assert files.is_full_disk(OSError(errno.EFBIG, "File too large"))
     assert files.is_full_disk(RuntimeError("I/O error: No space left on device (os error 28)"))
     assert not files.is_full_disk(RuntimeError("something else"))
     hidden = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 9 vs 8")

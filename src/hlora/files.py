@@ -228,11 +228,17 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether an error, whatever library raised it, says that the disk is full."""
-    said = ("No space left", "os error 28", "file write failed", "iostream error")
+    """Whether an error, whatever library raised it, says that there is no room on the disk.
+
+    Or none for so large a file: a quota, or a limit (`ulimit -f`).
+    """
+    said = (
+        "No space left", "os error 28", "File too large", "os error 27", "file write failed",
+        "iostream error",
+    )  # fmt: skip
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         if any(words in str(seen) for words in said):
             return True

@@ -46,7 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         from hlora.files import is_full_disk
 
         if is_full_disk(error):
-            return _complain(f"The disk is full ({error}). Free some space and use --resume.", 1)
+            return _complain(
+                f"The disk is full ({error}), or a limit on the size of files is reached. Make "
+                "room and use --resume.",
+                1,
+            )
         if "out of memory" in str(error).lower():
             return _complain(
                 "Out of memory on the device: lower --batch-size and raise "
