@@ -12,7 +12,7 @@ from hlora.core import store
 from hlora.core.steps import steps_of
 from hlora.hf.badsteps import BadSteps
 from hlora.hf.peft import find_pairs
-from tests.conftest import lora_model, make_trainer
+from tests.conftest import lora_model, make_trainer, perturb
 
 
 def spoilt(trainer, steps, what="gradient"):
@@ -135,6 +135,18 @@ def test_a_run_that_ends_among_bad_steps_is_no_result(tmp_path):
         trainer.train()
     assert not (tmp_path / "nu" / store.MARKER).exists()
     assert all(p.B.isfinite().all() for p in find_pairs(model))
+
+
+def test_a_last_step_that_leaves_no_finite_weights_is_seen(tmp_path, nu):
+    """No loss is taken after it."""
+    model = lora_model()
+    trainer = make_trainer(model, tmp_path / "run", max_steps=1)
+    attached(trainer, hlora.Penalty(nu, phi=1e308), hlora.Record(tmp_path / "new"))
+    perturb(model)
+    with pytest.raises(hlora.DivergedError, match="or of phi"):
+        trainer.train()
+    assert all(p.B.isfinite().all() for p in find_pairs(model))
+    assert not (tmp_path / "new" / store.MARKER).exists()
 
 
 def test_a_base_model_that_is_not_finite_is_named(tmp_path):

@@ -115,6 +115,7 @@ def test_a_resumed_budget_goes_on_where_it_was(base, tmp_path):
     ("given", "named"),
     [
         ({"forget_at_most": 0.0}, "forget_at_most"),
+        ({"forget_at_most": 1e-320}, "forget_at_most"),
         ({"forget_at_most": float("nan")}, "forget_at_most"),
         ({"forget_at_most": 0.1, "phi": 1.0}, "phi"),
         ({"forget_at_most": 0.1, "anchor": "nu"}, "base"),

@@ -99,6 +99,9 @@ def test_a_task_format_s_words_are_text(tmp_path):
         (["--text-weights", "1", "nan"], "--text-weights"),
         (["--training.weight_decay", "much"], "weight_decay"),
         (["--training.max_grad_norm", "[1, 2"], "max_grad_norm"),
+        (["--training.max_grad_norm", "nan"], "max_grad_norm"),
+        (["--training.neftune_noise_alpha", "inf"], "neftune_noise_alpha"),
+        (["--lora-alpha", "1e30"], "--lora-alpha"),
     ],
 )
 def test_odd_numbers_are_refused(words, named):

@@ -13,6 +13,8 @@ from hlora.core.quadratic import Quadratic
 from hlora.core.regularizer import Pull
 from hlora.errors import InputError
 
+LEAST = 1e-6
+"""Nats per token: a difference of two losses in float32 tells no less."""
 RAMP = 0.1
 """Share of the steps over which the budget opens: a model may not spend it all at the start."""
 GAIN, LEVEL_GAIN = 2.0, 0.1
@@ -79,6 +81,6 @@ class Budgeted(Quadratic):
 
 
 def check_budget(at_most: float) -> None:
-    """Raise InputError for a budget that is no positive number."""
-    if not (math.isfinite(at_most) and at_most > 0):
-        raise InputError(f"forget_at_most must be a positive number of nats, not {at_most}.")
+    """Raise InputError for a budget that is no positive number, or too small to be measured."""
+    if not (math.isfinite(at_most) and at_most >= LEAST):
+        raise InputError(f"forget_at_most must be {LEAST:g} nats or more, not {at_most}.")

@@ -83,6 +83,11 @@ class Steps:
         """Whether any weight has changed since the first good step; True if there was none."""
         return self._first is None or not all(map(torch.equal, *self._first))
 
+    def finite(self) -> bool:
+        """Whether what the last good step trained is finite now."""
+        trained = self._good[0] if self._good else []
+        return all(bool(p.isfinite().all()) for p in trained)
+
     def note_loss(self, loss: Tensor) -> None:
         """The loss of a micro-batch of the coming step: one that is not finite skips the step."""
         bad = ~loss.detach().isfinite().all()

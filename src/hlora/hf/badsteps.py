@@ -70,7 +70,9 @@ class BadSteps(Attached):
             self.check_reached(args, state)
         steps, self.steps = self.steps, None
         taken = state.global_step - self._from
-        if not self._in_a_row or (self._in_a_row < self.limit and 2 * self._in_a_row <= taken):
+        few = self._in_a_row < self.limit and 2 * self._in_a_row <= taken
+        finite = steps.finite()  # nobody looks at a loss after the last step
+        if finite and (few or not self._in_a_row):
             if self._total:
                 logger.warning(
                     "%d of %d steps were skipped, their loss or gradients not being finite.",
@@ -82,12 +84,15 @@ class BadSteps(Attached):
             kept = "the weights before them are the model's again"
             if self._in_a_row >= self.limit:
                 kept = f"the last good state is in {self.written_to(args, state)}"
+        last = f"the last {self._in_a_row} steps had a loss or gradients"
+        if not finite:
+            last = "it left weights"
         raise DivergedError(
-            f"Training stopped at step {state.global_step}: the last {self._in_a_row} steps had a "
-            f"loss or gradients that are not finite; {kept}. {self._cause(args, model)}"
+            f"Training stopped at step {state.global_step}: {last} that are not finite; {kept}. "
+            f"{self._cause(args, model, bool(steps.regularizers))}"
         )
 
-    def _cause(self, args: Any, model: Any) -> str:
+    def _cause(self, args: Any, model: Any, held: bool) -> str:
         for name, p in model.named_parameters():
             if not torch.isfinite(p).all() and "lora_" not in name:
                 return f"Likely cause: the base model's {name} is not finite, so take another copy."
@@ -96,6 +101,8 @@ class BadSteps(Attached):
                 "Likely cause: the base model on this data, as no step was ever good. Try --dtype "
                 "fp32, and look for rows without a single label."
             )
-        return f"Likely cause: the learning rate of {args.learning_rate:g}; try a tenth of it" + (
-            ", or bf16 in place of fp16." if args.fp16 else "."
+        return (
+            f"Likely cause: the learning rate of {args.learning_rate:g}; try a tenth of it"
+            + (", or of phi" if held else "")
+            + (", or bf16 in place of fp16." if args.fp16 else ".")
         )

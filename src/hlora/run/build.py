@@ -134,6 +134,14 @@ def training_value(name: str, value: Any) -> Any:
     Raises:
         InputError: the field takes no such value.
     """
+    value = _training_value(name, value)
+    unlimited = name == "max_grad_norm" and value == math.inf
+    if isinstance(value, float) and not math.isfinite(value) and not unlimited:
+        raise InputError(f"--training.{name} must be a finite number, not {value}.")
+    return value
+
+
+def _training_value(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return plain(value)
     from transformers import TrainingArguments

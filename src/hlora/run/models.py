@@ -140,9 +140,11 @@ def block_size(model: nn.Module, given: int | None, usual: int) -> int:
     """Tokens in a block of text: the usual, or less where the model takes less.
 
     Raises:
-        InputError: another was given, and the model takes less.
+        InputError: another was given, and the model takes less; or one of a single token.
     """
     most = context(model)
+    if given == 1:
+        raise InputError("A block of one token leaves nothing to predict: give --block-size 2.")
     if given not in (None, usual) and given > most:
         raise InputError(
             f"A block of {given} tokens is more than the {most} that the model takes: give "

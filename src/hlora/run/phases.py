@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -62,6 +63,7 @@ from hlora.run.settings import (
     TrainSettings,
     TuneSettings,
 )
+from hlora.run.trainer import make_trainer
 from hlora.run.training import (
     Trained,
     arguments,
@@ -80,6 +82,8 @@ MEASURED_ON, MEASURED_BLOCKS = ["python-docs@test"], 24
 """Text that a budget is checked on, and rows of each kind."""
 OWN, OWN_BLOCKS = "own", 128
 """The general text that the model writes itself while tuning, and its rows."""
+MOST_REPLAY = 0.99
+"""Beyond it a task's rows are few among thousands."""
 TUNED = "tune.json"
 """The marker of a finished domain phase."""
 
@@ -154,7 +158,15 @@ class _Phase:
             push(Path(s.output), s.push_to_hub, public=s.public, advice=again)
 
     def plan(self) -> str:
-        """What a run would train, and about how much time and memory it would take."""
+        """What a run would train, and about how much time and memory it would take.
+
+        Raises:
+            InputError: Trainer refuses a setting.
+        """
+        with tempfile.TemporaryDirectory() as aside:
+            args = arguments(self.settings)
+            args.output_dir = aside
+            make_trainer(self.model, args, self.rows, self.collate)
         batch = self.collate(self.rows.rows[: self.settings.batch_size])
         return dry_run.describe(
             self.settings, self.model, self.pairs, batch, len(self.rows), self.rows.tokens,
@@ -350,7 +362,7 @@ class DomainPhase(_Phase):
             self.settings = settings = replace(settings, importance=pinned(settings.importance))
         nu = settings.importance
         check_apart(settings.output, nu)
-        if settings.text and not settings.forget_at_most:
+        if settings.text and settings.forget_at_most is None:
             raise InputError("--text is what --forget-at-most is checked on: give both.")
         self.regularizers = regularizers(settings)
         starts_at_nu = bool(nu) and self.regularizers[0].anchor == "nu"
@@ -445,8 +457,8 @@ class DomainPhase(_Phase):
     def _with_replay(self) -> Rows:
         """The task's rows and, of all rows, a share of general text."""
         share = self.settings.replay_share
-        if share >= 1:
-            raise InputError(f"--replay-share must be below 1, not {share:g}.")
+        if not 0 < share <= MOST_REPLAY:
+            raise InputError(f"--replay-share must be at most {MOST_REPLAY:g}, not {share:g}.")
         count = max(1, round(len(self.rows) * share / (1 - share)))
         general = block_rows(self._general(self.settings.replay, count)).rows
         return self.rows.plus(Rows([general[i % len(general)] for i in range(count)]))

@@ -123,7 +123,9 @@ class TrainSettings(Settings):
     public: bool = setting(PUBLIC, False, more=True)
     dry_run: bool = setting("check all inputs, show what would be trained, and stop", False)
     lora_rank: int = setting("rank r of the adapter", 8, more=True, least=1, most=65536)
-    lora_alpha: float = setting("α; the adapter is scaled by α/r", 32.0, more=True, least=0.001)
+    lora_alpha: float = setting(
+        "α; the adapter is scaled by α/r", 32.0, more=True, least=0.001, most=1e6
+    )
     lora_dropout: float = setting(
         "dropout on the adapter's input", 0.0, more=True, least=0, most=0.99
     )

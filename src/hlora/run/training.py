@@ -34,6 +34,7 @@ from hlora.hf.hub import located
 from hlora.run.models import pick_device, pick_dtype
 from hlora.run.progress import Interruptible, Progress, bar
 from hlora.run.settings import TrainSettings
+from hlora.run.trainer import make_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,10 @@ OURS = {
     "bf16": "--dtype bf16",
     "fp16": "--dtype fp16",
     "use_cpu": "--device cpu",
+    "push_to_hub": "--push-to-hub",
 }
 """Fields of TrainingArguments that have a flag of their own."""
+_EVALUATING = ("do_eval", "eval_on_start", "eval_strategy", "load_best_model_at_end")
 
 _MAY_DIFFER = (
     "resume", "overwrite", "dry_run", "save_steps", "logging_steps", "device", "max_bad_steps",
@@ -88,6 +91,11 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
     for name in settings.training:
         if name in OURS:
             raise InputError(f"--training.{name} has its own flag here: {OURS[name]}.")
+        if name in _EVALUATING and settings.training[name] not in (False, "no", None):
+            raise InputError(
+                f"--training.{name} needs data to evaluate on while training, of which there is "
+                "none here: leave it out, and use `hlora eval` afterwards."
+            )
         if name not in known:
             raise InputError(
                 f"TrainingArguments has no field {name!r}" + suggest(name, known, ".", 0.5)
@@ -156,10 +164,7 @@ def train(
     if args.gradient_checkpointing:  # else a frozen base has no path for gradients
         model.enable_input_require_grads()  # type: ignore[operator]
     stop = Interruptible(resume_with or "Continue with --resume.")
-    try:
-        trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=collate)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise InputError(f"Trainer refuses these settings: {one_line(error, 240)}") from None
+    trainer = make_trainer(model, args, data, collate)
     attach(trainer, *parts, BadSteps(settings.max_bad_steps))
     for default in list(trainer.callback_handler.callbacks):
         if type(default).__name__ == "PrinterCallback":
