@@ -1,15 +1,17 @@
 """Model and adapter folders that others wrote: no code, no kernel of the hub, one error."""
 
 import json
+import math
 import random
 import shutil
 
 import pytest
 
 import hlora
+from hlora.hf.peft import find_pairs
 from hlora.run import models
 from hlora.run.models import load, load_adapter
-from tests.conftest import lora_model
+from tests.conftest import base_model, lora_model
 
 
 @pytest.fixture
@@ -86,6 +88,17 @@ def test_model_and_tokenizer_of_the_hub_are_of_one_revision(monkeypatch, tiny):
         {"r": "many"},
         {"target_modules": 3},
         {"r": {"a": [1]}},
+        {"target_modules": "(.*.*.*.*.*.*.*.*)*x$"},
+        {"target_modules": "((\\w+)+)+!"},
+        {"exclude_modules": ".*.*.*.*.*!"},
+        {"layers_pattern": ["((\\w+)+)+!"], "layers_to_transform": [0]},
+        {"rank_pattern": {"((\\w+)+)+!": 4}},
+        {"alpha_pattern": {"(\\w+){1,99}!": 4}},
+        {"alpha_pattern": {"q_proj": 1e300}},
+        {"init_lora_weights": "pissa_niter_1000000000"},
+        {"lora_alpha": math.nan},
+        {"lora_alpha": 1e300},
+        {"lora_dropout": math.nan},
     ],
 )
 def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, values):
@@ -93,6 +106,35 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, values):
     change(tmp_path / "adapter_config.json", **values)
     with pytest.raises(hlora.InputError, match=str(tmp_path)):
         load_adapter(lora_model().unload(), tmp_path)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_modules": ["q_proj"]},  # v_proj would be dropped
+        {"target_modules": ["q_proj", "v_proj", "k_proj"]},  # k_proj would be as it begins
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"layers_to_transform": [0]},
+    ],
+)
+def test_an_adapter_of_which_a_part_is_left_out_is_refused(tmp_path, values):
+    lora_model().save_pretrained(tmp_path)
+    change(tmp_path / "adapter_config.json", **values)
+    with pytest.raises(hlora.StoreError, match="not whole"):
+        load_adapter(lora_model().unload(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r".*\.(q_proj|v_proj)$", r"^(?!.*vision).*(q|v)_proj", r"model\.layers\.\d+\..*_proj"]
+)
+def test_ordinary_patterns_are_read(tmp_path, pattern):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(base_model(), LoraConfig(r=2, target_modules=pattern))
+    model.save_pretrained(tmp_path)
+    assert find_pairs(load_adapter(base_model(), tmp_path, trainable=True))
 
 
 def mutated(draw, content):

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from hlora.core.adapter_file import ADAPTER_FILES
 from hlora.core.pairs import Pair
-from hlora.errors import DivergedError, UnsupportedModelError, one_line
+from hlora.errors import DivergedError, StoreError, UnsupportedModelError, one_line
 
 _REFUSED_SETTINGS = {
     "use_dora": "DoRA also trains a magnitude for each row",
@@ -212,6 +213,26 @@ def init_of(model: nn.Module) -> Any:
     """`init_lora_weights` where a new adapter begins at B ≠ 0; None where it begins at B = 0."""
     init = adapter_config(unwrap(model))[1].init_lora_weights
     return None if init is True or init in ("gaussian", "eva") else init
+
+
+def check_loaded(model: nn.Module, folder: Path) -> None:
+    """Refuse an adapter of which a part was left out: PEFT only warns.
+
+    Raises:
+        StoreError: its settings make other matrices than its file holds.
+    """
+    from peft import get_peft_model_state_dict
+
+    made = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(folder / ADAPTER_FILES[1], framework="pt") as file:
+        held = set(file.keys())
+    apart = sorted(k for k in made ^ held if "lora_" in k)
+    if apart:
+        which = "lacks" if apart[0] in made else "has"
+        raise StoreError(
+            f"The adapter in {folder} is not whole: by {ADAPTER_FILES[0]} and this model it is "
+            f"another one than {ADAPTER_FILES[1]} holds, which {which} {apart[0]}."
+        )
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:

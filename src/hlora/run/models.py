@@ -19,8 +19,10 @@ from torch import nn
 
 from hlora.core import store
 from hlora.core.adapter_file import read_adapter
-from hlora.errors import InputError, one_of, suggest
+from hlora.core.adapter_rules import check_config
+from hlora.errors import InputError, StoreError, one_of, suggest
 from hlora.hf.hub import located
+from hlora.hf.peft import check_loaded
 from hlora.run.build import default_of
 from hlora.run.inputs import EMBEDDED as EMBEDDED
 from hlora.run.inputs import check_adapter, check_model, check_quantizable, is_local
@@ -158,7 +160,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
 
     Raises:
         InputError: the folder holds no adapter, or one for another model.
-        StoreError: the adapter is damaged or not finite.
+        StoreError: the adapter is damaged or not finite, or its two files do not belong together.
     """
     from peft import PeftModel
 
@@ -168,7 +170,15 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):
         raise InputError(f"The adapter in {folder} is no plain LoRA (adapter_config.json).")
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        check_config(config)
+    except ValueError as error:
+        raise InputError(f"The adapter_config.json in {folder} is not usable: {error}.") from None
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        check_loaded(adapted, folder)
+        return adapted
+    except StoreError:
+        raise
     except Exception as error:  # a damaged or hostile folder may raise anything
         if "out of memory" in str(error).lower():
             raise
