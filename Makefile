@@ -5,6 +5,7 @@
 #   make soak    kill both phases, damage every file, and see what comes of it
 #   make quick   the tests that need no real model
 #   make bench   what it costs: docs/cost.md anew, on this machine
+#   make docs    the site, in build/site; a broken link or anchor fails
 #   make dist    the wheel and the sdist, in dist/
 #   make format  format the code
 
@@ -13,7 +14,7 @@ TORCH ?= 2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest quick format lint bench mutants soak dist clean
+.PHONY: demo test test-oldest quick format lint bench mutants soak docs dist clean
 
 demo: .venv/.demo
 	$(BIN)/hlora demo --output demo --overwrite
@@ -39,6 +40,9 @@ mutants: .venv/.dev
 
 soak: .venv/.dev
 	$(BIN)/python -m tests.soak --page docs/reliability.md
+
+docs: .venv/.dev
+	$(BIN)/python -m mkdocs build --strict
 
 dist: .venv/.dev
 	$(BIN)/python -c "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
