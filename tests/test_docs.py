@@ -170,3 +170,21 @@ def test_the_site_builds_without_a_broken_link(tmp_path):
     assert "forget_at_most" in written["api"]  # from Penalty's docstring
     assert "--forget-at-most" in written["settings"]  # from TuneSettings
     assert 'href="../src' not in "".join(written.values())
+
+
+def test_the_messages_explained_are_those_of_the_code():
+    """Between `…`, every piece of a message is in a string of the package."""
+    strings = [
+        " ".join(node.value.split())
+        for path in (ROOT / "src").rglob("*.py")
+        for node in ast.walk(ast.parse(text_of(path)))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    page = text_of(ROOT / "docs" / "troubleshooting.md")
+    messages = [
+        m for row in re.findall(r"^\| (.*?) \|", page, re.M) for m in re.findall(r"`([^`]+)`", row)
+    ]
+    assert len(messages) > 30
+    for message in messages:
+        for piece in message.split("…"):
+            assert any(piece.strip() in s for s in strings), message
