@@ -65,7 +65,7 @@ def every_setting() -> str:
             default = default_of(f)
             shown = "*required*" if f.metadata["required"] else _shown(default)
             choices = " · ".join(f"`{c}`" for c in f.metadata["choices"])
-            text = f.metadata["help"].replace("|", "\\|").replace("<", "&lt;")
+            text = re.sub(r"([|<\[])", r"\\\1", f.metadata["help"])  # as it stands
             parts.append(f"| `{flag}` | {text}{f' ({choices})' if choices else ''} | {shown} |")
         parts.append("")
     return "\n".join(parts)

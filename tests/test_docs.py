@@ -39,7 +39,9 @@ def without_code(text):
 
 def anchors(page):
     """The ids of the headings, as GitHub and the site make them."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text_of(page), flags=re.S | re.M), re.M)
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text_of(page), flags=re.S | re.M), re.M
+    )
     return {re.sub(r"[^\w\- ]", "", h.strip().lower()).replace(" ", "-") for h in headings}
 
 
@@ -151,7 +153,10 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
         resources={"metadata": {"path": str(tmp_path)}},
     ).execute()  # fmt: skip
     before, after = (
-        [[line.split()[:1] for line in "".join(o.get("text", "")).splitlines()] for o in c["outputs"]]
+        [
+            [line.split()[:1] for line in "".join(o.get("text", "")).splitlines()]
+            for o in c["outputs"]
+        ]
         for c in (notebook["cells"][-1], cells()[-1])
     )
     assert before == after  # the same table, whatever its figures

@@ -1,0 +1,63 @@
+"""The penalty in PEFT's own method comparison, which trains in a loop of its own.
+
+    python -m benchmarks.peft_suite peft/method_comparison/MetaMathQA base 1 \
+        -v experiments/lora/llama-3.2-3B-rank32-hlora-phi1
+
+The suite's folder, an importance folder, φ, and what its run.py takes. Nothing of the suite is
+changed: where it makes its optimizer, the penalty joins it. See docs/peft-suite.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import hlora
+
+MAKER = "get_optimizer_and_scheduler"
+"""The function of the suite's utils.py that makes the optimizer of a model."""
+
+
+def join(utils: Any, penalty: hlora.Penalty) -> None:
+    """Have the suite's optimizer start the penalty when it is made."""
+    make = getattr(utils, MAKER, None)
+    if make is None:
+        raise hlora.InputError(
+            f"{utils.__file__} has no {MAKER}, where the penalty would join: this version of PEFT's "
+            "suite is another than the one that docs/peft-suite.md describes."
+        )
+
+    def joined(model: Any, **given: Any) -> Any:
+        optimizer, scheduler = make(model, **given)
+        penalty.start(model, optimizer)
+        return optimizer, scheduler
+
+    setattr(utils, MAKER, joined)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("suite", type=Path)
+    parser.add_argument("importance", type=Path)
+    parser.add_argument("phi", type=float)
+    parser.add_argument("run", nargs=argparse.REMAINDER, help="arguments of the suite's run.py")
+    args = parser.parse_args()
+    # Held to the base model: the suite compares with the model as it is before the first step.
+    penalty = hlora.Penalty(args.importance.resolve(), phi=args.phi, anchor="base")
+    os.chdir(args.suite)
+    sys.path.insert(0, os.getcwd())
+    join(importlib.import_module("utils"), penalty)
+    sys.argv = ["run.py", *args.run]
+    runpy.run_path("run.py", run_name="__main__")
+    if penalty.steps is None:
+        raise hlora.InputError("The suite made no optimizer, so nothing was held.")
+    print(f"φ {args.phi:g}, R {float(penalty.value()):.4g} at the end")
+
+
+if __name__ == "__main__":
+    main()
