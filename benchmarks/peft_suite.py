@@ -28,8 +28,8 @@ def join(utils: Any, penalty: hlora.Penalty) -> None:
     make = getattr(utils, MAKER, None)
     if make is None:
         raise hlora.InputError(
-            f"{utils.__file__} has no {MAKER}, where the penalty would join: this version of PEFT's "
-            "suite is another than the one that docs/peft-suite.md describes."
+            f"{utils.__file__} has no {MAKER}, where the penalty would join: take the version of "
+            "PEFT's suite that docs/peft-suite.md names."
         )
 
     def joined(model: Any, **given: Any) -> Any:

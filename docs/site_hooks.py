@@ -36,7 +36,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def outside(text: str, target: str, repository: str | None) -> str:
-    """A link to a file beside docs/: on the site to the repository, or its name where none is set."""
+    """A link to a file beside docs/: to the repository where one is set, else its name."""
     path = target.removeprefix("../")
     if repository:
         return f"[{text}]({repository.rstrip('/')}/blob/main/{path})"

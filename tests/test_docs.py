@@ -113,7 +113,7 @@ def test_every_part_of_these_checks_notices(tmp_path):
     page = tmp_path / "page.md"
     for bad in ("[x](nowhere.md)", "# A page\n\n[x](#another)"):
         page.write_text(bad, "utf-8")
-        with pytest.raises(AssertionError, match="page.md"):
+        with pytest.raises(AssertionError, match=r"page\.md"):
             test_links_and_anchors_lead_somewhere(page)
     page.write_text("```bash\nhlora tune --model m --task t \\\n  --output o --fi 1\n```", "utf-8")
     with pytest.raises(hlora.InputError, match="--fi"):
