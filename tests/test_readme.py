@@ -81,13 +81,6 @@ def test_the_commands_run_as_they_stand(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "layers.png").is_file()
 
 
-def test_the_links_lead_somewhere():
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text("utf-8")):
-            if not target.startswith("http"):
-                assert (path.parent / target).exists(), f"{path.name}: {target}"
-
-
 def test_the_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
