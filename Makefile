@@ -6,6 +6,7 @@
 #   make quick   the tests that need no real model
 #   make bench   what it costs: docs/cost.md anew, on this machine
 #   make docs    the site, in build/site; a broken link or anchor fails
+#   make notebook  run docs/quickstart.ipynb and store what it prints
 #   make dist    the wheel and the sdist, in dist/
 #   make format  format the code
 
@@ -14,7 +15,7 @@ TORCH ?= 2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest quick format lint bench mutants soak docs dist clean
+.PHONY: demo test test-oldest quick format lint bench mutants soak docs notebook dist clean
 
 demo: .venv/.demo
 	$(BIN)/hlora demo --output demo --overwrite
@@ -43,6 +44,9 @@ soak: .venv/.dev
 
 docs: .venv/.dev
 	$(BIN)/python -m mkdocs build --strict
+
+notebook: .venv/.dev
+	$(BIN)/python -m tests.notebook
 
 dist: .venv/.dev
 	$(BIN)/python -c "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"

@@ -48,7 +48,7 @@ def as_markdown(notebook: dict[str, Any]) -> str:
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
-        printed = "".join("".join(o.get("text", "")) for o in cell.get("outputs", []))
+        printed = "".join("".join(o["text"]) for o in cell.get("outputs", []))
         if printed:
             parts.append(f"```text\n{printed.rstrip()}\n```")
     return "\n\n".join(parts)
