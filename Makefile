@@ -6,7 +6,7 @@
 #   make quick   the tests that need no real model
 #   make bench   what it costs: docs/cost.md anew, on this machine
 #   make docs    the site, in build/site; a broken link or anchor fails
-#   make notebook  run docs/quickstart.ipynb and store what it prints
+#   make notebook run docs/quickstart.ipynb and store what it prints
 #   make dist    the wheel and the sdist, in dist/
 #   make format  format the code
 
