@@ -98,6 +98,19 @@ def test_importing_hlora_imports_nothing_heavy_and_dir_names_all():
     assert run(code).split("\n")[:2] == ["[]", "True"]
 
 
+@pytest.mark.parametrize(
+    ("command", "unused"),
+    [
+        ("report", ["torch", "transformers", "peft", "datasets"]),
+        ("study", ["torch", "transformers", "peft", "datasets", "pandas", "matplotlib"]),
+        ("inspect", ["transformers", "peft", "datasets", "pandas", "matplotlib"]),
+    ],
+)
+def test_a_command_imports_what_it_uses(command, unused):
+    code = f"import sys, hlora.cli.main, hlora.cli.{command}\n"
+    assert run(code + f"print([m for m in {unused!r} if m in sys.modules])").strip() == "[]"
+
+
 def test_every_public_name_is_there():
     for name in hlora.__all__:
         assert getattr(hlora, name) is not None

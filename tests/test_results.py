@@ -9,13 +9,14 @@ import pytest
 
 import hlora
 from hlora.cli import main as cli
+from hlora.run.means import mean_se
 from hlora.run.settings import USUAL_METRICS
 from hlora.study import claims, tables
 from hlora.study.cost import costs
 from hlora.study.metrics import METRICS, perplexity
 from hlora.study.paper import TABLE_1, TABLE_2, e_perplexity
 from hlora.study.rows import Results, Row, read
-from hlora.study.stats import mean_se, shown
+from hlora.study.stats import shown
 from tests.results_lines import line, study
 
 

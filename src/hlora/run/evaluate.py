@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hlora.data.answers import encode_pair
 from hlora.data.tasks import Task, batches
 from hlora.hf.divergence import divergences
+from hlora.run.means import exp, mean_se
 from hlora.run.models import context, vocabulary
 
 Tick = Callable[[int], None]
@@ -48,8 +49,7 @@ class TextScore:
     @property
     def divergence(self) -> Forgetting | None:
         """The mean over blocks."""
-        values = torch.tensor(self.divergences, dtype=torch.float64)
-        return Forgetting(_mean(values), _standard_error(values)) if self.divergences else None
+        return Forgetting(*mean_se(self.divergences)) if self.divergences else None
 
     def asdict(self) -> dict[str, Any]:
         """Without what is of each block."""
@@ -108,15 +108,8 @@ def forgetting(before: TextScore, after: TextScore) -> Forgetting:
 
 def pooled_forgetting(pairs: Iterable[tuple[TextScore, TextScore]]) -> Forgetting:
     """The same over several kinds of text, each (before, after), every block counting once."""
-    differences = torch.tensor(
-        [
-            a - b
-            for before, after in pairs
-            for b, a in zip(before.blocks, after.blocks, strict=True)
-        ],
-        dtype=torch.float64,
-    )
-    return Forgetting(_mean(differences), _standard_error(differences))
+    both = (pair for of in pairs for pair in zip(of[0].blocks, of[1].blocks, strict=True))
+    return Forgetting(*mean_se(after - before for before, after in both))
 
 
 @torch.no_grad()
@@ -148,11 +141,9 @@ def score_text(
             if tick:
                 tick(part.stop - part.start)
     per_block = blocks.shape[1] - 1
-    means = torch.tensor(sums, dtype=torch.float64) / per_block
-    loss = float(means.mean())
-    return TextScore(
-        loss, _standard_error(means), exp(loss), per_block * len(blocks), means.tolist(), found
-    )
+    means = [total / per_block for total in sums]
+    loss, error = mean_se(means)
+    return TextScore(loss, error, exp(loss), per_block * len(blocks), means, found)
 
 
 def divergence(
@@ -212,35 +203,13 @@ def summarize(task: Task, items: list[list[float]]) -> TaskScore:
             normed = [ll / max(len(c), 1) for ll, c in zip(lls, example.bare, strict=True)]
             right.append(float(best(lls) == example.answer))
             right_norm.append(float(best(normed) == example.answer))
-    acc, acc_norm, loss = (torch.tensor(v, dtype=torch.float64) for v in (right, right_norm, nll))
-    return TaskScore(
-        acc=_mean(acc), acc_se=_standard_error(acc),
-        acc_norm=_mean(acc_norm), acc_norm_se=_standard_error(acc_norm),
-        nll=_mean(loss), nll_se=_standard_error(loss),
-        n=len(items), items=items,
-    )  # fmt: skip
+    scores = (*mean_se(right), *mean_se(right_norm), *mean_se(nll))
+    return TaskScore(*scores, n=len(items), items=items)
 
 
 def best(lls: list[float]) -> int | None:
     """The choice with the highest log-likelihood; None where they are not all numbers."""
     return lls.index(max(lls)) if all(map(math.isfinite, lls)) else None
-
-
-def exp(nats: float) -> float:
-    """e to the loss, infinite where that is no float."""
-    try:
-        return math.exp(nats)
-    except OverflowError:
-        return math.inf
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.mean()) if len(values) else math.nan
-
-
-def _standard_error(values: Tensor) -> float:
-    """Of the mean, from the sample variance."""
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
 
 
 class _evaluating:

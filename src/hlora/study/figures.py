@@ -10,12 +10,13 @@ from typing import Any
 
 from hlora.core.layers import layer_grid
 from hlora.errors import InputError, visible
+from hlora.run.means import mean_se
 from hlora.study.cost import Cost
 from hlora.study.extras import extra
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS
 from hlora.study.rows import Results, Row
-from hlora.study.stats import independent, mean_se, p_equals
+from hlora.study.stats import independent, p_equals
 
 STYLES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p", "d", "8")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from hlora.run.evaluate import exp
+from hlora.run.means import exp
 from hlora.study.lines import Line
 
 Measure = Callable[[Line], float | None]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from hlora.errors import InputError
+from hlora.run.means import mean_se
 from hlora.study.extras import extra
 from hlora.study.lines import Line, read_lines
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS, forgetting_on
-from hlora.study.stats import mean_se
 
 
 @dataclass(frozen=True, order=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from hlora.run.means import mean_se
 from hlora.study.extras import extra
 
 
@@ -49,14 +50,6 @@ class Paired:
     def shown(self, digits: int) -> str:
         """`mean ± standard error`; a single difference is said to be one."""
         return _text(self.mean, self.se, self.n, digits, "+")
-
-
-def mean_se(values: Iterable[float]) -> tuple[float, float]:
-    """The mean, and its standard error over seeds: NaN for a single one."""
-    values = list(values)
-    mean = statistics.fmean(values) if values else math.nan
-    n = len(values)
-    return mean, statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
 def shown(values: Collection[float], digits: int, signed: bool = False) -> str:
