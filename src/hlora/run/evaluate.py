@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hlora.core.evaluating import evaluating
 from hlora.data.answers import encode_pair
 from hlora.data.tasks import Task, batches
 from hlora.hf.divergence import divergences
@@ -51,10 +52,6 @@ class TextScore:
         """The mean over blocks."""
         return Forgetting(*mean_se(self.divergences)) if self.divergences else None
 
-    def asdict(self) -> dict[str, Any]:
-        """Without what is of each block."""
-        return {k: v for k, v in asdict(self).items() if k not in ("blocks", "divergences")}
-
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -77,10 +74,6 @@ class TaskScore:
     n: int
     items: list[list[float]]
 
-    def asdict(self) -> dict[str, Any]:
-        """Without the items."""
-        return {k: v for k, v in asdict(self).items() if k != "items"}
-
 
 @dataclass(frozen=True)
 class Forgetting:
@@ -95,6 +88,12 @@ class Forgetting:
 
     nats: float
     se: float
+
+
+def figures_of(score: Any) -> dict[str, Any]:
+    """A score as plain values, without those of each block or question."""
+    of_each = ("blocks", "divergences", "items")
+    return {k: v for k, v in asdict(score).items() if k not in of_each}
 
 
 def forgetting(before: TextScore, after: TextScore) -> Forgetting:
@@ -124,8 +123,8 @@ def score_text(
     """
     sums: list[float] = []
     found: list[float] = []
-    with _evaluating(model):
-        device = _device(model)
+    with evaluating(model):
+        device = next(model.parameters()).device
         for part in batches(len(blocks), batch_size):
             ids = blocks[part].to(device)
             logits = model(input_ids=ids[:, :-1]).logits
@@ -176,8 +175,8 @@ def score_task(
     inputs = sorted(queue, key=len, reverse=True)
     items = [[0.0] * len(e.choices) for e in task.examples]
     pad = tokenizer.pad_token_id or 0
-    with _evaluating(model):
-        device = _device(model)
+    with evaluating(model):
+        device = next(model.parameters()).device
         for part in batches(len(inputs), batch_size):
             rows = inputs[part]
             width = len(rows[0])
@@ -210,21 +209,3 @@ def summarize(task: Task, items: list[list[float]]) -> TaskScore:
 def best(lls: list[float]) -> int | None:
     """The choice with the highest log-likelihood; None where they are not all numbers."""
     return lls.index(max(lls)) if all(map(math.isfinite, lls)) else None
-
-
-class _evaluating:
-    """Evaluation mode inside, the former mode after."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.was_training = self.model.training
-        self.model.eval()
-
-    def __exit__(self, *exc: object) -> None:
-        self.model.train(self.was_training)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -11,13 +11,14 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from hlora.core.evaluating import evaluating
 from hlora.data.read import SUFFIXES, suffix_of
 from hlora.data.sandbox import Sandbox
 from hlora.errors import DivergedError, InputError, one_line, suggest
@@ -85,13 +86,10 @@ def run(
         DivergedError: a likelihood is not a number.
     """
     found: dict[str, HarnessScore] = {}
-    training = model.training
-    try:
+    with evaluating(model):
         for some in ([t for t in tasks.tasks if kind is type(t)] for kind in (dict, str)):
             if some:
                 found |= _scores(model, tokenizer, some, tasks.manager, batch_size, limit)
-    finally:
-        model.train(training)
     return found
 
 
@@ -118,7 +116,8 @@ def _scores(
     if isinstance(tasks[0], dict):
         utils.env = Sandbox()
     try:
-        with _quiet():
+        # Its bars are for a person's eyes.
+        with contextlib.nullcontext() if watched() else contextlib.redirect_stderr(io.StringIO()):
             found = simple_evaluate(
                 model=Finite(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=100,
@@ -158,12 +157,3 @@ def _task(spec: str) -> str | dict[str, Any]:
     if suffix_of(path) not in SUFFIXES:
         return spec
     raise InputError(f"{spec} is a file of rows: score it with --task, which says the same.")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Its bars are for a person's eyes."""
-    with contextlib.ExitStack() as stack:
-        if not watched():
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        yield

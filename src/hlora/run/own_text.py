@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from hlora.core.evaluating import evaluating
 from hlora.data.encode import prefix_token, render_chat
 from hlora.data.tasks import batches
 
@@ -37,18 +38,14 @@ def own_text(
     half = count // 2 if chats else 0
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
-    training = model.training
-    model.eval()
-    try:
-        written = []
+    written = []
+    with evaluating(model):
         for start, n in ((plain, count - half), (chats, half)):
             for part in batches(n, batch_size):
                 rows = torch.tensor([start] * (part.stop - part.start))
                 written.append(_continue(model, rows, length, generator))
                 if tick:
                     tick(len(rows))
-    finally:
-        model.train(training)
     return torch.cat(written)
 
 

@@ -15,8 +15,7 @@ from hlora.data.text import blocks
 from hlora.errors import InputError
 from hlora.files import refuse_file, write_json
 from hlora.run import harness
-from hlora.run.evaluate import TaskScore, TextScore, forgetting, score_task, score_text
-from hlora.run.harness import HarnessScore
+from hlora.run.evaluate import figures_of, forgetting, score_task, score_text
 from hlora.run.inputs import bits
 from hlora.run.models import (
     block_size,
@@ -117,7 +116,7 @@ def _as_json(settings: EvalSettings, scores: dict[str, Scores]) -> dict[str, Any
     result: dict[str, Any] = {"settings": asdict(settings)}
     for which, of in scores.items():
         result[which] = {
-            group: {name: _plain(s) for name, s in named.items()} for group, named in of.items()
+            group: {name: figures_of(s) for name, s in named.items()} for group, named in of.items()
         }
     if "adapter" in scores:
         result["forgetting"] = {
@@ -128,10 +127,6 @@ def _as_json(settings: EvalSettings, scores: dict[str, Scores]) -> dict[str, Any
             name: asdict(s.divergence) for name, s in scores["adapter"]["text"].items()
         }
     return _without_nan(result)
-
-
-def _plain(score: TextScore | TaskScore | HarnessScore) -> dict[str, Any]:
-    return asdict(score) if isinstance(score, HarnessScore) else score.asdict()
 
 
 def _without_nan(value: Any) -> Any:

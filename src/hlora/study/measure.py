@@ -18,7 +18,7 @@ from hlora.files import write_json
 from hlora.hf.peft import scale_adapter
 from hlora.run import machine
 from hlora.run.convert import convert
-from hlora.run.evaluate import TextScore, best, pooled_forgetting
+from hlora.run.evaluate import TextScore, best, figures_of, pooled_forgetting
 from hlora.run.models import load_adapter
 from hlora.run.phases import TUNED, record, tune
 from hlora.run.scoring import prepare, score
@@ -149,11 +149,11 @@ def _scores(study: Study, task: str, adapter: Path | None, scale: float = 1.0) -
     of_task, *others = scores["task"].values()
     return {
         "text": {k: asdict(s) for k, s in scores["text"].items()},
-        "task": of_task.asdict(),
+        "task": figures_of(of_task),
         "answers": [best(lls) for lls in of_task.items],
         "losses": [-lls[e.answer] for e, lls in zip(tasks[0].examples, of_task.items, strict=True)],
         "others": {
-            name: {**s.asdict(), "answers": [best(lls) for lls in s.items]}
+            name: {**figures_of(s), "answers": [best(lls) for lls in s.items]}
             for name, s in zip(study.others, others, strict=True)
         },
     }
@@ -168,7 +168,7 @@ def _summary(study: Study, base: dict[str, Any], after: dict[str, Any]) -> dict[
     return {
         "text": {
             k: {
-                **after.asdict(), "blocks": [_short(b) for b in after.blocks],
+                **figures_of(after), "blocks": [_short(b) for b in after.blocks],
                 "divergences": [_short(d) for d in after.divergences],
             }
             for k, (_, after) in pairs.items()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hlora.core.evaluating import evaluating
 from hlora.core.pairs import Pair, base_parameters
 
 SEQUENCES = 20_000
@@ -37,25 +38,24 @@ def gather(
     parameters = base_parameters(model)
     names = {id(p): name for name, p in parameters.items()}
     before = {name: p.requires_grad for name, p in parameters.items()}
-    training, device = model.training, pairs[0].A.device
+    device = pairs[0].A.device
     sums = {name: torch.zeros(p.shape) for name, p in parameters.items()}
-    model.eval()
     try:
-        for p in parameters.values():
-            p.requires_grad_(True)
-        for row in blocks:
-            model(input_ids=row[None].to(device), labels=row[None].to(device)).loss.backward()
-            for name, p in parameters.items():
-                if p.grad is not None:
-                    sums[name] += p.grad.detach().to("cpu", torch.float32).square_()
-                    p.grad = None
-            if tick:
-                tick(1)
+        with evaluating(model):
+            for p in parameters.values():
+                p.requires_grad_(True)
+            for row in blocks:
+                model(input_ids=row[None].to(device), labels=row[None].to(device)).loss.backward()
+                for name, p in parameters.items():
+                    if p.grad is not None:
+                        sums[name] += p.grad.detach().to("cpu", torch.float32).square_()
+                        p.grad = None
+                if tick:
+                    tick(1)
     finally:
         for name, p in parameters.items():
             p.requires_grad_(before[name])
         model.zero_grad()
-        model.train(training)
     of_targets = {}
     for pair in pairs:
         F = sums[names[id(pair.weight)]] / len(blocks)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hlora.core.evaluating import evaluating
 from hlora.core.pairs import Pair
 
 Take = Callable[[Pair, Tensor, Tensor], None]
@@ -46,24 +47,22 @@ def backward_passes(
     generator = torch.Generator(device=device).manual_seed(seed)
     factors = [f for p in pairs for f in (p.B, p.A) if f.requires_grad]
     handles = [p.layer.register_forward_hook(_watch(p, take)) for p in pairs]
-    training = model.training
-    model.eval()
     try:
-        for part in rows.split(batch_size):
-            ids = part.to(device)
-            logits = model(input_ids=ids).logits[:, :-1].float()
-            targets = ids[:, 1:] if labels == "corpus" else _sampled(logits, generator)
-            # A sum, not a mean: each sequence's log-likelihood has a gradient of its own.
-            loss = nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), reduction="sum"
-            )
-            torch.autograd.grad(loss, factors)
-            if tick:
-                tick(len(ids))
+        with evaluating(model):
+            for part in rows.split(batch_size):
+                ids = part.to(device)
+                logits = model(input_ids=ids).logits[:, :-1].float()
+                targets = ids[:, 1:] if labels == "corpus" else _sampled(logits, generator)
+                # A sum, not a mean: each sequence's log-likelihood has a gradient of its own.
+                loss = nn.functional.cross_entropy(
+                    logits.flatten(0, 1), targets.flatten(), reduction="sum"
+                )
+                torch.autograd.grad(loss, factors)
+                if tick:
+                    tick(len(ids))
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
 
 
 def _watch(pair: Pair, take: Take) -> Callable[..., None]:
