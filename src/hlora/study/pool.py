@@ -6,9 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -21,58 +20,45 @@ def outcomes(
 ) -> Iterator[tuple[int, Any]]:
     """(index, result) of each call as it ends; the exception instead of a result if it raised.
 
-    A process that is killed (the kernel does so when memory is short) takes the pool with it. The
-    calls that then ran are tried again, one at a time: BrokenProcessPool stands for one that kills
-    its process again.
+    A process that is killed (the kernel does so when memory is short) ends its own call only, which
+    is tried again, alone, after the others: BrokenProcessPool stands for one that kills its process
+    again.
     """
     if jobs == 1:
         for index, call in enumerate(calls):
-            try:
-                yield index, call[0](*call[1:])
-            except Exception as error:
-                yield index, error
+            yield index, _tried(*call)
         return
-    waiting = deque(range(len(calls)))
-    while waiting:
-        broken: list[int] = []
-        for index, result in _until_broken(calls, waiting, jobs, prepare):
-            if isinstance(result, BrokenProcessPool):
-                broken.append(index)
-            else:
-                yield index, result
-        for index in broken:
-            yield from _until_broken(calls, deque([index]), 1, prepare, of=jobs)
 
+    def in_its_own(call: Call) -> Any:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context, _start, (jobs, prepare)) as process:
+            return process.submit(*call).result()
 
-def _until_broken(
-    calls: Sequence[Call],
-    waiting: deque[int],
-    jobs: int,
-    prepare: Callable[[], None] | None,
-    of: int = 0,
-) -> Iterator[tuple[int, Any]]:
-    running: dict[Future, int] = {}
-    whole = True
-    pool = ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), _start, (of or jobs, prepare)
-    )
+    threads = ThreadPoolExecutor(jobs)
     try:
-        while running or (waiting and whole):
-            # No more than there are processes: what is in a pool when it breaks is lost.
-            while whole and waiting and len(running) < jobs:
-                index = waiting.popleft()
-                running[pool.submit(*calls[index])] = index
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                error = future.exception()
-                whole = whole and not isinstance(error, BrokenProcessPool)
-                yield running.pop(future), error or future.result()
+        running = {threads.submit(in_its_own, call): i for i, call in enumerate(calls)}
+        broken: list[int] = []
+        for done in as_completed(running):
+            if isinstance(done.exception(), BrokenProcessPool):
+                broken.append(running[done])
+            else:
+                yield running[done], _tried(done.result)
+        for index in broken:
+            yield index, _tried(threads.submit(in_its_own, calls[index]).result)
     except BaseException:
+        threads.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
         raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    threads.shutdown()
+
+
+def _tried(call: Callable[..., Any], *args: Any) -> Any:
+    """The result, or the exception that came in its place."""
+    try:
+        return call(*args)
+    except Exception as error:
+        return error
 
 
 def _start(jobs: int, prepare: Callable[[], None] | None) -> None:
