@@ -204,3 +204,18 @@ def test_the_built_in_formats_are_consistent():
         assert format.name == name
         assert format.columns
     assert len(questions()) == 24
+
+
+def test_of_a_hub_data_set_no_more_rows_are_read_than_asked_for(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    read = []
+
+    def endless(name, config, *, split, streaming, revision):
+        assert (name, config, split, streaming) == ("me/chats", "small", "train", True)
+        while True:
+            read.append(1)
+            yield {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}
+
+    monkeypatch.setattr(datasets, "load_dataset", endless)
+    task = load_task("me/chats:small", limit=5)
+    assert (task.format.name, len(task.examples), len(read)) == ("messages", 5, 5)
