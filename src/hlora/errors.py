@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 from unicodedata import category
@@ -21,6 +23,15 @@ def visible(text: str) -> str:
 def one_line(error: BaseException, most: int = 200) -> str:
     """What another library's error says, in one line of at most so many characters."""
     return " ".join(str(error).split())[:most]
+
+
+def in_short(names: Iterable[str], most: int = 4) -> str:
+    """Parameters or modules, those of all layers as one: `layers.*.mlp.up_proj (24), score`."""
+    counts = Counter(
+        re.sub(r"\.\d+(?=\.)", ".*", n).removeprefix("base_model.model.") for n in names
+    )
+    shown = [n if c == 1 else f"{n} ({c})" for n, c in counts.most_common(most)]
+    return ", ".join(shown) + (f" and {len(counts) - most} more" if len(counts) > most else "")
 
 
 class HloraError(Exception):

@@ -27,6 +27,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("base_model_name_or_path", "revision")}
 
 
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All that the adapter's file holds, as PEFT names it.
+
+    Raises:
+        StoreError: it is damaged, or holds values that are not finite.
+    """
+    try:
+        tensors = load_file(folder / ADAPTER_FILES[1])
+    except (ValueError, SafetensorError, OSError) as error:
+        raise StoreError(f"The adapter in {folder} cannot be read ({error}).") from None
+    for key, value in tensors.items():
+        if not isfinite(value).all():
+            raise StoreError(f"{folder / ADAPTER_FILES[1]} is damaged: {key} is not finite.")
+    return tensors
+
+
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
     """The adapter in a folder: its config and (B, A) by the pair's name.
 
@@ -36,14 +52,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, 
     for file in ADAPTER_FILES:
         if not (folder / file).is_file():
             raise StoreError(f"{folder} holds no LoRA adapter: {file} is missing.")
-    config = read_config(folder)
-    try:
-        tensors = load_file(folder / ADAPTER_FILES[1])
-    except (ValueError, SafetensorError, OSError) as error:
-        raise StoreError(f"The adapter in {folder} cannot be read ({error}).") from None
-    for key, value in tensors.items():
-        if not isfinite(value).all():
-            raise StoreError(f"{folder / ADAPTER_FILES[1]} is damaged: {key} is not finite.")
+    config, tensors = read_config(folder), read_tensors(folder)
     factors: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         for which in ("lora_A", "lora_B"):

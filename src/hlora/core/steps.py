@@ -35,6 +35,7 @@ class Steps:
         bad: how many steps were skipped, their loss or a gradient not being finite.
         losses: how many micro-batches there were since the last log, where they are told.
         bad_losses: those of them whose loss is not finite.
+        told: whether what nothing holds has been named.
         undo: called when the last step turns out to have led nowhere.
     """
 
@@ -48,6 +49,7 @@ class Steps:
         self.largest_ratio: float | None = None
         self.bad = 0
         self.losses, self.bad_losses = 0, torch.zeros(())
+        self.told = False
         self.undo: list[Callable[[], None]] = []
         self._bad_now: Tensor | None = None
         self.restart()

@@ -8,29 +8,49 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hlora.core.regularizer import Regularizer
-from hlora.errors import InputError
+from hlora.errors import InputError, UnsupportedModelError, one_of
 from hlora.hf.badsteps import BadSteps
+from hlora.hf.callbacks import Attached
 from hlora.hf.checkpoints import Seal, join_train
 from hlora.hf.distributed import refuse_sharded
-from hlora.hf.peft import unwrap
-from hlora.hf.regularize import Regularization
+from hlora.hf.peft import UNHELD, unwrap
+from hlora.hf.reference import refer_to_start
+from hlora.hf.regularize import Penalty, Regularization
+
+_NO_OUTPUTS = ("GRPOTrainer", "RLOOTrainer")
+"""Trainers of TRL whose `compute_loss` hands out no outputs of the model."""
+
+_LAYER_WISE = ("lomo", "adalomo")
+"""Optimizers, beside those named `layerwise`, that step inside the backward pass."""
 
 
-def attach(trainer: Any, *parts: TrainerCallback | Regularizer) -> None:
+def attach(trainer: Any, *parts: TrainerCallback | Regularizer, unheld: str | None = None) -> None:
     """Attach recordings and regularizers to a Trainer of transformers or TRL, before it trains.
 
     They come before the reporters (TensorBoard, W&B), which so find `R` and `penalty` in the logs,
-    and what acts on the data joins the loss. `loss` in the logs stays the task's.
+    and what acts on the data joins the loss. `loss` in the logs stays the task's. What cannot work
+    is refused here, while the model is whole. Where a trainer compares with a reference (DPO, KTO,
+    GRPO) and training starts at a recorded adapter, the reference is that start.
 
     Args:
         trainer: not yet trained.
         parts: `hlora.Record`, `hlora.Penalty`, or a `Regularizer` of your own.
+        unheld: in place of the parts' own: `refuse` whatever is trained beside the LoRA matrices,
+            or `warn` and leave it free.
 
     Raises:
-        InputError: something else than these.
-        UnsupportedModelError: the trainer shards or hides its optimizer.
+        InputError: something else than these, or a setting that they cannot go with.
+        MismatchError: the importance does not belong to the trainer's model.
+        UnsupportedModelError: the trainer shards or hides its optimizer, or the model's θ is not
+            θ₀ + s·B·A.
     """
+    if not hasattr(trainer, "callback_handler") or not hasattr(trainer, "compute_loss"):
+        raise InputError(
+            f"attach takes a Trainer of transformers or TRL, not {type(trainer).__name__}: in a "
+            "loop of your own call Record.start or Penalty.start."
+        )
     refuse_sharded(trainer.args)
+    _refuse_layer_wise(trainer.args)
     handler = trainer.callback_handler
     names = {c.name for c in handler.callbacks if isinstance(c, Regularization)}
     callbacks: list[TrainerCallback] = []
@@ -40,6 +60,12 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer) -> None:
             raise InputError(
                 f"attach takes hlora.Record, hlora.Penalty or a Regularizer, not {part!r}."
             )
+        if isinstance(callback, Attached):
+            if unheld is not None:
+                one_of("unheld", unheld, UNHELD)
+                callback.unheld = unheld
+            if trainer.model is not None:  # else model_init makes it when training begins
+                callback.check(trainer.model, trainer.args)
         if isinstance(callback, Regularization):
             base, number = callback.name, 1
             while callback.name in names and callback not in handler.callbacks:
@@ -47,17 +73,40 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer) -> None:
                 callback.name = f"{base}-{number}"
             names.add(callback.name)
             callback.joined = True
+            _refuse_without_outputs(trainer, callback.regularizer)
         if callback not in handler.callbacks:
             callbacks.append(callback)
     if not any(isinstance(c, BadSteps) for c in [*callbacks, *handler.callbacks]):
         callbacks.append(BadSteps())
     # What counts bad steps comes first: it keeps the others from writing what diverged.
     callbacks.sort(key=lambda c: not isinstance(c, BadSteps))
+    penalty = next((c for c in callbacks if isinstance(c, Penalty)), None)
+    if penalty is not None and trainer.model is not None:
+        refer_to_start(trainer, penalty)
     handler.callbacks[:0] = callbacks
     if not any(isinstance(c, Seal) for c in handler.callbacks):
         handler.callbacks.append(Seal())
     _join_the_loss(trainer)
     join_train(trainer)
+
+
+def _refuse_layer_wise(args: Any) -> None:
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer in _LAYER_WISE or "layerwise" in optimizer:
+        raise UnsupportedModelError(
+            f"optim={optimizer!r} takes its steps inside the backward pass, where nothing can be "
+            "recorded or held: use adamw_torch."
+        )
+
+
+def _refuse_without_outputs(trainer: Any, regularizer: Regularizer) -> None:
+    for of in type(trainer).__mro__:
+        if regularizer.acts_on_data and of.__name__ in _NO_OUTPUTS:
+            raise UnsupportedModelError(
+                f"{type(regularizer).__name__} looks at the outputs of the model, which "
+                f"{of.__name__} does not hand out: use a regularizer of the weights alone, such as "
+                "hlora.Penalty."
+            )
 
 
 def _join_the_loss(trainer: Any) -> None:

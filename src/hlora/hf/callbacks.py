@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback
 
-from hlora.core.pairs import Group, digest
+from hlora.core.pairs import Group, Pair, digest
 from hlora.core.steps import Steps, steps_of
-from hlora.errors import StoreError, UnsupportedModelError
+from hlora.errors import StoreError, UnsupportedModelError, in_short
 from hlora.hf.distributed import refuse_sharded
+from hlora.hf.peft import unheld_names
+
+logger = logging.getLogger(__name__)
 
 
 class Attached(TrainerCallback):
@@ -18,15 +24,30 @@ class Attached(TrainerCallback):
 
     Attributes:
         steps: those of the optimizer while it runs, else None.
+        unheld: `refuse` trained parameters that no importance covers, or `warn` of them.
     """
 
     steps: Steps | None = None
+    unheld = "refuse"
     _from = 0
     _seen = 0
 
-    def follow(self, optimizer: Any) -> Steps:
-        """Act on the steps of this optimizer from now on."""
+    def check(self, model: nn.Module, args: Any) -> None:
+        """Refuse what cannot work, before anything is trained or sharded; `attach` calls it."""
+
+    def follow(
+        self, optimizer: Any, model: nn.Module | None = None, pairs: Sequence[Pair] = ()
+    ) -> Steps:
+        """Act on the steps of this optimizer from now on; what is in no pair is named once."""
         self.steps = steps_of(optimizer)
+        free = unheld_names(model, list(pairs)) if model is not None else []
+        if free and not self.steps.told:
+            self.steps.told = True
+            logger.warning(
+                "%d LoRA matrices are held; %s trained freely beside them, and nothing protects "
+                "what these forget.", len(pairs),
+                in_short(free) + (" is" if len(free) == 1 else " are"),
+            )  # fmt: skip
         self._seen = self.steps.seen
         self.steps.restart()
         return self.steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +13,30 @@ from torch import Tensor, nn
 
 from hlora.core.adapter_file import ADAPTER_FILES
 from hlora.core.pairs import Pair
-from hlora.errors import DivergedError, StoreError, UnsupportedModelError, one_line
+from hlora.errors import DivergedError, StoreError, UnsupportedModelError, one_line, one_of
 
-_REFUSED_SETTINGS = {
+UNHELD = ("refuse", "warn")
+"""What to do about trained parameters that no importance covers."""
+
+_UNHELD_SETTINGS = {
     "use_dora": "DoRA also trains a magnitude for each row",
     "lora_bias": "a bias beside B is not part of B·A",
     "modules_to_save": "these modules are trained whole",
     "trainable_token_indices": "these embeddings are trained whole",
-    "target_parameters": "LoRA on bare parameters has no pair of matrices per module",
+    "target_parameters": "LoRA on bare parameters, such as those of fused experts, has no pair of "
+    "matrices per module. If you did not set it, PEFT did, since target_modules names experts: "
+    "name Linear modules only, such as q_proj and v_proj",
+}
+_REFUSED_SETTINGS = {
     "alora_invocation_tokens": "an adapter that acts on some tokens only is not one change of θ",
     "layer_replication": "replicated layers share one θ₀",
 }
-
-_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_PEFTS_OWN = {
-    "modules_to_save": "PEFT adds them itself for task_type={task}, whose new head is trained "
-    "whole. Give no task_type, or CAUSAL_LM, and leave the head as it is",
-    "target_parameters": "If you did not set it, PEFT did, since the targets are parameters of "
-    "fused experts: name Linear modules in target_modules, such as q_proj and v_proj",
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
 }
-"""What to say of a setting that may be PEFT's own."""
+"""The new heads that PEFT adds to modules_to_save itself, by task_type."""
 
 _FINGERPRINT_ENTRIES = 64
 _CONFIG_KEYS = {
@@ -87,8 +93,12 @@ def adapter_config(model: nn.Module) -> tuple[str, Any]:
     return names[0], config
 
 
-def find_pairs(model: nn.Module) -> list[Pair]:
+def find_pairs(model: nn.Module, unheld: str = "refuse") -> list[Pair]:
     """The LoRA pairs of the active adapter, in the model's order.
+
+    Args:
+        unheld: `refuse` whatever is trained beside them, but for a new head of a classifier; or
+            `warn`: leave it free. `unheld_names` names it.
 
     Raises:
         UnsupportedModelError: something else than B and A is trained, or a setting of the
@@ -96,51 +106,52 @@ def find_pairs(model: nn.Module) -> list[Pair]:
     """
     from peft.tuners.lora import LoraLayer
 
+    one_of("unheld", unheld, UNHELD)
     model = unwrap(model)
     adapter, config = adapter_config(model)
-    for setting, why in _REFUSED_SETTINGS.items():
-        if getattr(config, setting, None):
-            task = getattr(config.task_type, "value", config.task_type)
-            own = setting in _PEFTS_OWN and (setting != "modules_to_save" or task in _HEADS)
-            raise UnsupportedModelError(
-                f"LoraConfig({setting}=...) is not supported: {why}."
-                + (f" {_PEFTS_OWN[setting].format(task=task)}." if own else "")
-            )
-    if getattr(config, "bias", "none") != "none":
-        raise UnsupportedModelError(
-            f"LoraConfig(bias={config.bias!r}) is not supported: a trained bias is not part of "
-            "B·A. Use bias='none'."
-        )
+    _check_settings(config, unheld)
     pairs: list[Pair] = []
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         name = path.removeprefix("base_model.model.")
-        if adapter in module.lora_embedding_A:
+        if adapter in module.lora_embedding_A and unheld == "refuse":
             raise UnsupportedModelError(
-                f"LoRA on the embedding {name} is not supported: take it out of target_modules."
+                f"LoRA on the embedding {name} is not supported: take it out of target_modules"
+                f"{_OR_WARN}"
             )
-        if adapter not in module.lora_A:
+        if adapter not in module.lora_A or hasattr(module, "parameter_name"):
             continue
-        variant = getattr(module, "lora_variant", {}).get(adapter)
-        if variant is not None:
+        variant = type(getattr(module, "lora_variant", {}).get(adapter)).__name__
+        if variant != "NoneType" and not (variant.startswith("Dora") and unheld == "warn"):
             raise UnsupportedModelError(
-                f"The LoRA variant {type(variant).__name__} on {name} is not supported: its "
-                "change of the weight is not s·B·A."
+                f"The LoRA variant {variant} on {name} is not supported: its change of the weight "
+                "is not s·B·A."
             )
         if module.merged:
             raise UnsupportedModelError(
                 f"The adapter is merged into {name}: call model.unmerge_adapter() first."
             )
         A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        if A.ndim == B.ndim == 4 and unheld == "warn":
+            continue
         _check_factors(name, A, B)
         s, weight = float(module.scaling[adapter]), module.get_base_layer().weight
         transposed = bool(getattr(module, "fan_in_fan_out", False))
         pairs.append(Pair(name, B, A, s, weight, layer=module, transposed=transposed))
     if not pairs:
-        raise UnsupportedModelError(f"Adapter {adapter!r} has no LoRA matrices in this model.")
-    _check_nothing_else_is_trained(model, pairs)
+        raise UnsupportedModelError(
+            f"Adapter {adapter!r} has no LoRA matrices on Linear modules in this model."
+        )
+    _check_what_is_trained(model, pairs, config, unheld)
     return pairs
+
+
+def unheld_names(model: nn.Module, pairs: list[Pair]) -> list[str]:
+    """The trained parameters that are in no pair: nothing protects what they change."""
+    ours = {id(f) for p in pairs for f in (p.A, p.B)}
+    named = unwrap(model).named_parameters()
+    return [n for n, p in named if p.requires_grad and id(p) not in ours]
 
 
 def scale_adapter(model: nn.Module, factor: float) -> None:
@@ -175,6 +186,34 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         raise DivergedError(f"The adapter cannot be merged: {one_line(error)}") from None
 
 
+_OR_WARN = ", or give unheld='warn' to train it freely beside the held matrices."
+
+
+def _task_of(config: Any) -> str:
+    return str(getattr(config.task_type, "value", config.task_type))
+
+
+def _check_settings(config: Any, unheld: str) -> None:
+    for setting, why in _REFUSED_SETTINGS.items():
+        if getattr(config, setting, None):
+            raise UnsupportedModelError(f"LoraConfig({setting}=...) is not supported: {why}.")
+    if unheld == "warn":
+        return
+    for setting, why in _UNHELD_SETTINGS.items():
+        value = getattr(config, setting, None)
+        if setting == "modules_to_save":
+            value = set(value or ()) - set(_HEADS.get(_task_of(config), ()))
+        if value:
+            raise UnsupportedModelError(
+                f"LoraConfig({setting}=...) is not held by any importance: {why}{_OR_WARN}"
+            )
+    if getattr(config, "bias", "none") != "none":
+        raise UnsupportedModelError(
+            f"LoraConfig(bias={config.bias!r}) is not held by any importance: a trained bias is "
+            f"not part of B·A. Use bias='none'{_OR_WARN}"
+        )
+
+
 def _check_factors(name: str, A: Tensor, B: Tensor) -> None:
     if type(A).__name__ == "DTensor" or A.ndim == 1 or B.ndim == 1:
         raise UnsupportedModelError(
@@ -183,24 +222,83 @@ def _check_factors(name: str, A: Tensor, B: Tensor) -> None:
         )
     if A.ndim != 2 or B.ndim != 2:
         raise UnsupportedModelError(
-            f"LoRA on {name} is a convolution's: only Linear and Conv1D targets are supported."
+            f"LoRA on {name} is a convolution's: only Linear and Conv1D targets are supported"
+            f"{_OR_WARN}"
         )
 
 
-def _check_nothing_else_is_trained(model: nn.Module, pairs: list[Pair]) -> None:
-    ours = {id(f) for p in pairs for f in (p.A, p.B)}
-    trained = {n: id(p) for n, p in model.named_parameters() if p.requires_grad}
-    others = [n for n, of in trained.items() if of not in ours]
-    if others:
+def _check_what_is_trained(model: nn.Module, pairs: list[Pair], config: Any, unheld: str) -> None:
+    heads = _HEADS.get(_task_of(config), ())
+    others = [
+        n for n in unheld_names(model, pairs)
+        if not (".modules_to_save." in n and n.split(".modules_to_save.")[0].endswith(heads))
+    ]  # fmt: skip
+    if others and unheld == "refuse":
         raise UnsupportedModelError(
             f"{len(others)} trained parameters are not LoRA's, the first is {others[0]}: freeze "
-            "them, since the importance covers B·A only."
+            f"them, since the importance covers B·A only{_OR_WARN}"
         )
-    if not trained:
+    if not any(f.requires_grad for p in pairs for f in (p.A, p.B)):
         raise UnsupportedModelError(
-            "Nothing is trainable: load the adapter with PeftModel.from_pretrained(..., "
+            "No LoRA matrix is trainable: load the adapter with PeftModel.from_pretrained(..., "
             "is_trainable=True)."
         )
+
+
+@torch.no_grad()
+def take_over(
+    model: nn.Module, recorded: dict[str, Tensor], adapter: str | None = None
+) -> list[str]:
+    """Put a recorded adapter into one of the same settings: where the general phase ended.
+
+    What only this one has, a new head say, stays as it is; a magnitude of DoRA is set so that it
+    changes nothing.
+
+    Args:
+        recorded: the tensors of its file, as PEFT names them.
+        adapter: the active one by default.
+
+    Returns:
+        What the recorded adapter has and this one has not.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+    model = unwrap(model)
+    adapter = adapter or adapter_config(model)[0]
+    here = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    taken = {k: v for k, v in recorded.items() if k in here and here[k].shape == v.shape}
+    set_peft_model_state_dict(model, {**here, **taken}, adapter_name=adapter)
+    for path, module in model.named_modules():
+        magnitudes = getattr(module, "lora_magnitude_vector", {})
+        if not isinstance(module, LoraLayer) or adapter not in magnitudes:
+            continue
+        if f"{path}.lora_magnitude_vector" not in taken:
+            old = magnitudes[adapter].weight
+            magnitudes[adapter].update_layer(
+                base_layer=module.get_base_layer(), lora_A=module.lora_A[adapter].weight,
+                lora_B=module.lora_B[adapter].weight, scaling=module.scaling[adapter],
+            )  # fmt: skip
+            old.copy_(magnitudes[adapter].weight)
+            magnitudes[adapter].weight = old  # the one that the optimizer has
+    return sorted(recorded.keys() - taken.keys())
+
+
+@torch.no_grad()
+def add_reference(model: nn.Module, recorded: dict[str, Tensor], name: str = "ref") -> None:
+    """A frozen adapter beside the active one that holds a recorded one, for TRL's reference."""
+    model = unwrap(model)
+    adapter, config = adapter_config(model)
+    if name not in model.peft_config:  # type: ignore[operator]
+        config = copy.deepcopy(config)
+        config.init_lora_weights = True  # another may take its start out of the base weights
+        model.add_adapter(name, config)  # type: ignore[operator]
+    parameters = dict(model.named_parameters())
+    for of, p in parameters.items():
+        same = re.sub(rf"\.{re.escape(adapter)}(?=\.|$)", f".{name}", of)
+        if same != of and same in parameters:
+            parameters[same].data = p.data.clone()
+    take_over(model, recorded, name)
 
 
 def starts_at_base(model: nn.Module) -> bool:

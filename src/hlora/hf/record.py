@@ -14,12 +14,12 @@ from hlora.core.kinds import kind_named
 from hlora.core.pairs import Pair, group
 from hlora.core.presets import RECORD_PRESETS, RecordRule, choose
 from hlora.core.recorder import Recorder, describe_summary
-from hlora.errors import InputError
+from hlora.errors import InputError, one_of
 from hlora.files import refuse_result, write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.distributed import wait_for_all
 from hlora.hf.hub import located
-from hlora.hf.peft import base_of, find_pairs, save_adapter
+from hlora.hf.peft import UNHELD, base_of, find_pairs, save_adapter
 
 RECORD_STATE = "hlora_record.safetensors"
 
@@ -31,7 +31,7 @@ class Record(Attached):
     after clipping and unscaling, and before any penalty adds its own. Clipping scales down the ω
     of the steps that it touches; their share is reported, and `max_grad_norm=0` in
     TrainingArguments avoids it. When training ends the output holds the adapter and Ω. Nothing is
-    read or written before training begins.
+    written before training begins.
 
     Args:
         output: the folder for the adapter and its importance.
@@ -46,6 +46,8 @@ class Record(Attached):
             this one adds to (the sum over ν in Eq. 13).
         overwrite: replace a result that the folder holds, once the new one is complete.
         quiet: do not print the summary when training ends.
+        unheld: `refuse` whatever is trained beside the LoRA matrices (DoRA's magnitudes, biases,
+            embeddings, other modules), or `warn` and leave it free: no importance covers it.
         rule: fields of `hlora.core.presets.RecordRule` in place of the preset's:
             estimator, scaled, clamp, xi, xi_relative, every, max_grad_norm.
 
@@ -69,12 +71,15 @@ class Record(Attached):
         previous: str | Path | None = None,
         overwrite: bool = False,
         quiet: bool = False,
+        unheld: str = "refuse",
         **rule: Any,
     ) -> None:
         self.output = Path(output)
         self.previous = previous
         self.preset, self.storage = preset or "default", storage
         self.overwrite, self.quiet = overwrite, quiet
+        one_of("unheld", unheld, UNHELD)
+        self.unheld = unheld
         if kind is None and storage != "fp32":
             kind = "dense"
         self._kind_given = kind is not None
@@ -135,15 +140,18 @@ class Record(Attached):
         """
         self.stop()
         earlier = self.check_folders()
-        pairs = find_pairs(model)
-        if earlier is not None:
-            earlier.check(base_of(model, pairs), pairs, ranks=False)
-        self._pairs = pairs
+        pairs = self._pairs = self._checked(model, earlier)
         self._recorder = Recorder(
             group(pairs), self.rule, earlier=earlier.importance if earlier else None,
             max_grad_norm=max_grad_norm,
         )  # fmt: skip
-        self._recorder.attach(self.follow(optimizer))
+        self._recorder.attach(self.follow(optimizer, model, pairs))
+
+    def _checked(self, model: nn.Module, earlier: store.Stored | None) -> list[Pair]:
+        pairs = find_pairs(model, self.unheld)
+        if earlier is not None:
+            earlier.check(base_of(model, pairs), pairs, ranks=False)
+        return pairs
 
     def stop(self) -> None:
         """Stop recording, and forget what was recorded."""
@@ -180,13 +188,21 @@ class Record(Attached):
 
     # ---------------------------------------------------------------- under a Trainer
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
-        fresh = self.begin(args, state)
+    def check(self, model: nn.Module, args: Any) -> None:
+        self._check_arguments(args)
+        self._checked(model, self.check_folders())
+
+    @staticmethod
+    def _check_arguments(args: Any) -> None:
         if args.load_best_model_at_end:
             raise InputError(
                 "load_best_model_at_end goes back to earlier weights when training ends, and the "
                 "importance would be that of the whole path: record without it."
             )
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
+        fresh = self.begin(args, state)
+        self._check_arguments(args)
         if self.rule.max_grad_norm is not None:
             self._clipping = args.max_grad_norm
             args.max_grad_norm = self.rule.max_grad_norm

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from hlora.core import store
+from hlora.core.adapter_file import read_tensors
 from hlora.core.budget import Budgeted, check_budget
 from hlora.core.pairs import Group, digest, group, unstack
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
 from hlora.core.statefile import pack, read
-from hlora.errors import InputError, UnsupportedModelError, one_of
+from hlora.errors import InputError, UnsupportedModelError, in_short, one_of
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.hub import located
-from hlora.hf.peft import base_of, find_pairs, init_of, starts_at_base
+from hlora.hf.peft import UNHELD, base_of, find_pairs, init_of, starts_at_base, take_over
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +74,12 @@ class Regularization(Attached):
         """
         self.finish()
         self._groups = self.prepare(model, fresh=fresh)
-        self.follow(optimizer).add(self.regularizer, self._groups)
+        pairs = [p for g in self._groups for p in g.pairs]
+        self.follow(optimizer, model, pairs).add(self.regularizer, self._groups)
 
     def prepare(self, model: nn.Module, *, fresh: bool) -> list[Group]:
         """The groups to regularize; a subclass makes its regularizer here."""
-        return group(find_pairs(model))
+        return group(find_pairs(model, self.unheld))
 
     def finish(self) -> None:
         """Stop regularizing."""
@@ -92,6 +94,9 @@ class Regularization(Attached):
         return torch.zeros(()) if pull is None else pull.R
 
     # ---------------------------------------------------------------- under a Trainer
+
+    def check(self, model: nn.Module, args: Any) -> None:
+        find_pairs(model, self.unheld)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
         fresh = self.begin(args, state)
@@ -192,6 +197,8 @@ class Penalty(Regularization):
         anchor: `nu` starts from the recorded adapter and holds θ to it; `base` starts from the
             base model and holds θ to that, the recorded adapter serving for its importance only. By
             default where the importance was gathered.
+        unheld: `refuse` whatever is trained beside the LoRA matrices (DoRA's magnitudes, biases,
+            embeddings, other modules), or `warn` and leave it free: no importance covers it.
         rule: fields of `hlora.core.presets.PenaltyRule` in place of the preset's:
             normalize, layer_weights, softmax_scale, apart.
 
@@ -211,9 +218,12 @@ class Penalty(Regularization):
         forget_at_most: float | None = None,
         preset: str | None = None,
         anchor: str | None = None,
+        unheld: str = "refuse",
         **rule: Any,
     ) -> None:
         super().__init__()
+        one_of("unheld", unheld, UNHELD)
+        self.unheld = unheld
         one_of("anchor", anchor or "nu", ANCHORS)
         self.rule: PenaltyRule = choose(PENALTY_PRESETS, preset, phi=phi, **rule)
         self.stored = store.load(located(importance))
@@ -253,23 +263,54 @@ class Penalty(Regularization):
         self.regularizer.phi = value
 
     def prepare(self, model: nn.Module, *, fresh: bool) -> list[Group]:
-        pairs = find_pairs(model)
-        self.stored.check(base_of(model, pairs), pairs, ranks=self.anchor == "nu")
-        groups = group(pairs)
-        self.needs_state = self.anchor == "base" and not starts_at_base(model)
+        groups = self._checked(model)
         anchor = self._find_anchor(model, groups, fresh=fresh)
         phi, of = self.phi, (self.stored.importance, groups, anchor, self.rule)
         if self.forget_at_most is not None:
-            if self.needs_state:
-                raise InputError(
-                    "forget_at_most needs an adapter that starts at the base model: this one's "
-                    "initialization moved it."
-                )
             self.regularizer = Budgeted(self.forget_at_most, self._planned, *of)
             return groups
         self.regularizer = Quadratic(*of)
         self.regularizer.phi = phi
         return groups
+
+    def check(self, model: nn.Module, args: Any) -> None:
+        self._checked(model)
+        self.start_of(model)
+
+    def _checked(self, model: nn.Module) -> list[Group]:
+        """The groups of a model that this importance can hold."""
+        pairs = find_pairs(model, self.unheld)
+        self.stored.check(base_of(model, pairs), pairs, ranks=self.anchor == "nu")
+        self.needs_state = self.anchor == "base" and not starts_at_base(model)
+        if self.needs_state and self.forget_at_most is not None:
+            raise InputError(
+                "forget_at_most needs an adapter that starts at the base model: this one's "
+                "initialization moved it."
+            )
+        return group(pairs)
+
+    def start_of(self, model: nn.Module) -> str:
+        """What the adapter is: `new` or `recorded`, and training starts at θ^ν; or `elsewhere`."""
+        if self.anchor == "base":
+            return "elsewhere"
+        return self._start_of(model, group(find_pairs(model, self.unheld)))
+
+    def _start_of(self, model: nn.Module, groups: list[Group]) -> str:
+        if not any(g.factors()[0].any() for g in groups):
+            return "new"
+        if all(
+            torch.equal(here, noted)
+            for g in groups
+            for here, noted in zip(g.factors(), g.stack_both(self.stored.factors), strict=True)
+        ):
+            return "recorded"
+        if (init := init_of(model)) is not None:
+            raise UnsupportedModelError(
+                f"LoraConfig(init_lora_weights={init!r}) begins at B ≠ 0, where a new adapter "
+                "cannot be told from a trained one, so it is not moved to θ^ν. Start from that: "
+                f"PeftModel.from_pretrained(model, {str(self.stored.folder)!r}, is_trainable=True)."
+            )
+        return "elsewhere"
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
         self._planned = state.max_steps
@@ -283,35 +324,26 @@ class Penalty(Regularization):
         super().on_train_end(args, state, control, **kwargs)
 
     def _find_anchor(self, model: nn.Module, groups: list[Group], *, fresh: bool) -> Anchor:
-        """B and A of the anchor by group; for `nu` an untrained adapter takes ν's weights."""
-        anchor = {}
-        moved = False
-        for g in groups:
-            B, A = g.factors()
-            if self.anchor == "base":
-                # Where the initialization changed θ₀, the start and not B = 0 is the base model.
-                anchor[g.names] = (B, A) if self.needs_state else (torch.zeros_like(B), A)
-                continue
-            B_nu, A_nu = g.stack_both(self.stored.factors)
-            anchor[g.names] = (B_nu, A_nu)
-            if fresh:
-                if not B.any():
-                    g.set_factors(B_nu, A_nu)
-                else:
-                    moved |= not (torch.equal(B, B_nu) and torch.equal(A, A_nu))
-        if moved and (init := init_of(model)) is not None:
-            raise UnsupportedModelError(
-                f"LoraConfig(init_lora_weights={init!r}) begins at B ≠ 0, where a new adapter "
-                "cannot be told from a trained one, so it is not moved to θ^ν. Start from that: "
-                f"PeftModel.from_pretrained(model, {str(self.stored.folder)!r}, is_trainable=True)."
-            )
-        if moved:
+        """B and A of the anchor by group; for `nu` a new adapter becomes the recorded one."""
+        if self.anchor == "base":
+            # Where the initialization changed θ₀, the start and not B = 0 is the base model.
+            return {
+                g.names: (B, A) if self.needs_state else (torch.zeros_like(B), A)
+                for g, (B, A) in ((g, g.factors()) for g in groups)
+            }
+        start = self._start_of(model, groups) if fresh else None
+        if start == "new" and (left := take_over(model, read_tensors(self.stored.folder))):
+            logger.warning(
+                "The adapter in %s also holds %s, which this one has not: training does not start "
+                "just where the general phase ended.", self.stored.folder, in_short(left),
+            )  # fmt: skip
+        if start == "elsewhere":
             logger.warning(
                 "The adapter is neither new nor the one in %s: training starts where it is and is "
                 "pulled towards θ^ν. Start from a new adapter, or from that folder.",
                 self.stored.folder,
             )
-        return anchor
+        return {g.names: g.stack_both(self.stored.factors) for g in groups}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """θ^ν is in its folder; a base that the initialization moved is nowhere else."""

@@ -1,0 +1,67 @@
+"""The reference of preference training: where the policy starts, not the base model.
+
+A new adapter is moved to θ^ν when training begins. TRL's reference is the model with its adapter
+disabled, which is θ₀, or an adapter named `ref`, which can hold θ^ν.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from typing import Any
+
+from hlora.core.adapter_file import read_tensors
+from hlora.errors import UnsupportedModelError
+from hlora.hf.peft import adapter_config, add_reference
+from hlora.hf.regularize import Penalty
+
+logger = logging.getLogger(__name__)
+
+_PRECOMPUTED = {"ref_chosen_logps", "ref_logps"}
+_LINE = "PeftModel.from_pretrained(model, {folder!r}, is_trainable=True), without a peft_config"
+
+
+def refer_to_start(trainer: Any, penalty: Penalty) -> None:
+    """Have a trainer that compares with a reference compare with where the penalty's ν ended.
+
+    Without effect for a trainer that has none, or where training starts at the base model.
+
+    Raises:
+        UnsupportedModelError: its reference can only be the base model.
+    """
+    if not hasattr(trainer, "ref_model") or getattr(trainer, "beta", None) == 0:
+        return
+    start = penalty.start_of(trainer.model)
+    if start == "elsewhere":
+        return
+    if trainer.ref_model is not None:
+        logger.warning(
+            "The reference is the ref_model that was given, while training starts at the adapter "
+            "in %s: without ref_model the reference is that start.", penalty.stored.folder,
+        )  # fmt: skip
+        return
+    name, folder = type(trainer).__name__, str(penalty.stored.folder)
+    columns = set(getattr(trainer.train_dataset, "column_names", None) or ())
+    if start == "new" and columns & _PRECOMPUTED:
+        raise UnsupportedModelError(
+            f"{name} has precomputed its reference at the base model, and training starts at the "
+            f"adapter in {folder}: set precompute_ref_log_probs=False, or give it model="
+            + _LINE.format(folder=folder)
+        )
+    if hasattr(trainer, "ref_adapter_name"):  # DPO and KTO of older versions
+        trainer.ref_adapter_name = "ref"
+        trainer.model_adapter_name = adapter_config(trainer.model)[0]
+    elif not _looks_for_ref(trainer):
+        raise UnsupportedModelError(
+            f"The reference of this {name} is the base model, while training starts at the "
+            f"adapter in {folder}: upgrade with pip install -U 'trl>=0.27', or hold to the base "
+            f"model with hlora.Penalty({folder!r}, anchor='base')."
+        )
+    add_reference(trainer.model, read_tensors(penalty.stored.folder))
+
+
+def _looks_for_ref(trainer: Any) -> bool:
+    """Whether an adapter named `ref` is its reference, as in TRL since 0.27."""
+    modules = (sys.modules[c.__module__] for c in type(trainer).__mro__)
+    return any('"ref" in' in inspect.getsource(m) for m in modules if m.__name__.startswith("trl."))
