@@ -127,7 +127,8 @@ def test_an_adapter_of_which_a_part_is_left_out_is_refused(tmp_path, values):
 
 
 @pytest.mark.parametrize(
-    "pattern", [r".*\.(q_proj|v_proj)$", r"^(?!.*vision).*(q|v)_proj", r"model\.layers\.\d+\..*_proj"]
+    "pattern",
+    [r".*\.(q_proj|v_proj)$", r"^(?!.*vision).*(q|v)_proj", r"model\.layers\.\d+\..*_proj"],
 )
 def test_ordinary_patterns_are_read(tmp_path, pattern):
     from peft import LoraConfig, get_peft_model

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import hlora
 from hlora.core import store
@@ -266,6 +267,48 @@ def test_the_gradient_scaler_s_factor_is_heeded(kept, fused):
     scaled = trained(torch.amp.GradScaler("cpu", init_scale=2.0**10))
     for p, q in zip(scaled.parameters(), trained(None).parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_is_none(kept, tmp_path, fused):
+    """Recorder and penalty together; R is that of the steps that were taken."""
+
+    def trained(skipped):
+        model = lora_model()
+        perturb(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=skipped is not None)
+        penalty = hlora.Penalty(kept, phi=20.0)
+        record = hlora.Record(tmp_path / f"new-{skipped}", kind="dense", quiet=True)
+        penalty.start(model, optimizer)
+        record.start(model, optimizer)
+        rows = token_rows(4)
+        batch = {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
+        for step in range(3 if skipped is None else 4):
+            scaler.scale(model(**batch).loss).backward()
+            if step == skipped:
+                find_pairs(model)[0].A.grad[0, 0] = math.nan
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        told = steps_of(optimizer).report()
+        return (
+            model,
+            record.finish(model),
+            told,
+            load_file(record.output / "importance.safetensors"),
+        )
+
+    plain, summary, told, importance = trained(None)
+    for skipped in (0, 2):
+        model, others, R, found = trained(skipped)
+        assert others["steps"] == summary["steps"] == 3
+        assert R == pytest.approx(told, rel=1e-3)
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+        for name, of in importance.items():
+            torch.testing.assert_close(found[name], of, rtol=5e-3, atol=1e-4)
 
 
 def test_a_retried_or_trained_twice_penalty_adds_once(kept, tmp_path):

@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import hlora
 from hlora.core import store
 from hlora.core.pairs import group
 from hlora.core.steps import steps_of
 from hlora.hf.peft import find_pairs
-from tests.conftest import lora_model, make_trainer, token_rows
+from tests.conftest import lora_model, make_trainer, perturb, token_rows
 
 
 class Spy:
@@ -388,6 +389,76 @@ def test_pairs_of_one_shape_take_their_own_learning_rate(tmp_path):
     for p in find_pairs(model):
         expected = seen[p.name] / ((p.s * p.B @ p.A).detach() ** 2 + 1e-3)
         torch.testing.assert_close(stored[p.name].double(), expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("rate", ["sgd", "adamw"])
+def test_a_and_b_in_groups_of_different_learning_rates(tmp_path, rate):
+    """LoRA+: η of Eq. 11 is B's, whose gradient the term goes with."""
+    model = lora_model(dtype=torch.float64)
+    perturb(model)
+    pairs = find_pairs(model)
+    parted = [{"params": [p.A for p in pairs], "lr": 1e-3}]
+    parted = [{"params": [p.B for p in pairs], "lr": 1.6e-2}, *parted]  # the spy reads the first
+    optimizer = (torch.optim.SGD if rate == "sgd" else torch.optim.AdamW)(parted)
+    callback, spy = hlora.Record(tmp_path / "nu", kind="dense"), Spy(model)
+    start = [(p.B.detach().clone(), p.A.detach().clone()) for p in pairs]
+    callback.start(model, optimizer)
+    spy.watch(optimizer)
+    rows = token_rows(4)
+    batch = {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    callback.finish(model)
+    stored = store.load(tmp_path / "nu").importance.tensors()
+    for i, (p, (B, A)) in enumerate(zip(pairs, start, strict=True)):
+        delta = p.s * (p.B @ p.A - B @ A).detach()
+        expected = expected_omega(spy, i, p.s).clamp(min=0) / (delta**2 + 1e-3)
+        torch.testing.assert_close(stored[p.name].double(), expected, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("part", ["A", "B", "all"])
+def test_an_optimizer_that_lacks_a_factor_is_refused(tmp_path, nu, part):
+    model = lora_model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gone = {id(getattr(p, f)) for p in find_pairs(model)[:1] for f in ("A", "B") if f == part}
+    kept = [p for p in trained if id(p) not in gone] if part != "all" else [torch.ones(1)]
+    optimizer = torch.optim.SGD(kept, lr=0.1)
+    for callback in (hlora.Record(tmp_path / "new"), hlora.Penalty(nu)):
+        with pytest.raises(hlora.UnsupportedModelError, match="does not hold"):
+            callback.start(model, optimizer)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 3
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_user_s_callback_that_stops_the_training_leaves_right_results(tmp_path, nu, first):
+    """Before ours or after them; the record is that of as many steps."""
+    found = []
+    for name, stops in (("whole", []), ("stopped", [Stop()])):
+        model, record = lora_model(), hlora.Record(tmp_path / name, quiet=True)
+        steps = 6 if stops else 3
+        settings = {"max_steps": steps, "lr_scheduler_type": "constant", "logging_steps": 1}
+        trainer = make_trainer(model, tmp_path / f"run-{name}", stops if first else [], **settings)
+        hlora.attach(trainer, record, hlora.Penalty(nu, phi=0.1))
+        for callback in [] if first else stops:
+            trainer.add_callback(callback)
+        trainer.train()
+        assert record.summary["steps"] == trainer.state.global_step == 3
+        log = [(e["loss"], e["R"], e["penalty"]) for e in trainer.state.log_history if "R" in e]
+        found.append((log, store.load(tmp_path / name)))
+        assert steps_of(trainer.optimizer).regularizers == []
+    (log, one), (other_log, other) = found
+    assert log == other_log
+    assert len(log) == 3
+    for name, both in one.factors.items():
+        assert all(map(torch.equal, both, other.factors[name]))
+    a, b = one.importance.tensors(), other.importance.tensors()
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("kind", ["dense", "factored"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +137,21 @@ def group(pairs: Iterable[Pair]) -> list[Group]:
         key = (*p.shape, p.A.device, p.A.dtype, p.A.requires_grad, p.B.requires_grad)
         by_shape.setdefault(key, []).append(p)
     return [Group(ps) for ps in by_shape.values()]
+
+
+def check_held(optimizer: Any, groups: Iterable[Group]) -> None:
+    """Refuse an optimizer that does not train all that the groups train.
+
+    Raises:
+        UnsupportedModelError: it lacks a factor.
+    """
+    held = {id(p) for s in optimizer.param_groups for p in s["params"]}
+    for pair in (p for g in groups for p in g.pairs):
+        if any(f.requires_grad and id(f) not in held for f in (pair.B, pair.A)):
+            raise UnsupportedModelError(
+                f"The optimizer does not hold the LoRA matrices of {pair.name}: make it after the "
+                "adapter, from all parameters that are trained."
+            )
 
 
 def digest(groups: Iterable[Group]) -> str:

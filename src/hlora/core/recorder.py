@@ -214,17 +214,8 @@ def learning_rates(optimizer: Optimizer) -> dict[int, float]:
 
 
 def _eta(group: Group, rates: dict[int, float]) -> float | Tensor:
-    """η of each pair, (L, 1, 1), or one number; B's where the factors have different ones (LoRA+).
-
-    Raises:
-        InputError: the optimizer lacks a pair.
-    """
-    found = []
-    for pair in group.pairs:
-        factor = pair.B if group.trains_B else pair.A
-        if id(factor) not in rates:
-            raise InputError(f"The optimizer does not hold the LoRA matrices of {pair.name}.")
-        found.append(rates[id(factor)])
+    """η of each pair, (L, 1, 1), or one number; B's where the factors have different ones (LoRA+)."""
+    found = [rates[id(p.B if group.trains_B else p.A)] for p in group.pairs]
     if len(set(found)) == 1:
         return found[0]
     return torch.tensor(found, dtype=group.dtype, device=group.device).reshape(-1, 1, 1)

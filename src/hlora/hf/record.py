@@ -11,7 +11,7 @@ from torch import nn
 from hlora.core import store
 from hlora.core.importance import Importance
 from hlora.core.kinds import kind_named
-from hlora.core.pairs import Pair, group
+from hlora.core.pairs import Pair, check_held, group
 from hlora.core.presets import RECORD_PRESETS, RecordRule, choose
 from hlora.core.recorder import Recorder, describe_summary
 from hlora.errors import InputError, one_of
@@ -141,8 +141,10 @@ class Record(Attached):
         self.stop()
         earlier = self.check_folders()
         pairs = self._pairs = self._checked(model, earlier)
+        groups = group(pairs)
+        check_held(optimizer, groups)
         self._recorder = Recorder(
-            group(pairs), self.rule, earlier=earlier.importance if earlier else None,
+            groups, self.rule, earlier=earlier.importance if earlier else None,
             max_grad_norm=max_grad_norm,
         )  # fmt: skip
         self._recorder.attach(self.follow(optimizer, model, pairs))

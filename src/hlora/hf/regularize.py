@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hlora.core import store
 from hlora.core.adapter_file import read_tensors
 from hlora.core.budget import Budgeted, check_budget
-from hlora.core.pairs import Group, digest, group, unstack
+from hlora.core.pairs import Group, check_held, digest, group, unstack
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
@@ -74,6 +74,7 @@ class Regularization(Attached):
         """
         self.finish()
         self._groups = self.prepare(model, fresh=fresh)
+        check_held(optimizer, self._groups)
         pairs = [p for g in self._groups for p in g.pairs]
         self.follow(optimizer, model, pairs).add(self.regularizer, self._groups)
 
