@@ -214,7 +214,7 @@ def learning_rates(optimizer: Optimizer) -> dict[int, float]:
 
 
 def _eta(group: Group, rates: dict[int, float]) -> float | Tensor:
-    """η of each pair, (L, 1, 1), or one number; B's where the factors have different ones (LoRA+)."""
+    """η of each pair, (L, 1, 1), or one number; B's where A has another (LoRA+)."""
     found = [rates[id(p.B if group.trains_B else p.A)] for p in group.pairs]
     if len(set(found)) == 1:
         return found[0]
