@@ -8,6 +8,7 @@ import pytest
 
 import hlora
 from hlora.cli import main as cli
+from hlora.run import phases
 from hlora.study import measure, spec
 from hlora.study.lines import read_lines
 from hlora.study.methods import METHODS
@@ -100,6 +101,24 @@ def test_a_stopped_study_goes_on_and_a_half_line_is_dropped(place, capsys):
     assert {r["key"] for r in lines(place)} == {spec.key_of(grid, r) for r in spec.runs_of(grid)}
     first = {json.loads(x)["key"]: json.loads(x)["task"] for x in whole.splitlines()}
     assert {r["key"]: r["task"] for r in lines(place)} == first
+
+
+def test_what_a_kill_left_beside_a_finished_phase_is_cleaned_up(place, monkeypatch):
+    """The kill came after the result was in place, before its checkpoints were gone."""
+    edit(place, (place / "s.yaml").read_text().partition("methods:")[2].partition("seeds:")[0],
+         "\n  - hlora-factored\n")  # fmt: skip
+    edit(place, "phi: {", "phi: {hlora-factored: [0.01]}\n#")
+    edit(place, "seeds: [0, 1]", "seeds: [0]")
+    edit(place, "max_steps: 4, batch_size: 4", "max_steps: 4, batch_size: 4, save_steps: 2")
+    with monkeypatch.context() as patched:
+        patched.setattr(phases, "clean_up", lambda settings: None)
+        assert cli.main(["study", "s.yaml"]) == 0
+    assert list(place.rglob("checkpoint-*"))
+    before = lines(place)
+    (place / "results" / "s.jsonl").unlink()
+    assert cli.main(["study", "s.yaml"]) == 0
+    assert not list(place.rglob("checkpoints"))
+    assert [r["text"] for r in lines(place)] == [r["text"] for r in before]
 
 
 def test_a_failed_run_is_noted_and_the_others_go_on(place, capsys, monkeypatch):

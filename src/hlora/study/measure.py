@@ -103,7 +103,7 @@ def _measured(study: Study, run: Run) -> dict[str, Any]:
 def phase_mu(study: Study, run: Run) -> Path:
     """The adapter's folder of a run, made if it is not there yet."""
     adapter = spec.mu_folder(study, run)
-    if not (adapter / TUNED).exists():
+    if not _finished(adapter, TUNED):
         tune(spec.tune_settings(study, run, phase_nu(study, run.method, run.seed)))
     return adapter
 
@@ -113,7 +113,7 @@ def phase_nu(study: Study, method: str, seed: int) -> Path | None:
     if METHODS[method].record is None:
         return None
     folder = spec.nu_folder(study, method, seed)
-    if not (folder / store.MARKER).exists():
+    if not _finished(folder, store.MARKER):
         with _logged(study, f"phase ν of {method}, seed {seed}"):
             machine.reset_peak()
             record(spec.record_settings(study, method, seed))
@@ -124,6 +124,11 @@ def phase_nu(study: Study, method: str, seed: int) -> Path | None:
         with _logged(study, f"Ω = 1 of {method}, seed {seed}"):
             convert(ConvertSettings(folder=str(folder), to="ones", output=str(ones)))
     return ones
+
+
+def _finished(folder: Path, marker: str) -> bool:
+    """Whether a phase was made and cleaned up after: a kill may have come between."""
+    return (folder / marker).exists() and not any(folder.glob("checkpoints/*"))
 
 
 def base_scores(study: Study, task: str) -> dict[str, Any]:
