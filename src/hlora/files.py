@@ -132,7 +132,7 @@ _LOCKS: dict[tuple[int, int], int] = {}
 
 
 def lock(folder: Path) -> None:
-    """Keep other processes from writing to a folder, until `unlock` or the end of this one.
+    """Keep other processes from writing to a folder (or a file), until `unlock` or the end of this one.
 
     Raises:
         InputError: another process does.
@@ -147,7 +147,7 @@ def lock(folder: Path) -> None:
         os.close(handle)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise InputError(
-                f"Another process is writing to {folder}: wait for it, or choose another folder."
+                f"Another process is writing to {folder}: wait for it, or choose another place."
             ) from None
         return  # a file system without locks
     _LOCKS[_identity(folder)] = handle

@@ -1,5 +1,6 @@
 """A study, whole: every method, killed and started again, with a run that fails."""
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -119,6 +120,16 @@ def test_what_a_kill_left_beside_a_finished_phase_is_cleaned_up(place, monkeypat
     assert cli.main(["study", "s.yaml"]) == 0
     assert not list(place.rglob("checkpoints"))
     assert [r["text"] for r in lines(place)] == [r["text"] for r in before]
+
+
+def test_a_second_study_on_the_same_results_is_refused(place, capsys):
+    results = Path("results/s.jsonl")
+    results.parent.mkdir()
+    results.touch()
+    with results.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # of another opening: as another process would
+        assert cli.main(["study", "s.yaml"]) == 2
+    assert f"Another process is writing to {results}" in capsys.readouterr().err
 
 
 def test_a_failed_run_is_noted_and_the_others_go_on(place, capsys, monkeypatch):

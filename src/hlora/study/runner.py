@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hlora.errors import visible
+from hlora.files import lock, unlock
 from hlora.study.lines import Line, append, drop_half_line, read_lines
 from hlora.study.measure import base_scores, failed, phase_mu, phase_nu, run_one
 from hlora.study.methods import METHODS
@@ -22,7 +23,20 @@ def run_study(
 
     Args:
         prepare: called first in each process that is started.
+
+    Raises:
+        InputError: another process is writing to `results`.
     """
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.touch()
+    lock(results)
+    try:
+        return _run(study, results, jobs, prepare)
+    finally:
+        unlock(results)
+
+
+def _run(study: Study, results: Path, jobs: int, prepare: Callable[[], None] | None) -> list[Line]:
     drop_half_line(results)
     done = {r["key"] for r in read_lines(results) if not r.get("error")}
     todo = [r for r in runs_of(study) if key_of(study, r) not in done]
