@@ -132,7 +132,7 @@ _LOCKS: dict[tuple[int, int], int] = {}
 
 
 def lock(folder: Path) -> None:
-    """Keep other processes from writing to a folder (or a file), until `unlock` or the end of this one.
+    """Keep other processes from writing to a folder or file, until `unlock` or the end of this one.
 
     Raises:
         InputError: another process does.
