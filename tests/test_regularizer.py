@@ -219,6 +219,26 @@ def test_an_optimizer_that_never_steps_ends_with_an_error(tmp_path, nu):
         trainer.train()
 
 
+def test_an_optimizer_that_steps_during_backward_ends_with_an_error(tmp_path, nu):
+    """As layerwise optimizers do: weights move, and no gradient is left to add to."""
+
+    class Dummy(torch.optim.SGD):
+        def step(self, closure=None):
+            return None
+
+    model = lora_model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        inner = torch.optim.SGD([p], lr=0.1)
+        p.register_post_accumulate_grad_hook(lambda p, o=inner: o.step() or o.zero_grad())
+    trainer = make_trainer(model, tmp_path)
+    trainer.optimizer = Dummy(trained, lr=0.1)
+    hlora.attach(trainer, hlora.Penalty(nu))
+    trainer.create_optimizer_and_scheduler(6)
+    with pytest.raises(hlora.UnsupportedModelError, match="never took a step"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("plan", ["FSDP", "DEEPSPEED"])
 def test_a_plan_that_accelerate_chose_is_refused(tmp_path, nu, plan, monkeypatch):
     from accelerate.state import AcceleratorState

@@ -29,7 +29,8 @@ class Steps:
 
     Attributes:
         measure: also measure gradient norms at the coming step.
-        seen: how many steps there were.
+        seen: how many steps there were with a gradient; where another optimizer takes them during
+            backward, none is left.
         forward: φ and R of the micro-batches of the coming step, R divided by their number.
         largest_ratio: of the gradient norms measured so far, the added over the task's.
         bad: how many steps were skipped, their loss or a gradient not being finite.
@@ -65,7 +66,6 @@ class Steps:
         self._forgetting: Tensor | None = None
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.seen += 1
         if self._skipped(optimizer):
             return
         for watcher in list(self.observers):
@@ -104,6 +104,7 @@ class Steps:
     def _skipped(self, optimizer: Optimizer) -> bool:
         """Whether this step is bad: without gradients an optimizer then leaves all as it is."""
         trained = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        self.seen += bool(trained)
         largest = torch._foreach_norm([p.grad for p in trained], torch.inf) if trained else []
         flags = [~t.isfinite() for t in largest] + (
             [] if self._bad_now is None else [self._bad_now]
@@ -121,6 +122,8 @@ class Steps:
             self.forward = []
             for p in trained:
                 p.grad = None
+        elif not trained:
+            pass
         elif self._good is None or [*map(id, self._good[0])] != [*map(id, trained)]:
             self._good = (list(trained), [p.detach().clone() for p in trained])
             self._first = self._first or (list(trained), [p.clone() for p in self._good[1]])
