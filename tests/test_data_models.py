@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 import hlora
+from hlora.core import patterns
 from hlora.hf.peft import find_pairs
 from hlora.run import models
 from hlora.run.models import load, load_adapter
@@ -90,7 +91,9 @@ def test_model_and_tokenizer_of_the_hub_are_of_one_revision(monkeypatch, tiny):
         {"r": {"a": [1]}},
         {"target_modules": "(.*.*.*.*.*.*.*.*)*x$"},
         {"target_modules": "((\\w+)+)+!"},
-        {"exclude_modules": ".*.*.*.*.*!"},
+        {"target_modules": "(q|.)(_|.)?(p|.)?(r|.)?" * 12 + "!"},
+        {"exclude_modules": ".?" * 30 + "." * 30 + "!"},
+        {"exclude_modules": ["(", "((\\w+)+)+!"]},
         {"layers_pattern": ["((\\w+)+)+!"], "layers_to_transform": [0]},
         {"rank_pattern": {"((\\w+)+)+!": 4}},
         {"alpha_pattern": {"(\\w+){1,99}!": 4}},
@@ -101,7 +104,8 @@ def test_model_and_tokenizer_of_the_hub_are_of_one_revision(monkeypatch, tiny):
         {"lora_dropout": math.nan},
     ],
 )
-def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, values):
+def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, monkeypatch, values):
+    monkeypatch.setattr(patterns, "SECONDS", 1.0)
     lora_model().save_pretrained(tmp_path)
     change(tmp_path / "adapter_config.json", **values)
     with pytest.raises(hlora.InputError, match=str(tmp_path)):

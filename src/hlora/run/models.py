@@ -170,7 +170,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):
         raise InputError(f"The adapter in {folder} is no plain LoRA (adapter_config.json).")
     try:
-        check_config(config)
+        check_config(config, (name for name, _ in model.named_modules()))
     except ValueError as error:
         raise InputError(f"The adapter_config.json in {folder} is not usable: {error}.") from None
     try:
