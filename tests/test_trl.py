@@ -203,7 +203,7 @@ def test_what_cannot_work_is_refused_by_attach(tiny, nu, tmp_path):
 START = {
     "DPO": ("loss", 0.693147), "KTO": ("loss", 0.5), "GRPO": ("kl", 0.0), "RLOO": ("kl", 0.0),
 }  # fmt: skip
-"""What is logged at the first step where policy and reference are one."""
+"""What is logged at the first step where policy and reference are one; to four digits."""
 PREFERRING = list(START)
 
 
@@ -215,7 +215,7 @@ def first(trainer, kind):
 @pytest.mark.parametrize("kind", PREFERRING)
 def test_the_reference_is_where_a_new_adapter_starts(kind, tiny, nu, tmp_path):
     trainer = make(kind, tiny, tmp_path / "a", hlora.Penalty(nu, phi=0.1))
-    assert first(trainer, kind) == pytest.approx(START[kind][1], abs=2e-6)
+    assert first(trainer, kind) == pytest.approx(START[kind][1], abs=6e-5)
     assert logged(trainer)[-1]["R"] > 0
     # The reference stays there, and what is trained leaves it.
     _, factors = trainer.model, store.load(nu).factors
@@ -238,13 +238,13 @@ def test_the_reference_is_the_recorded_adapter_that_was_loaded(kind, tiny, nu, t
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model = PeftModel.from_pretrained(model, nu, is_trainable=True)
     trainer = make(kind, tiny, tmp_path, hlora.Penalty(nu, phi=0.1), model=model)
-    assert first(trainer, kind) == pytest.approx(START[kind][1], abs=2e-6)
+    assert first(trainer, kind) == pytest.approx(START[kind][1], abs=6e-5)
 
 
 @pytest.mark.parametrize("kind", PREFERRING)
 def test_held_to_the_base_model_that_is_the_reference(kind, tiny, base, tmp_path):
     trainer = make(kind, tiny, tmp_path, hlora.Penalty(base))
-    assert first(trainer, kind) == pytest.approx(START[kind][1], abs=2e-6)
+    assert first(trainer, kind) == pytest.approx(START[kind][1], abs=6e-5)
     assert list(trainer.model.peft_config) == ["default"]
 
 
@@ -263,7 +263,7 @@ def test_a_precomputed_reference_must_be_of_the_start(tiny, nu, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model = PeftModel.from_pretrained(model, nu, is_trainable=True)
     trainer = make("DPO", tiny, tmp_path / "b", hlora.Penalty(nu), model=model, **early)
-    assert first(trainer, "DPO") == pytest.approx(START["DPO"][1], abs=2e-6)
+    assert first(trainer, "DPO") == pytest.approx(START["DPO"][1], abs=6e-5)
 
 
 def test_a_reference_that_can_only_be_the_base_is_refused(tiny, nu, tmp_path):
@@ -293,6 +293,7 @@ def test_preferences_resume_with_their_reference(tiny, nu, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2}
     straight = make("DPO", tiny, tmp_path / "a", hlora.Penalty(nu, phi=0.1), **saving)
     straight.train()
+    assert not (tmp_path / "a" / "checkpoint-2" / "ref").exists()  # `attach` makes it
     resumed = make("DPO", tiny, tmp_path / "b", hlora.Penalty(nu, phi=0.1))
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     there = dict(resumed.model.named_parameters())

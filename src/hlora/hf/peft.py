@@ -285,7 +285,7 @@ def take_over(
 
 
 @torch.no_grad()
-def add_reference(model: nn.Module, recorded: dict[str, Tensor], name: str = "ref") -> None:
+def add_reference(model: nn.Module, name: str, recorded: dict[str, Tensor]) -> None:
     """A frozen adapter beside the active one that holds a recorded one, for TRL's reference."""
     model = unwrap(model)
     adapter, config = adapter_config(model)

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 from hlora.core.adapter_file import read_tensors
 from hlora.errors import UnsupportedModelError
@@ -17,6 +21,9 @@ from hlora.hf.peft import adapter_config, add_reference
 from hlora.hf.regularize import Penalty
 
 logger = logging.getLogger(__name__)
+
+REF = "ref"
+"""TRL's name of the adapter that is the reference."""
 
 _PRECOMPUTED = {"ref_chosen_logps", "ref_logps"}
 _LINE = "PeftModel.from_pretrained(model, {folder!r}, is_trainable=True), without a peft_config"
@@ -50,7 +57,7 @@ def refer_to_start(trainer: Any, penalty: Penalty) -> None:
             + _LINE.format(folder=folder)
         )
     if hasattr(trainer, "ref_adapter_name"):  # DPO and KTO of older versions
-        trainer.ref_adapter_name = "ref"
+        trainer.ref_adapter_name = REF
         trainer.model_adapter_name = adapter_config(trainer.model)[0]
     elif not _looks_for_ref(trainer):
         raise UnsupportedModelError(
@@ -58,7 +65,22 @@ def refer_to_start(trainer: Any, penalty: Penalty) -> None:
             f"adapter in {folder}: upgrade with pip install -U 'trl>=0.27', or hold to the base "
             f"model with hlora.Penalty({folder!r}, anchor='base')."
         )
-    add_reference(trainer.model, read_tensors(penalty.stored.folder))
+    add_reference(trainer.model, REF, read_tensors(penalty.stored.folder))
+    callbacks = trainer.callback_handler.callbacks
+    if not any(isinstance(c, _Unsaved) for c in callbacks):
+        callbacks.append(_Unsaved())
+
+
+class _Unsaved(TrainerCallback):
+    """Takes the reference out of a checkpoint: `attach` makes it anew.
+
+    Transformers before 5 resumes the adapters in folders of their own alone, not the trained one.
+    """
+
+    def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            shutil.rmtree(checkpoint / REF, ignore_errors=True)
 
 
 def _looks_for_ref(trainer: Any) -> bool:
