@@ -64,3 +64,18 @@ def layer_grid(values: dict[str, float]) -> tuple[list[str], list[int], list[lis
         blocks,
         [[cells.get((target, block)) for block in blocks] for target in targets],
     )
+
+
+def unreached(norms: dict[str, float]) -> list[str]:
+    """The parts of a model that the general text never reached: every matrix there has norm 0.
+
+    Each by the shortest name that no other matrix shares, such as `model.vision_tower`.
+    """
+    reached = {n[:i] for n, norm in norms.items() if norm for i in _ends(n)}
+    zero = [n for n, norm in norms.items() if not norm]
+    return list(dict.fromkeys(next(n[:i] for i in _ends(n) if n[:i] not in reached) for n in zero))
+
+
+def _ends(name: str) -> list[int]:
+    """Where the parts of a dotted name end."""
+    return [i for i, c in enumerate(name) if c == "."] + [len(name)]

@@ -148,10 +148,19 @@ def find_pairs(model: nn.Module, unheld: str = "refuse") -> list[Pair]:
 
 
 def unheld_names(model: nn.Module, pairs: list[Pair]) -> list[str]:
-    """The trained parameters that are in no pair: nothing protects what they change."""
+    """What is trained and in no pair, so unprotected: parameters, or the modules of LoRA."""
+    model = unwrap(model)
+    adapter, found = adapter_config(model)[0], {}
+    for name in _unheld(model, pairs):
+        name = re.sub(rf"\.lora_(embedding_)?[AB]\.{re.escape(adapter)}(\.weight)?$", "", name)
+        name = re.sub(rf"\.(modules_to_save\.)?{re.escape(adapter)}(?=\.|$)", "", name)
+        found[name.replace(".base_layer", "").removeprefix("base_model.model.")] = None
+    return list(found)
+
+
+def _unheld(model: nn.Module, pairs: list[Pair]) -> list[str]:
     ours = {id(f) for p in pairs for f in (p.A, p.B)}
-    named = unwrap(model).named_parameters()
-    return [n for n, p in named if p.requires_grad and id(p) not in ours]
+    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
 
 
 def scale_adapter(model: nn.Module, factor: float) -> None:
@@ -230,7 +239,7 @@ def _check_factors(name: str, A: Tensor, B: Tensor) -> None:
 def _check_what_is_trained(model: nn.Module, pairs: list[Pair], config: Any, unheld: str) -> None:
     heads = _HEADS.get(_task_of(config), ())
     others = [
-        n for n in unheld_names(model, pairs)
+        n for n in _unheld(model, pairs)
         if not (".modules_to_save." in n and n.split(".modules_to_save.")[0].endswith(heads))
     ]  # fmt: skip
     if others and unheld == "refuse":

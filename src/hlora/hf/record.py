@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ from torch import nn
 from hlora.core import store
 from hlora.core.importance import Importance
 from hlora.core.kinds import kind_named
+from hlora.core.layers import unreached
 from hlora.core.pairs import Pair, check_held, group
 from hlora.core.presets import RECORD_PRESETS, RecordRule, choose
 from hlora.core.recorder import Recorder, describe_summary
-from hlora.errors import InputError, one_of
+from hlora.errors import InputError, in_short, one_of
 from hlora.files import refuse_result, write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.distributed import wait_for_all
 from hlora.hf.hub import located
 from hlora.hf.peft import UNHELD, base_of, find_pairs, save_adapter
+
+logger = logging.getLogger(__name__)
 
 RECORD_STATE = "hlora_record.safetensors"
 
@@ -239,10 +243,25 @@ class Record(Attached):
             print(f"{describe_summary(importance.kind, self.summary)}\nWritten to {self.output}.")
 
 
+def warn_of_unreached(importance: Importance) -> None:
+    """Name the parts of the model that the importance leaves without protection."""
+    parts = unreached(importance.norms())
+    if parts:
+        logger.warning(
+            "The general text never reached %s: nothing protects what is trained there. Train no "
+            "LoRA on it (target_modules, exclude_modules), or record on data that reaches it.",
+            in_short(parts),
+        )  # fmt: skip
+
+
 def save_importance(
     folder: Path, model: nn.Module, pairs: list[Pair], importance: Importance, notes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write the model's adapter with an importance of it. Returns what `importance.json` holds."""
+    """Write the model's adapter with an importance of it. Returns what `importance.json` holds.
+
+    What the general text never reached is named in a warning.
+    """
+    warn_of_unreached(importance)
     return store.save(
         folder, lambda aside: save_adapter(model, aside), base_of(model, pairs), pairs, importance,
         notes,

@@ -23,6 +23,7 @@ from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.hub import located
 from hlora.hf.peft import UNHELD, base_of, find_pairs, init_of, starts_at_base, take_over
+from hlora.hf.record import warn_of_unreached
 
 logger = logging.getLogger(__name__)
 
@@ -265,6 +266,7 @@ class Penalty(Regularization):
 
     def prepare(self, model: nn.Module, *, fresh: bool) -> list[Group]:
         groups = self._checked(model)
+        warn_of_unreached(self.stored.importance)
         anchor = self._find_anchor(model, groups, fresh=fresh)
         phi, of = self.phi, (self.stored.importance, groups, anchor, self.rule)
         if self.forget_at_most is not None:

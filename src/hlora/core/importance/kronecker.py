@@ -44,7 +44,7 @@ class Kronecker(Sequences):
         for stacked in self._stacked.values():
             left, rows = stacked[1:3]
             trace = left.diagonal(dim1=1, dim2=2).sum(1) + rows.sum(1)
-            share = self.weight / (2 * self._tokens * trace).clamp(min=torch.finfo(rows.dtype).tiny)
+            share = (self.weight / (2 * self._tokens * trace)).nan_to_num(posinf=0.0)
             stacked[1], stacked[2] = left * share[:, None, None], rows * share[:, None]
 
     def pulls(self, groups: Groups, changes: Changes, lefts: Tensors, rights: Tensors) -> Pulled:

@@ -222,6 +222,9 @@ def project(
         )  # fmt: skip
 
     backward_passes(model, pairs, rows, take, seed=seed + 1, **passes)
+    for p in pairs:
+        if not found[p.name]:  # the text never reached it
+            take(p, *(torch.zeros(len(rows), 1, size, device=p.A.device) for size in p.shape[:2]))
     result = {}
     for name, batches in found.items():
         cores, *sums = zip(*batches, strict=True)
