@@ -171,12 +171,7 @@ def refuse_file(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path} is a folder: name a file.")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already: choose another, or --overwrite it.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}).") from None
+    _refuse_unwritable(path.parent, path)
 
 
 def refuse_result(folder: Path, overwrite: bool) -> None:
@@ -191,13 +186,17 @@ def refuse_result(folder: Path, overwrite: bool) -> None:
         recover(folder)
     if not overwrite:
         refuse_held(folder)
+    _refuse_unwritable(folder, folder)
+    lock(folder)
+
+
+def _refuse_unwritable(folder: Path, named: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{folder} cannot be written to ({error.strerror}).") from None
-    lock(folder)
+        raise InputError(f"{named} cannot be written ({error.strerror}).") from None
 
 
 def refuse_no_folder(folder: Path) -> None:

@@ -51,17 +51,14 @@ class LogCodes:
         self.codes.copy_(other.codes)
         self.scale.copy_(other.scale)
 
-    def decode(self) -> Tensor:
-        """float32 values (..., m, n)."""
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The values (..., m, n)."""
         low, step = self.scale[..., :1], self.scale[..., 1:]
         codes = self.codes.float()
         values = torch.addcmul(low - step, codes, step).exp2_()
-        return values.mul_(codes.clamp_(max=1))  # in place: on a CPU each pass over a tile counts
+        # In place: on a CPU each pass over a tile counts.
+        return values.mul_(codes.clamp_(max=1)).to(dtype)
 
     def __getitem__(self, index: Any) -> LogCodes:
         """A part of the matrices or rows."""
         return LogCodes(self.codes[index], self.scale[index])
-
-    def to(self, dtype: torch.dtype) -> Tensor:
-        """Decoded, as `dtype`."""
-        return self.decode().to(dtype)

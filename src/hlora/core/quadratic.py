@@ -72,14 +72,18 @@ class Quadratic(Regularizer):
 
     def _layer_coefficients(self, groups: list[Group]) -> dict[tuple[str, ...], Tensor]:
         """What multiplies each R_l: Eq. 15's weight, and the normalization of Ω."""
-        rule = self.rule
-        if self.importance.natural:
-            return {
-                g.names: torch.ones(len(g.pairs), dtype=g.dtype, device=g.device) for g in groups
-            }
-        norms, totals = self.importance.norms(), self.importance.totals()
+        names = [n for g in groups for n in g.names]
+        by_name = dict.fromkeys(names, 1.0) if self.importance.natural else self._weights(groups)
+        return {
+            g.names: torch.tensor([by_name[n] for n in g.names], dtype=g.dtype, device=g.device)
+            for g in groups
+        }
+
+    def _weights(self, groups: list[Group]) -> dict[str, float]:
+        """The same by layer, for importance that is not in nats."""
+        rule, totals = self.rule, self.importance.totals()
         weights = layer_weights(
-            norms, rule.layer_weights, scale=rule.softmax_scale, apart=rule.apart
+            self.importance.norms(), rule.layer_weights, scale=rule.softmax_scale, apart=rule.apart
         )
         top = max(weights, key=weights.__getitem__)
         share = weights[top] / sum(weights.values())
@@ -100,12 +104,7 @@ class Quadratic(Regularizer):
                     "it again."
                 )
             scale = 1.0 / mean
-        return {
-            g.names: torch.tensor(
-                [scale * weights[n] for n in g.names], dtype=g.dtype, device=g.device
-            )
-            for g in groups
-        }
+        return {n: scale * w for n, w in weights.items()}
 
 
 def _sum(values: list[Tensor]) -> Tensor:

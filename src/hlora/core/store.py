@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hlora import __version__
 from hlora.core import card
 from hlora.core.adapter_file import ADAPTER_FILES, read_adapter, read_config
 from hlora.core.importance import Importance
@@ -52,34 +52,16 @@ class Stored:
         check_same(pairs, self.info["pairs"], str(self.folder), ranks=ranks)
 
 
-def save(
-    folder: Path,
-    save_adapter: Callable[[Path], None],
-    base: dict[str, Any],
-    pairs: list[Pair],
-    importance: Importance,
-    notes: dict[str, Any],
-) -> dict[str, Any]:
-    """Write an importance folder, whole or not at all. Returns what `importance.json` holds.
-
-    Args:
-        save_adapter: writes the adapter's two files into the folder that it is given.
-        notes: join `importance.json`.
-    """
-    from hlora import __version__
-
-    info = {
+def about(base: dict[str, Any], pairs: list[Pair]) -> dict[str, Any]:
+    """What `importance.json` says of the model and of the time."""
+    return {
         "format": FORMAT,
         "hlora_version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "base_model": base,
         "pairs": describe(pairs),
         "versions": card.versions(),
-        **notes,
     }
-    with publish(folder, MARKER) as aside:
-        save_adapter(aside)
-        return write(aside, importance, info)
 
 
 def write(aside: Path, importance: Importance, info: dict[str, Any]) -> dict[str, Any]:

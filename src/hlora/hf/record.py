@@ -17,7 +17,7 @@ from hlora.core.pairs import Pair, check_held, group
 from hlora.core.presets import RECORD_PRESETS, RecordRule, choose
 from hlora.core.recorder import Recorder, describe_summary
 from hlora.errors import InputError, in_short, one_of
-from hlora.files import refuse_result, write_whole
+from hlora.files import publish, refuse_result, write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.distributed import wait_for_all
 from hlora.hf.hub import located
@@ -262,7 +262,6 @@ def save_importance(
     What the general text never reached is named in a warning.
     """
     warn_of_unreached(importance)
-    return store.save(
-        folder, lambda aside: save_adapter(model, aside), base_of(model, pairs), pairs, importance,
-        notes,
-    )  # fmt: skip
+    with publish(folder, store.MARKER) as aside:
+        save_adapter(model, aside)
+        return store.write(aside, importance, store.about(base_of(model, pairs), pairs) | notes)

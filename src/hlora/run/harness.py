@@ -40,15 +40,11 @@ class HarnessScore:
     values: dict[str, tuple[float, float | None]]
 
 
-@dataclass(frozen=True)
-class HarnessTasks:
-    """Checked tasks: what `simple_evaluate` takes, and the manager that knows them."""
-
-    tasks: list[Any]
-    manager: Any
+Tasks = tuple[list[Any], Any]
+"""Checked tasks: what `simple_evaluate` takes, and the manager that knows them."""
 
 
-def prepare(specs: Sequence[str]) -> HarnessTasks:
+def prepare(specs: Sequence[str]) -> Tasks:
     """The tasks, checked and ready to be run.
 
     Args:
@@ -73,11 +69,11 @@ def prepare(specs: Sequence[str]) -> HarnessTasks:
         if name not in manager.all_tasks:
             end = suggest(name, manager.all_tasks, ", and no such file is here.")
             raise InputError(f"lm-eval has no task {name!r}" + end)
-    return HarnessTasks(tasks, manager)
+    return tasks, manager
 
 
 def run(
-    model: nn.Module, tokenizer: Any, tasks: HarnessTasks, *, batch_size: int, limit: int | None
+    model: nn.Module, tokenizer: Any, tasks: Tasks, *, batch_size: int, limit: int | None
 ) -> dict[str, HarnessScore]:
     """Scores by task. The model's mode is left as it was.
 
@@ -86,10 +82,11 @@ def run(
         DivergedError: a likelihood is not a number.
     """
     found: dict[str, HarnessScore] = {}
+    checked, manager = tasks
     with evaluating(model):
-        for some in ([t for t in tasks.tasks if kind is type(t)] for kind in (dict, str)):
+        for some in ([t for t in checked if kind is type(t)] for kind in (dict, str)):
             if some:
-                found |= _scores(model, tokenizer, some, tasks.manager, batch_size, limit)
+                found |= _scores(model, tokenizer, some, manager, batch_size, limit)
     return found
 
 

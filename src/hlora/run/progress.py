@@ -21,14 +21,12 @@ def watched() -> bool:
     return sys.stderr.isatty() and is_main()
 
 
-@contextmanager
-def bar(what: str, total: int | None, unit: str = "rows") -> Iterator[Any]:
+def bar(what: str, total: int | None, unit: str = "rows", start: int = 0) -> Any:
     """A progress bar with the time left, or nothing where no person looks."""
-    with tqdm(
-        total=total, desc=visible(what), unit=f" {unit}", disable=not watched(), leave=False,
-        dynamic_ncols=True,
-    ) as shown:  # fmt: skip
-        yield shown
+    return tqdm(
+        total=total, initial=start, desc=visible(what), unit=f" {unit}", disable=not watched(),
+        leave=unit == "steps", dynamic_ncols=True,
+    )  # fmt: skip
 
 
 class Progress(TrainerCallback):
@@ -39,10 +37,7 @@ class Progress(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=visible(self.what),
-            unit=" steps", disable=not watched(), dynamic_ncols=True,
-        )  # fmt: skip
+        self.bar = bar(self.what, state.max_steps, "steps", state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.bar.update(state.global_step - self.bar.n)

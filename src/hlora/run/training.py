@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hlora.core import store
 from hlora.core.regularizer import Regularizer
@@ -166,9 +166,7 @@ def train(
     stop = Interruptible(resume_with or "Continue with --resume.")
     trainer = make_trainer(model, args, data, collate)
     attach(trainer, *parts, BadSteps(settings.max_bad_steps))
-    for default in list(trainer.callback_handler.callbacks):
-        if type(default).__name__ == "PrinterCallback":
-            trainer.remove_callback(default)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(what))
     trainer.add_callback(stop)
     if isinstance(data, Rows) and len(data.made) < len(data):  # what is wrong is said now

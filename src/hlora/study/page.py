@@ -18,8 +18,9 @@ from hlora.study import figures, tables
 from hlora.study.built_in import built_in
 from hlora.study.claims import JUDGED, judge, mean_norms
 from hlora.study.cost import costs
+from hlora.study.paper import TABLE_1, TABLE_2
 from hlora.study.rows import Results, Row
-from hlora.study.tables import Table, as_markdown
+from hlora.study.tables import ABLATION, Table, as_markdown
 
 _SAID = built_in("page.yaml")
 TITLE: str = _SAID["title"]
@@ -54,7 +55,7 @@ def parts(
         add("claims", tables.verdicts(by_row))
     if ours in by_row:
         add("evidence", tables.evidence(by_row[ours]), ours=ours.label)
-    add("table_1", tables.table_1(results))
+    add("table_1", tables.beside_the_paper(results, results.rows, TABLE_1))
     for task in results.tasks:
         add("task", tables.means(results, [task], metrics), task=task)
         if at := tables.matched(results, task):
@@ -63,8 +64,8 @@ def parts(
         add("contrasts", named)
     adapted = [r for r in results.rows if r.method != "base"]
     add("frontier", tables.by_kind(results, adapted), figures.frontier(results))
-    if ablation := tables.table_2(results):
-        add("table_2", ablation)
+    if ablation := [r for m in ABLATION for r in results.rows if r.method == m]:
+        add("table_2", tables.beside_the_paper(results, ablation, TABLE_2))
     if ours:
         add("against", tables.head_to_head(results, ours), ours=ours.label)
     if ours and rival:
@@ -163,19 +164,16 @@ def write(
         for stem, figure, _ in part.figures
     }
     said = {"title": title, "lead": lead, "command": command, "parts": found}
-    write_whole(index, _rendered("report.html", svgs=svgs, **said))
-    if page is None:
-        return [index]
-    write_whole(page, _markdown(found, title, drawn.name, command))
-    return [index, page]
-
-
-def _rendered(name: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hlora.study", ""), trim_blocks=True, lstrip_blocks=True,
         autoescape=True,
     )  # fmt: skip
-    return environment.get_template(f"{name}.jinja").render(values)
+    template = environment.get_template("report.html.jinja")
+    write_whole(index, template.render(svgs=svgs, **said))
+    if page is None:
+        return [index]
+    write_whole(page, _markdown(found, title, drawn.name, command))
+    return [index, page]
 
 
 def _markdown(found: list[Part], title: str, folder: str, command: str) -> str:

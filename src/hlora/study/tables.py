@@ -15,7 +15,7 @@ from hlora.study.cost import Cost
 from hlora.study.matched import CONTRASTS, LORA, MARGIN, SHARES, Estimate, Matched, estimate, holm
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS, forgetting_on
-from hlora.study.paper import COST, TABLE_1, TABLE_2, TASKS, Score, e_perplexity
+from hlora.study.paper import COST, TASKS, Score, e_perplexity
 from hlora.study.rows import Results, Row
 from hlora.study.stats import independent, p_text, shown
 
@@ -224,12 +224,3 @@ def evidence(judged: list[Verdict]) -> Table:
     """The figures behind the verdicts on one row."""
     cells = [[v.claim, v.word, v.evidence] for v in judged if v.word != MISSING]
     return Table(["claim", "verdict", "difference ± standard error"], cells, prose=True)
-
-
-def table_1(results: Results) -> Table:
-    return beside_the_paper(results, results.rows, TABLE_1)
-
-
-def table_2(results: Results) -> Table | None:
-    rows = [r for m in ABLATION for r in results.rows if r.method == m]
-    return beside_the_paper(results, rows, TABLE_2) if rows else None

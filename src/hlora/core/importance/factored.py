@@ -148,10 +148,8 @@ class FactoredTrace(Trace):
         rows, columns = self.omega[group.names]
         negative = (rows < 0).sum() * group.n
         sums = ops.consolidate_rank_one(rows.clamp(min=0), columns.clamp(min=0), delta, xi)
-        before = self.Omega.get(group.names)
-        self.Omega[group.names] = (
-            sums if before is None else (before[0] + sums[0], before[1] + sums[1])
-        )
+        before = self.Omega.get(group.names, _zeros(group))
+        self.Omega[group.names] = (before[0] + sums[0], before[1] + sums[1])
         self.omega[group.names] = _zeros(group)
         return negative
 
@@ -166,8 +164,5 @@ class FactoredTrace(Trace):
 
 
 def _zeros(group: Group) -> tuple[Tensor, Tensor]:
-    L = len(group.pairs)
-    return (
-        torch.zeros(L, group.m, dtype=group.dtype, device=group.device),
-        torch.zeros(L, group.n, dtype=group.dtype, device=group.device),
-    )
+    like = group.s.new_zeros
+    return like(len(group.pairs), group.m), like(len(group.pairs), group.n)

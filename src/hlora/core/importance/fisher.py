@@ -54,21 +54,16 @@ class Fisher(Dense):
         if method == "original":
             sums, everything = fisher_original.gather(model, pairs, rows, tick=options.get("tick"))
             return cls(sums), {**notes, "labels": "corpus", "all_parameters_bytes": everything}
-        sums = _lean(model, pairs, rows, **options)
-        return cls(sums), {**notes, "labels": options.get("labels", "model")}
+        sums = {p.name: torch.zeros(p.shape[:2], device=p.A.device) for p in pairs}
+        backward_passes(
+            model, pairs, rows,
+            lambda pair, delta, x: ops.add_squared_gradients(sums[pair.name], delta, x), **options,
+        )  # fmt: skip
+        means = {n: s / len(rows) for n, s in sums.items()}
+        return cls(means), {**notes, "labels": options.get("labels", "model")}
 
     @staticmethod
     def describe(summary: dict[str, Any]) -> list[str]:
         return [
             f"Fisher information of {summary['sequences']} sequences on {summary['layers']} layers."
         ]
-
-
-def _lean(model: nn.Module, pairs: list[Pair], rows: Tensor, **options: Any) -> dict[str, Tensor]:
-    """The squared gradients of whole batches, sequence by sequence."""
-    sums = {p.name: torch.zeros(p.shape[:2], device=p.A.device) for p in pairs}
-    backward_passes(
-        model, pairs, rows,
-        lambda pair, delta, x: ops.add_squared_gradients(sums[pair.name], delta, x), **options,
-    )  # fmt: skip
-    return {n: s / len(rows) for n, s in sums.items()}

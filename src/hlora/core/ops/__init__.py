@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import subprocess
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -84,9 +82,4 @@ def _give_up(error: Exception) -> None:
 
 def _has_fused() -> bool:
     """HLORA_FUSED=0 turns the kernels off."""
-    return not _given_up and os.environ.get("HLORA_FUSED") != "0" and _has_triton()
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return not _given_up and os.environ.get("HLORA_FUSED") != "0"
