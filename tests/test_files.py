@@ -53,7 +53,7 @@ def test_an_output_that_cannot_be_used_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(hlora.InputError, match="is a file: name a folder"):
         files.refuse_result(tmp_path / "file", False)
-    with pytest.raises(hlora.InputError, match="cannot be written to"):
+    with pytest.raises(hlora.InputError, match="sub cannot be written"):
         files.refuse_result(tmp_path / "file" / "sub", True)
     folder = tmp_path / "r"
     folder.mkdir()

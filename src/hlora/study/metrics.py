@@ -36,11 +36,6 @@ def perplexity(line: Line, kinds: Iterable[str]) -> float | None:
     return exp(sum(s["loss"] * s["tokens"] for s in scores) / tokens)
 
 
-def forgetting_on(kind: str) -> str:
-    """The name of the measure: forgetting on one kind of text, on all `seen` or all `unseen`."""
-    return f"forgetting_{kind}"
-
-
 def _forgetting(group: str) -> Measure:
     return lambda line: line["forgetting"].get(group, {}).get("nats")
 

@@ -14,7 +14,7 @@ from hlora.run.means import mean_se
 from hlora.study.extras import extra
 from hlora.study.lines import Line, read_lines
 from hlora.study.methods import METHODS
-from hlora.study.metrics import METRICS, forgetting_on
+from hlora.study.metrics import METRICS
 
 
 @dataclass(frozen=True, order=True)
@@ -72,14 +72,14 @@ class Results:
 
     @cached_property
     def frame(self) -> Any:
-        """A pandas frame: row, task, seed, every metric, and forgetting by kind of text."""
+        """A pandas frame: row, task, seed, every metric, and `forgetting_KIND` by kind of text."""
         table = extra("pandas", "Reports").DataFrame(
             [
                 {
                     "row": Row(line["run"]["method"], line["run"]["phi"]).label,
                     "task": line["run"]["task"], "seed": line["run"]["seed"],
                     **{name: metric.of(line) for name, metric in METRICS.items()},
-                    **{forgetting_on(k): v["nats"] for k, v in line["forgetting"].items()},
+                    **{f"forgetting_{k}": v["nats"] for k, v in line["forgetting"].items()},
                 }
                 for line in self.lines
             ]

@@ -14,7 +14,7 @@ from hlora.study.claims import MISSING, Verdict, difference, named_with_tasks
 from hlora.study.cost import Cost
 from hlora.study.matched import CONTRASTS, LORA, MARGIN, SHARES, Estimate, Matched, estimate, holm
 from hlora.study.methods import METHODS
-from hlora.study.metrics import METRICS, forgetting_on
+from hlora.study.metrics import METRICS
 from hlora.study.paper import COST, TASKS, Score, e_perplexity
 from hlora.study.rows import Results, Row
 from hlora.study.stats import independent, p_text, shown
@@ -103,7 +103,7 @@ def by_kind(results: Results, rows: Sequence[Row]) -> Table:
     kinds, unseen = results.lines[0]["text"], results.lines[0]["unseen"]
     cells = []
     for row in rows:
-        lost = [results.values(forgetting_on(k), row, *results.tasks).values() for k in kinds]
+        lost = [results.values(f"forgetting_{k}", row, *results.tasks).values() for k in kinds]
         cells.append([row.label, *(shown(v, 3, signed=True) for v in lost)])
     return Table(["method", *(k + ("*" if k in unseen else "") for k in kinds)], cells)
 

@@ -38,7 +38,8 @@ def weigh(Omega: Tensor | LogCodes, change: LowRank, left: Tensor, right: Tensor
 def _run(name: str, rank: int, Omega: Any, change: LowRank, *others: Any) -> Any:
     """The kernel where it can be, and plain torch where Triton turns out not to work."""
     args = (Omega, change, *others)
-    if _fits(change.P, rank) and _has_fused():
+    chosen = not _given_up and os.environ.get("HLORA_FUSED") != "0"
+    if chosen and _fits(change.P, rank):
         from hlora.core.ops import fused
 
         try:
@@ -78,8 +79,3 @@ def _give_up(error: Exception) -> None:
         "HLORA_FUSED=0 to choose it yourself. The reason: %s: %s",
         type(error).__name__, str(error).strip().split("\n")[-1],
     )  # fmt: skip
-
-
-def _has_fused() -> bool:
-    """HLORA_FUSED=0 turns the kernels off."""
-    return not _given_up and os.environ.get("HLORA_FUSED") != "0"
