@@ -154,7 +154,7 @@ MUTANTS = [
     Mutant("a recording is added again at each start", H + "record.py",
            "        self.stop()\n        earlier =", "        earlier =", RECORD + " -k repeated"),
     Mutant("a new adapter does not take ν's weights", H + "regularize.py",
-           "g.set_factors(B_nu, A_nu)", "pass", PENALTY + " -k huge_phi"),
+           'start == "new" and (left', "False and (left", PENALTY + " -k huge_phi"),
     Mutant("base is the start, B = 0 or not", H + "regularize.py",
            "(B, A) if self.needs_state else (torch.zeros_like(B), A)", "(torch.zeros_like(B), A)",
            PENALTY + " -k mutated_base"),

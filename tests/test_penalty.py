@@ -425,12 +425,12 @@ def test_a_resumed_pissa_run_keeps_its_base(tmp_path):
 
 @pytest.mark.parametrize("phi", [-1.0, float("nan"), float("inf")])
 def test_an_impossible_phi_is_refused(nu, phi):
-    with pytest.raises(hlora.InputError, match="phi must be zero or a positive number"):
+    with pytest.raises(hlora.InputError, match=f"phi.*{phi}"):
         hlora.Penalty(nu, phi=phi)
 
 
 def test_an_unknown_anchor_is_refused(nu):
-    with pytest.raises(hlora.InputError, match="anchor must be one of nu, base"):
+    with pytest.raises(hlora.InputError, match=r"anchor.*'mu'"):
         hlora.Penalty(nu, anchor="mu")
 
 

@@ -320,15 +320,15 @@ def test_resuming_without_the_recorder_s_state_is_refused(tmp_path):
     trainer = make_trainer(
         lora_model(), tmp_path / "a", [hlora.Record(tmp_path / "nu", kind="dense")], **settings
     )
-    with pytest.raises(hlora.StoreError, match=r"hlora_record\.safetensors is missing"):
+    with pytest.raises(hlora.StoreError, match=r"hlora_record\.safetensors"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
 
 
 def test_an_output_with_a_result_is_refused(nu):
-    with pytest.raises(hlora.InputError, match="already holds a result"):
+    with pytest.raises(hlora.InputError, match=r"nu.*importance\.json"):
         hlora.Record(nu, kind="dense").check_folders()
     hlora.Record(nu, overwrite=True).check_folders()
-    with pytest.raises(hlora.InputError, match="already holds a result"):
+    with pytest.raises(hlora.InputError, match=r"nu.*importance\.json"):
         make_trainer(lora_model(), nu.parent / "again", [hlora.Record(nu)]).train()
 
 
@@ -351,11 +351,11 @@ def test_making_a_record_touches_no_disk(tmp_path):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"estimator": "magic"}, "estimator must be one of equivalent, projected"),
-        ({"xi": 0.0}, "xi must be a positive number"),
-        ({"xi": float("nan")}, "xi must be a positive number"),
-        ({"preset": "ours"}, "preset must be one of default, paper, official"),
-        ({"speed": 3}, "Unknown setting 'speed'"),
+        ({"estimator": "magic"}, r"estimator.*'magic'"),
+        ({"xi": 0.0}, r"xi.*0\.0"),
+        ({"xi": float("nan")}, "xi.*nan"),
+        ({"preset": "ours"}, r"preset.*'ours'"),
+        ({"speed": 3}, "'speed'"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, rule, message):

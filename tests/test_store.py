@@ -59,7 +59,7 @@ def test_truncated_edited_and_missing_files_are_told_apart(nu, file):
     path = nu / file
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    with pytest.raises(hlora.StoreError, match=f"{file} has .* bytes and was written with"):
+    with pytest.raises(hlora.StoreError, match=f"{file} .*{len(whole) - 10} bytes.*{len(whole)}"):
         store.load(nu)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(hlora.StoreError, match=f"{file} was changed"):
@@ -91,7 +91,7 @@ def test_importance_that_is_none_is_refused(nu, value):
     next(iter(tensors.values()))[0, 0] = value
     save_file(tensors, nu / store.TENSORS)
     resign(nu)
-    with pytest.raises(hlora.StoreError, match="negative or not finite"):
+    with pytest.raises(hlora.StoreError, match=r"importance\.safetensors.*negative or not finite"):
         store.load(nu)
 
 
@@ -109,15 +109,15 @@ def test_newer_formats_kinds_and_damaged_lists_are_refused(nu, tmp_path):
     with pytest.raises(hlora.StoreError, match=r"telepathic.*dense"):
         store.load(nu)
     edit_info(nu, format=99)
-    with pytest.raises(hlora.StoreError, match="upgrade"):
+    with pytest.raises(hlora.StoreError, match=r"99.*upgrade"):
         store.load(nu)
     (nu / store.MARKER).write_text("{")
-    with pytest.raises(hlora.StoreError, match="is damaged"):
+    with pytest.raises(hlora.StoreError, match=r"importance\.json is damaged"):
         store.load(nu)
     (nu / store.MARKER).unlink()
-    with pytest.raises(hlora.StoreError, match="no finished importance"):
+    with pytest.raises(hlora.StoreError, match=r"importance\.json is missing"):
         store.load(nu)
-    with pytest.raises(hlora.InputError, match="There is no importance folder"):
+    with pytest.raises(hlora.InputError, match="nowhere"):
         store.load(tmp_path / "nowhere")
 
 
@@ -128,18 +128,18 @@ def check(folder, model, **settings):
 
 def test_another_model_is_refused_by_what_differs(nu):
     check(nu, lora_model())
-    with pytest.raises(hlora.MismatchError, match="model_type is gptj here and llama in"):
+    with pytest.raises(hlora.MismatchError, match=r"model_type.*gptj.*llama"):
         check(nu, lora_model("gptj"))
-    with pytest.raises(hlora.MismatchError, match="has other weights"):
+    with pytest.raises(hlora.MismatchError, match=r"weights.*q_proj|weights.*v_proj"):
         check(nu, lora_model(seed=7))
 
 
 def test_other_targets_ranks_and_scales_are_refused_by_both_values(nu):
-    with pytest.raises(hlora.MismatchError, match=r"has q_proj, .* on q_proj, v_proj"):
+    with pytest.raises(hlora.MismatchError, match=r"q_proj, .*q_proj, v_proj"):
         check(nu, lora_model(target_modules=["q_proj"]))
-    with pytest.raises(hlora.MismatchError, match=r"rank of .* differs: 3 in this model, 2 in"):
+    with pytest.raises(hlora.MismatchError, match=r"rank of .*_proj.* 3 .* 2 "):
         check(nu, lora_model(r=3, lora_alpha=6))
-    with pytest.raises(hlora.MismatchError, match=r"scaling \(alpha/rank\) .* 3 in this model, 2"):
+    with pytest.raises(hlora.MismatchError, match=r"scaling .*_proj.* 3 .* 2 "):
         check(nu, lora_model(lora_alpha=6))
     check(nu, lora_model(r=3, lora_alpha=6), ranks=False)
 
