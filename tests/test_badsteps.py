@@ -105,7 +105,7 @@ def test_too_many_in_a_row_stop_with_the_last_good_state(tmp_path, limit):
             good["B"] = [p.B.detach().clone() for p in find_pairs(model)]
 
     trainer.optimizer.register_step_pre_hook(look)
-    with pytest.raises(hlora.DivergedError, match=r"Likely cause: the learning rate of 0\.01"):
+    with pytest.raises(hlora.DivergedError, match=r"learning rate of 0\.01"):
         trainer.train()
     assert trainer.state.global_step == 5 + limit
     assert not (tmp_path / "nu" / store.MARKER).exists()

@@ -51,7 +51,7 @@ def test_another_run_s_state_is_refused(tmp_path):
     recording(tmp_path, "b", seed=1)[0].train()
     shutil.rmtree(tmp_path / "nu-b")
     trainer, _ = recording(tmp_path, "b", attach=False)
-    with pytest.raises(hlora.StoreError, match="belongs to another run"):
+    with pytest.raises(hlora.StoreError, match="another run"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
 
 
@@ -65,7 +65,7 @@ def test_another_penalty_s_state_is_refused(tmp_path, nu):
     files.seal(tmp_path / "a" / "checkpoint-4")
     trainer = make_trainer(lora_model(), tmp_path / "a", **SAVED)
     hlora.attach(trainer, hlora.Penalty(nu))
-    with pytest.raises(hlora.StoreError, match="belongs to another run"):
+    with pytest.raises(hlora.StoreError, match="another run"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
 
 

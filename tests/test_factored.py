@@ -197,7 +197,7 @@ def test_no_matrix_of_the_model_s_size_is_kept(tmp_path):
 
 
 def test_what_it_cannot_do_is_refused(tmp_path, nu):
-    with pytest.raises(hlora.InputError, match="cannot clamp each element"):
+    with pytest.raises(hlora.InputError, match="clamp"):
         hlora.Record(tmp_path / "x", kind="factored", preset="official")
     with pytest.raises(hlora.InputError, match=r"dense.*factored"):
         hlora.Record(tmp_path / "x", kind="factored", previous=nu).check_folders()

@@ -51,20 +51,20 @@ def test_an_interrupted_result_touches_nothing(tmp_path):
 
 def test_an_output_that_cannot_be_used_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(hlora.InputError, match="is a file: name a folder"):
+    with pytest.raises(hlora.InputError, match="is a file"):
         files.refuse_result(tmp_path / "file", False)
-    with pytest.raises(hlora.InputError, match="sub cannot be written"):
+    with pytest.raises(hlora.InputError, match="sub"):
         files.refuse_result(tmp_path / "file" / "sub", True)
     folder = tmp_path / "r"
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(hlora.InputError, match=r"already holds a result \(adapter_config"):
+    with pytest.raises(hlora.InputError, match="adapter_config"):
         files.refuse_result(folder, False)
     files.refuse_result(folder, True)
 
 
 def test_no_space_is_said_before_anything_is_done(tmp_path):
-    with pytest.raises(hlora.InputError, match="free and this needs about 8388608"):
+    with pytest.raises(hlora.InputError, match="8388608"):
         files.check_space(tmp_path / "a" / "b", 1 << 63)
     files.check_space(tmp_path, 1)
 

@@ -88,7 +88,7 @@ def test_the_command_scores_base_and_adapter(tiny, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("spec", "text", "message"),
     [
-        ("sciqq", "", "'sciqq'; did you mean sciq"),
+        ("sciqq", "", "'sciqq'"),
         ("nowhere.yaml", "", "cannot be read"),
         ("rows.jsonl", "", "--task"),
         ("t.yaml", "include: other.yaml", "'other.yaml'"),

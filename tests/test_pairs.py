@@ -79,7 +79,7 @@ def test_two_active_adapters_are_refused():
     model = lora_model()
     model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"]))
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(hlora.UnsupportedModelError, match="Several adapters are active"):
+    with pytest.raises(hlora.UnsupportedModelError, match="adapters"):
         find_pairs(model)
 
 
@@ -131,5 +131,5 @@ def test_modules_that_the_user_trains_are_refused():
 def test_target_parameters_may_be_peft_s_own():
     model = lora_model()
     model.peft_config["default"].target_parameters = ["mlp.experts.gate_up_proj"]
-    with pytest.raises(hlora.UnsupportedModelError, match="If you did not set it, PEFT did"):
+    with pytest.raises(hlora.UnsupportedModelError, match=r"target_parameters.*PEFT"):
         find_pairs(model)

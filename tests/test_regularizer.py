@@ -215,7 +215,7 @@ def test_an_optimizer_that_never_steps_ends_with_an_error(tmp_path, nu):
     trainer.optimizer = Hidden([p for p in model.parameters() if p.requires_grad], lr=0.1)
     hlora.attach(trainer, hlora.Penalty(nu))
     trainer.create_optimizer_and_scheduler(6)
-    with pytest.raises(hlora.UnsupportedModelError, match="never took a step"):
+    with pytest.raises(hlora.UnsupportedModelError, match="step"):
         trainer.train()
 
 

@@ -150,12 +150,12 @@ def test_unlike_runs_are_not_averaged_silently(tmp_path):
     lines = study()
     lines[3]["study"] = {"model": "tiny", "tune": {"max_steps": 300}}
     path = write(tmp_path / "r.jsonl", lines)
-    with pytest.raises(hlora.InputError, match=r"study\.tune\.max_steps is 300 in 1, 4 in"):
+    with pytest.raises(hlora.InputError, match=r"max_steps.* 300 .* 4 "):
         read(path)
     assert len(read(path, ["study.tune.max_steps=4"]).lines) == len(lines) - 1
     assert read(path, mixed=True).mixed
     lines[3] = {**study()[3], "versions": {"hlora": "0.2.0"}}
-    with pytest.raises(hlora.InputError, match=r"versions\.hlora is 0\.1\.0 in"):
+    with pytest.raises(hlora.InputError, match=r"versions\.hlora.*0\.1\.0"):
         read(write(path, lines))
 
 

@@ -169,7 +169,7 @@ def test_a_phase_nu_that_fails_is_noted_by_the_runs_that_need_it(place, monkeypa
     assert cli.main(["study", "s.yaml"]) == 2
     failed = [r for r in lines(place) if r["error"]]
     assert {r["run"]["method"] for r in failed} == {"hlora-factored"}
-    assert "There is no text at nowhere.txt" in failed[0]["error"]
+    assert "nowhere.txt" in failed[0]["error"]
 
 
 def test_several_at_once_find_the_same(place):
@@ -192,16 +192,12 @@ def test_several_at_once_find_the_same(place):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (
-            "  - hlora-paper\n",
-            "  - hlora-papr\n",
-            r"unknown method 'hlora-papr'; did you mean hlora",
-        ),
-        ("phi:", "phy:", "unknown key 'phy'; did you mean phi"),
-        ("model: tiny\n", "", "model is missing"),
-        ("max_steps: 4, batch_size: 4, block", "max_stps: 4, block", "did you mean max_steps"),
-        ("train: train.jsonl, ", "", "must name its `train` and its `test`"),
-        ("tasks:", "tasks: [", "cannot be read"),
+        ("  - hlora-paper\n", "  - hlora-papr\n", "hlora-papr.*hlora"),
+        ("phi:", "phy:", "phy.*phi"),
+        ("model: tiny\n", "", "model"),
+        ("max_steps: 4, batch_size: 4, block", "max_stps: 4, block", "max_stps.*max_steps"),
+        ("train: train.jsonl, ", "", "train.*test"),
+        ("tasks:", "tasks: [", r"s\.yaml"),
     ],
 )
 def test_a_misspelt_study_is_refused_before_it_runs(place, capsys, old, new, message):
@@ -214,7 +210,7 @@ def test_a_misspelt_study_is_refused_before_it_runs(place, capsys, old, new, mes
 
 def test_an_unknown_metric_names_the_nearest(place):
     edit(place, "seeds:", "metrics: [acc, forgeting_seen]\nseeds:")
-    with pytest.raises(hlora.InputError, match="'forgeting_seen'; did you mean forgetting_seen"):
+    with pytest.raises(hlora.InputError, match=r"forgeting_seen.*forgetting_seen"):
         spec.read_study(place / "s.yaml")
 
 
@@ -226,7 +222,7 @@ def test_phi_may_differ_by_method(place):
     }
     assert (found["hlora"], found["l2"], found["ewc"]) == ([0.5], [1, 2], [None])
     edit(place, "l2: [1, 2]", "l3: [1]")
-    with pytest.raises(hlora.InputError, match="no method that has one: 'l3'; did you mean l2"):
+    with pytest.raises(hlora.InputError, match=r"l3.*l2"):
         spec.read_study(place / "s.yaml")
 
 
@@ -240,11 +236,11 @@ def test_dear_methods_may_run_on_few_tasks_and_seeds(place):
 @pytest.mark.parametrize(
     ("only", "message"),
     [
-        ("{ewc-orignal: {seeds: [1]}}", "no method of the study: 'ewc-orignal'; did you mean ewc"),
-        ("{ewc: {seed: [1]}}", "unknown key 'seed'; did you mean seeds"),
-        ("{ewc: {seeds: [7]}}", "no such seed 7: there are 0, 1"),
-        ("{ewc: {tasks: [party]}}", "no such task 'party'; did you mean parity"),
-        ("{ewc: [1]}", "must map tasks and seeds to lists"),
+        ("{ewc-orignal: {seeds: [1]}}", "ewc-orignal.*ewc"),
+        ("{ewc: {seed: [1]}}", "'seed'.*seeds"),
+        ("{ewc: {seeds: [7]}}", "seed 7.* 0, 1"),
+        ("{ewc: {tasks: [party]}}", "party.*parity"),
+        ("{ewc: [1]}", "tasks and seeds"),
     ],
 )
 def test_wrong_limits_are_refused(place, only, message):
@@ -275,13 +271,13 @@ def test_the_first_place_that_exists_is_read(place, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("seeds: [0, 1]", "seeds: []", "seeds is empty"),
-        ("seeds: [0, 1]", "seeds: [a]", "seeds must be whole numbers"),
-        ("seeds: [0, 1]", "seeds: 3", "seeds must be a list, not 3"),
-        ("phi: {", "phi: 0.1 # {", "phi must be a list"),
-        ("work: work", "work: [w]", "work must be text"),
-        ("general: {a: a.txt, b: b.txt}", "general: a.txt", "general must be a mapping"),
-        ("general: {a: a.txt,", "general: {a: {b: c},", "a text or task must be text"),
+        ("seeds: [0, 1]", "seeds: []", "seeds.*empty"),
+        ("seeds: [0, 1]", "seeds: [a]", "seeds.*whole"),
+        ("seeds: [0, 1]", "seeds: 3", "seeds.*list.* 3"),
+        ("phi: {", "phi: 0.1 # {", "phi.*list"),
+        ("work: work", "work: [w]", "work.*text"),
+        ("general: {a: a.txt, b: b.txt}", "general: a.txt", "general.*mapping"),
+        ("general: {a: a.txt,", "general: {a: {b: c},", "text or task"),
     ],
 )
 def test_values_of_the_wrong_kind_are_refused(place, old, new, message):
