@@ -37,7 +37,7 @@ def run(settings: DemoSettings) -> None:
     results = read(output / RESULTS, mixed=True)
     if results.failed:
         raise InputError(
-            f"A run of the demo failed: {results.failed[0]['error']} Started again, it goes on."
+            f"A run of the demo failed: {results.failed[0]['error']} Run the command again to continue."
         )
     write_page(output / PAGE, study, results)
     _show(results)
@@ -52,7 +52,7 @@ def _make_room(output: Path, overwrite: bool) -> None:
             (output / file).unlink(missing_ok=True)
     elif (output / PAGE).exists():
         raise InputError(
-            f"{output} holds a finished demo: look at {output / PAGE}, or start anew with "
+            f"{output} holds a finished demo: look at {output / PAGE}, or start over with "
             "--overwrite."
         )
 

@@ -13,9 +13,9 @@ from hlora.run import settings as config
 COMMANDS = {
     "record": (
         config.RecordSettings,
-        "general phase: train on general text, record what matters for it",
+        "find out which weights matter for general text",
     ),
-    "tune": (config.TuneSettings, "domain phase: learn a domain without forgetting"),
+    "tune": (config.TuneSettings, "learn a domain without forgetting general text"),
     "eval": (config.EvalSettings, "measure perplexity, accuracy and forgetting"),
     "rewind": (config.RewindSettings, "scale an adapter back to a budget of forgetting"),
     "merge": (config.MergeSettings, "add an adapter to the weights of its base model"),
@@ -26,7 +26,7 @@ COMMANDS = {
         config.ReportSettings,
         "tables and figures of a study, a check of the paper's claims",
     ),
-    "demo": (config.DemoSettings, "both phases and an evaluation on a small model"),
+    "demo": (config.DemoSettings, "record, tune and measure a small model"),
 }
 
 

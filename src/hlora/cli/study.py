@@ -28,6 +28,6 @@ def run(settings: StudySettings) -> None:
     say(f"{len(latest) - len(failed)} runs in {results}.")
     if failed:
         raise InputError(
-            f"{len(failed)} runs failed, the first with: {failed[0]['error']} Started again, the "
-            "study tries them anew."
+            f"{len(failed)} runs failed, the first with: {failed[0]['error']} Run the "
+            "command again to retry them."
         )

@@ -87,8 +87,7 @@ def read_text(path: Path, size: int = 1 << 16) -> Iterator[str]:
     """
     if suffix_of(path) not in TEXT:
         raise InputError(
-            f"{path} has no ending that is known to be text: {', '.join(SUFFIXES)} are read, also "
-            "compressed."
+            f"{path} has an unknown ending: {', '.join(SUFFIXES)} are read, also compressed."
         )
     with _opened(path) as file:
         first = True

@@ -189,7 +189,7 @@ def _column(rows: Iterator[dict[str, Any]], column: str | None, where: str) -> I
             yield Document(here, _pieces("\n".join(parts)))
     if skipped:
         logger.warning(
-            "%s: %d of %d rows have no text and were passed over, the first is row %d.",
+            "%s: %d of %d rows have no text and were skipped; the first is row %d.",
             where, len(skipped), number, skipped[0],
         )  # fmt: skip
 

@@ -173,7 +173,7 @@ def recognise(row: dict[str, Any], where: str) -> Format:
     fits = [f for f in FORMATS.values() if set(f.columns) <= row.keys()]
     if not fits:
         raise InputError(
-            f"The columns of {where} ({', '.join(row)}) are no known task's: give rows with prompt "
+            f"The columns of {where} ({', '.join(row)}) match no known task: give rows with prompt "
             "and completion, or a .yaml file that defines them with --task-format."
         )
     return max(fits, key=lambda f: len(f.columns))

@@ -75,7 +75,7 @@ class BadSteps(Attached):
         if finite and (few or not self._in_a_row):
             if self._total:
                 logger.warning(
-                    "%d of %d steps were skipped, their loss or gradients not being finite.",
+                    "%d of %d steps were skipped because their loss or gradients were not finite.",
                     self._total, taken,
                 )  # fmt: skip
             return

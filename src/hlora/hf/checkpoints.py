@@ -39,7 +39,7 @@ def newest_whole(folder: Path) -> Path | None:
         why = fault(path)
         if why is None:
             return path
-        logger.warning("%s is not whole (%s) and is passed over.", path, why)
+        logger.warning("%s is incomplete (%s) and is skipped.", path, why)
     return None
 
 
@@ -65,7 +65,9 @@ def join_train(trainer: Any) -> None:
         if isinstance(resume_from_checkpoint, str):
             path = Path(resume_from_checkpoint)
             if (path / MANIFEST).exists() and (why := fault(path)):
-                raise StoreError(f"The checkpoint {path} is not whole ({why}): resume another one.")
+                raise StoreError(
+                    f"The checkpoint {path} is incomplete ({why}): resume another one."
+                )
             if _at_its_end(path, args):
                 args.max_steps, args.num_train_epochs = -1, 0
         try:

@@ -231,7 +231,7 @@ def _check_factors(name: str, A: Tensor, B: Tensor) -> None:
         )
     if A.ndim != 2 or B.ndim != 2:
         raise UnsupportedModelError(
-            f"LoRA on {name} is a convolution's: only Linear and Conv1D targets are supported"
+            f"LoRA on {name} adapts a convolution: only Linear and Conv1D targets are supported"
             f"{_OR_WARN}"
         )
 
@@ -353,7 +353,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     for name, p in model.named_parameters():
         if "lora_" in name and not torch.linalg.vector_norm(p.detach().float()).isfinite():
             raise DivergedError(
-                f"The adapter is not written: {name} is not finite or beyond all measure. Likely "
+                f"The adapter is not written: {name} is not finite, or far too large. Likely "
                 "cause: the learning rate; try a tenth of it."
             )
     model.save_pretrained(  # type: ignore[operator]

@@ -114,7 +114,7 @@ class Regularization(Attached):
         if path.exists() or self.needs_state:
             self._load_state(path)
         else:
-            logger.warning("%s is missing: the penalty goes on with φ %g.", path, float(self.phi))
+            logger.warning("%s is missing: the penalty continues with φ %g.", path, float(self.phi))
 
     def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if self.steps is not None:

@@ -22,7 +22,7 @@ def convert(settings: ConvertSettings) -> tuple[int, int]:
     """
     folder, output = Path(settings.folder), Path(settings.output)
     if folder.resolve() == output.resolve():
-        raise InputError("--output is the folder itself: choose another.")
+        raise InputError("--output is the folder to be converted: choose another.")
     stored = store.load(folder)
     refuse_result(output, settings.overwrite)
     if settings.to == "ones":  # the same for every kind

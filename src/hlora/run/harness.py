@@ -153,4 +153,4 @@ def _task(spec: str) -> str | dict[str, Any]:
         return read_task_file(path)
     if suffix_of(path) not in SUFFIXES:
         return spec
-    raise InputError(f"{spec} is a file of rows: score it with --task, which says the same.")
+    raise InputError(f"{spec} is a file of rows: score it with --task instead.")

@@ -168,7 +168,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     check_adapter(folder)
     config, _ = read_adapter(folder)
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):
-        raise InputError(f"The adapter in {folder} is no plain LoRA (adapter_config.json).")
+        raise InputError(f"The adapter in {folder} is not plain LoRA (adapter_config.json).")
     try:
         check_config(config, (name for name, _ in model.named_modules()))
     except ValueError as error:
@@ -217,7 +217,9 @@ def _with_known_attention(
     revision = revision or "main"
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision)
     if more and getattr(config, "quantization_config", None):
-        raise InputError(f"{source} is quantized as it is: leave --load-in-4bit and -8bit out.")
+        raise InputError(
+            f"{source} is already quantized: leave out --load-in-4bit and --load-in-8bit."
+        )
     if getattr(config, "_experts_implementation", None):
         config._experts_implementation = None
     for attention in ("sdpa", "eager"):

@@ -363,7 +363,7 @@ class DomainPhase(_Phase):
         nu = settings.importance
         check_apart(settings.output, nu)
         if settings.text and settings.forget_at_most is None:
-            raise InputError("--text is what --forget-at-most is checked on: give both.")
+            raise InputError("--text is only used with --forget-at-most: give both.")
         self.regularizers = regularizers(settings)
         starts_at_nu = bool(nu) and self.regularizers[0].anchor == "nu"
         if nu and starts_at_nu:
@@ -505,7 +505,7 @@ def regularizers(settings: TuneSettings) -> list[Penalty]:
         for name, value in {**given, "preset": settings.preset}.items():
             if value not in (None, "default"):
                 raise InputError(
-                    f"--{name.replace('_', '-')} is the penalty's, which needs --importance; "
+                    f"--{name.replace('_', '-')} belongs to the penalty, which needs --importance; "
                     "without it the adapter is plain LoRA."
                 )
         return []

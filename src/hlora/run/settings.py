@@ -58,7 +58,7 @@ def setting(
 
 
 PUSH = "upload the finished folder to the hub; a new repository is private"
-PUBLIC = "a new repository of --push-to-hub is public"
+PUBLIC = "make the new repository of --push-to-hub public"
 
 SECRETS = ("hub_token", "push_to_hub_token")
 """Fields of TrainingArguments that nobody else may read."""
@@ -111,11 +111,11 @@ class TrainSettings(Settings):
     )
     save_steps: int = setting("save a checkpoint every N optimizer steps; 0 for none", 500, least=0)
     resume: bool = setting(
-        "resume from the last checkpoint in the output folder; more --max-steps or --epochs "
-        "lengthen the run", False,
+        "resume from the last checkpoint in the output folder; a larger --max-steps or --epochs "
+        "extends the run", False,
     )  # fmt: skip
     keep_checkpoint: bool = setting(
-        "keep the last checkpoint of a finished run, so that --resume can lengthen it", False,
+        "keep the last checkpoint of a finished run, so that --resume can extend it", False,
         more=True,
     )  # fmt: skip
     overwrite: bool = setting("replace an existing result in the output folder", False)
@@ -139,7 +139,7 @@ class TrainSettings(Settings):
         choices=("default", "paper", "official"), more=True,
     )  # fmt: skip
     max_bad_steps: int = setting(
-        "stop after N steps in a row whose loss or gradients are not finite; each is skipped", 10,
+        "stop after N consecutive steps with a non-finite loss or gradient; each is skipped", 10,
         more=True, least=1,
     )  # fmt: skip
     logging_steps: int = setting("log every N optimizer steps", 10, more=True, least=1)
@@ -153,13 +153,13 @@ class TrainSettings(Settings):
 
 @dataclass(kw_only=True)
 class RecordSettings(TrainSettings):
-    """The general phase (ν): train on general text and record which weights matter for it."""
+    """Find out which weights matter for general text: at the base model, or while training on it."""
 
     text: list[str] = setting(
         "general text: .txt, .jsonl, .csv or .parquet files, folders, hub names "
         "(owner/name[:config][@split][#column]), python-docs, python-docstrings, "
-        "python-code; NAME=WHERE sets a name; importance gathered at the base needs none: the "
-        "model then writes its own", [],
+        "python-code; NAME=WHERE sets a name. May be left out for importance gathered at the "
+        "base: the model then writes its own text", [],
         metavar="TEXT",
     )  # fmt: skip
     text_column: str | None = setting("column with the text; detected if there is only one", None)
@@ -221,7 +221,7 @@ class RecordSettings(TrainSettings):
 
 @dataclass(kw_only=True)
 class TuneSettings(TrainSettings):
-    """The domain phase (μ): learn a domain without forgetting what matters for general text."""
+    """Learn a domain without forgetting what matters for general text."""
 
     importance: str | None = setting(
         "folder written by `hlora record`, or owner/name[@revision] on the hub; without it, plain "
@@ -250,18 +250,19 @@ class TuneSettings(TrainSettings):
         "general text on which the predictions are held to the base model's while tuning (KL); "
         "own: text that the model writes itself", [], metavar="TEXT", more=True,
     )  # fmt: skip
-    kl_weight: float = setting("weight of --kl, by nats per token", 1.0, more=True, least=0)
-    kl_every: int = setting(
-        "micro-batches from one look at --kl to the next", 4, more=True, least=1
+    kl_weight: float = setting(
+        "weight of the KL term, which is in nats per token", 1.0, more=True, least=0
     )
+    kl_every: int = setting("compute the KL term once in N micro-batches", 4, more=True, least=1)
     replay: list[str] = setting(
-        "general text that is mixed into the rows of the task; own: text that the model writes "
-        "itself",
+        "general text to mix into the rows of the task; own: text that the model writes itself",
         [],
         metavar="TEXT",
         more=True,
     )
-    replay_share: float = setting("share of --replay in all rows", 0.2, more=True, least=0.001)
+    replay_share: float = setting(
+        "fraction of all rows that come from --replay", 0.2, more=True, least=0.001
+    )
     anchor: str | None = setting(
         "what the penalty pulls towards: nu, the recorded adapter, where training also starts, or "
         "base, the base model; by default where the importance was gathered", None,
@@ -313,7 +314,7 @@ class EvalSettings(Settings):
 
 @dataclass(kw_only=True)
 class RewindSettings(Settings):
-    """Take back a part of a finished LoRA adapter, so that it forgets no more than a budget."""
+    """Scale a finished LoRA adapter back so that it forgets no more than a budget."""
 
     adapter: str = setting(
         "a LoRA adapter, trained by anyone: a folder or a hub name", required=True, metavar="DIR"
@@ -330,7 +331,9 @@ class RewindSettings(Settings):
     text: list[str] = setting(
         "general text to measure on, as for `hlora record`", ["python-docs@test"], metavar="TEXT"
     )
-    task: str | None = setting("the domain, as for `hlora tune`: what is given up is shown", None)
+    task: str | None = setting(
+        "a task, as for `hlora tune`, to show what rewinding costs on it", None
+    )
     task_format: str | None = setting("how to read the rows of the task", None, more=True)
     text_column: str | None = setting("column with the text", None, more=True)
     block_size: int = setting("tokens per row of text", 128, more=True, least=2)

@@ -196,7 +196,7 @@ def text_rows(settings: TrainSettings) -> int | None:
 
 
 def tokenize(rows: Rows, which: Iterable[int]) -> None:
-    """Make rows that are not made yet, in sight of whoever waits."""
+    """Make rows that are not made yet, under a progress bar."""
     which = list(which)
     with bar("tokenizing", len(which)) as shown:
         for index in which:
@@ -264,8 +264,8 @@ def check_unfinished(settings: TrainSettings, marker: str) -> bool:
     for key, (was, value) in _changed(settings, before).items():
         if _is_longer(key, was, value):
             logger.warning(
-                "The run goes on to --%s %g in place of %g, from here with the learning rate of a "
-                "run of that length.", key.replace("_", "-"), value, was,
+                "The run is extended to --%s %g from %g. From here on its learning rate follows the "
+                "schedule of a run of that length.", key.replace("_", "-"), value, was,
             )  # fmt: skip
         elif key not in _BY_CONTENT or None in (was, value):
             raise InputError(
@@ -294,7 +294,7 @@ def _changed(settings: TrainSettings, noted: dict[str, Any]) -> dict[str, tuple[
 def begin_run(
     settings: TrainSettings, base: dict[str, Any], rows: Rows, also: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """What tells a run from others: an id, its settings, and fingerprints of what it reads.
+    """What identifies a run: an id, its settings, and fingerprints of what it reads.
 
     Args:
         base: from `hlora.hf.peft.base_of`.

@@ -58,7 +58,7 @@ def refuse_another(study: Study, results: Results) -> None:
         if line["study"] != study.settings() or line["run"] not in runs:
             raise InputError(
                 "The output is of a demo with other settings: choose another --output, or start "
-                "anew with --overwrite."
+                "over with --overwrite."
             )
 
 

@@ -80,7 +80,7 @@ class Sequences(Importance):
     def from_tensors(cls: type[Self], tensors: dict[str, Tensor]) -> Self:
         wanted = {TOKENS, *(f"{n}.{p}" for n in _names(tensors) for p in cls.parts)}
         if tensors.keys() != wanted:
-            raise ValueError(f"{sorted(tensors.keys() ^ wanted)[0]} is missing or too many")
+            raise ValueError(f"{sorted(tensors.keys() ^ wanted)[0]} is missing or unexpected")
         return cls(tensors)
 
     def tensors(self) -> dict[str, Tensor]:
