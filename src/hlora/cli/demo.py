@@ -37,7 +37,7 @@ def run(settings: DemoSettings) -> None:
     results = read(output / RESULTS, mixed=True)
     if results.failed:
         raise InputError(
-            f"A run of the demo failed: {results.failed[0]['error']} Run the command again to continue."
+            f"A run of the demo failed: {results.failed[0]['error']} Run it again to continue."
         )
     write_page(output / PAGE, study, results)
     _show(results)

@@ -69,8 +69,8 @@ def answer_rows(
         example = rendered(task.examples[index], tokenizer)
         if example.passed_over and not told:
             logger.warning(
-                "%s: the chat template rewrites earlier answers as the conversation goes on, so only "
-                "the last answer of such rows is learned.", example.where,
+                "%s: the chat template rewrites earlier answers as the conversation goes on, so "
+                "only the last answer of such rows is learned.", example.where,
             )  # fmt: skip
             told = True
         answer = example.choices[example.answer]

@@ -65,9 +65,7 @@ def join_train(trainer: Any) -> None:
         if isinstance(resume_from_checkpoint, str):
             path = Path(resume_from_checkpoint)
             if (path / MANIFEST).exists() and (why := fault(path)):
-                raise StoreError(
-                    f"The checkpoint {path} is incomplete ({why}): resume another one."
-                )
+                raise StoreError(f"The checkpoint {path} is damaged ({why}): resume another one.")
             if _at_its_end(path, args):
                 args.max_steps, args.num_train_epochs = -1, 0
         try:

@@ -217,9 +217,7 @@ def _with_known_attention(
     revision = revision or "main"
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision)
     if more and getattr(config, "quantization_config", None):
-        raise InputError(
-            f"{source} is already quantized: leave out --load-in-4bit and --load-in-8bit."
-        )
+        raise InputError(f"{source} is already quantized: leave out --load-in-4bit and -8bit.")
     if getattr(config, "_experts_implementation", None):
         config._experts_implementation = None
     for attention in ("sdpa", "eager"):

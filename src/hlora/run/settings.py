@@ -153,7 +153,7 @@ class TrainSettings(Settings):
 
 @dataclass(kw_only=True)
 class RecordSettings(TrainSettings):
-    """Find out which weights matter for general text: at the base model, or while training on it."""
+    """Find out which weights matter for general text, at the base model or while training."""
 
     text: list[str] = setting(
         "general text: .txt, .jsonl, .csv or .parquet files, folders, hub names "
@@ -250,19 +250,13 @@ class TuneSettings(TrainSettings):
         "general text on which the predictions are held to the base model's while tuning (KL); "
         "own: text that the model writes itself", [], metavar="TEXT", more=True,
     )  # fmt: skip
-    kl_weight: float = setting(
-        "weight of the KL term, which is in nats per token", 1.0, more=True, least=0
-    )
-    kl_every: int = setting("compute the KL term once in N micro-batches", 4, more=True, least=1)
+    kl_weight: float = setting("weight of the KL (nats per token)", 1.0, more=True, least=0)
+    kl_every: int = setting("compute the KL once in N micro-batches", 4, more=True, least=1)
     replay: list[str] = setting(
-        "general text to mix into the rows of the task; own: text that the model writes itself",
-        [],
-        metavar="TEXT",
-        more=True,
-    )
-    replay_share: float = setting(
-        "fraction of all rows that come from --replay", 0.2, more=True, least=0.001
-    )
+        "general text to mix into the rows of the task; own: text that the model writes itself", [],
+        metavar="TEXT", more=True,
+    )  # fmt: skip
+    replay_share: float = setting("fraction of rows from --replay", 0.2, more=True, least=0.001)
     anchor: str | None = setting(
         "what the penalty pulls towards: nu, the recorded adapter, where training also starts, or "
         "base, the base model; by default where the importance was gathered", None,
@@ -331,9 +325,7 @@ class RewindSettings(Settings):
     text: list[str] = setting(
         "general text to measure on, as for `hlora record`", ["python-docs@test"], metavar="TEXT"
     )
-    task: str | None = setting(
-        "a task, as for `hlora tune`, to show what rewinding costs on it", None
-    )
+    task: str | None = setting("a task, as for `hlora tune`: what rewinding costs on it", None)
     task_format: str | None = setting("how to read the rows of the task", None, more=True)
     text_column: str | None = setting("column with the text", None, more=True)
     block_size: int = setting("tokens per row of text", 128, more=True, least=2)

@@ -264,8 +264,8 @@ def check_unfinished(settings: TrainSettings, marker: str) -> bool:
     for key, (was, value) in _changed(settings, before).items():
         if _is_longer(key, was, value):
             logger.warning(
-                "The run is extended to --%s %g from %g. From here on its learning rate follows the "
-                "schedule of a run of that length.", key.replace("_", "-"), value, was,
+                "The run is extended to --%s %g from %g. From here on its learning rate follows "
+                "the schedule of a run of that length.", key.replace("_", "-"), value, was,
             )  # fmt: skip
         elif key not in _BY_CONTENT or None in (was, value):
             raise InputError(
