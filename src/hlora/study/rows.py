@@ -123,7 +123,7 @@ def read(path: Path, where: Iterable[str] = (), *, mixed: bool = False) -> Resul
     if differ and not mixed:
         raise InputError(
             f"{path} holds runs of different settings or versions: {'; '.join(differ)}. Choose "
-            f"some with --where {differ[0].partition(' is ')[0]}=..., or average them all with --mixed."
+            f"with --where {differ[0].partition(' is ')[0]}=..., or average all with --mixed."
         )
     return Results(done, failed, differ)
 
