@@ -150,7 +150,8 @@ def find_pairs(model: nn.Module, unheld: str = "refuse") -> list[Pair]:
 def unheld_names(model: nn.Module, pairs: list[Pair]) -> list[str]:
     """What is trained and in no pair, so unprotected: parameters, or the modules of LoRA."""
     model = unwrap(model)
-    adapter, found = adapter_config(model)[0], {}
+    adapter = adapter_config(model)[0]
+    found: dict[str, None] = {}
     for name in _unheld(model, pairs):
         name = re.sub(rf"\.lora_(embedding_)?[AB]\.{re.escape(adapter)}(\.weight)?$", "", name)
         name = re.sub(rf"\.(modules_to_save\.)?{re.escape(adapter)}(?=\.|$)", "", name)
