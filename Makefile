@@ -15,6 +15,10 @@ TORCH ?= 2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# curvlinops, which one test compares with, and what it imports.
+ORACLE := curvlinops-for-pytorch backpack-for-pytorch einops einconv unfoldNd linear_operator \
+  jaxtyping wadler_lindig opt-einsum
+
 .PHONY: demo test test-oldest quick format lint bench mutants soak docs notebook dist clean
 
 demo: .venv/.demo
@@ -84,6 +88,7 @@ clean:
 .venv/.dev: .venv/.demo
 	@echo "Installing what the tests need ..."
 	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps $(ORACLE)  # their dependencies would bring another torch, by torchvision
 	@touch $@
 
 # Without an NVIDIA GPU, a CPU build of torch: PyPI's for Linux brings gigabytes of CUDA along.

@@ -229,13 +229,16 @@ def test_the_report_of_a_study_cut_short(tmp_path, monkeypatch, capsys):
     assert "Not on every task with every seed: EWC-LoRA" in capsys.readouterr().out
 
 
-def test_the_page_in_the_docs_is_that_of_the_results_in_the_repository(tmp_path):
+@pytest.mark.parametrize(
+    ("lines", "page"), [("smollm2", "results.md"), ("forgetting", "forgetting.md")]
+)
+def test_the_page_in_the_docs_is_that_of_the_results_in_the_repository(lines, page, tmp_path):
     root = Path(__file__).parents[1]
-    argv = ["report", str(root / "results" / "smollm2.jsonl"), "--output", str(tmp_path / "r")]
-    assert cli.main([*argv, "--page", str(tmp_path / "results.md")]) == 0
+    argv = ["report", str(root / "results" / f"{lines}.jsonl"), "--output", str(tmp_path / "r")]
+    assert cli.main([*argv, "--page", str(tmp_path / page)]) == 0
     made, kept = (
         [line for line in path.read_text("utf-8").splitlines() if not line.startswith("hlora ")]
-        for path in (tmp_path / "results.md", root / "docs" / "results.md")
+        for path in (tmp_path / page, root / "docs" / page)
     )
     assert made == kept
 
