@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 import hlora
 from hlora.cli import main as cli
 from hlora.data.answers import answer_rows, encode_pair
+from hlora.data.encode import render_chat
 from hlora.data.source import Source
 from hlora.data.tasks import load_task
 from hlora.data.text import blocks
@@ -127,6 +129,60 @@ def test_chats_are_rendered_with_the_chat_template(tmp_path):
     words.chat_template = "{{ messages.nothing.here }}"
     with pytest.raises(hlora.InputError, match="row 1"):
         answer_rows(task, words, 64)[0]
+
+
+CHATS = [
+    CHAT,
+    "{%- for m in messages %}\n    {{- '<|im_start|>' + m.role + '\\n' + m['content'] | trim }}\n"
+    "{%- endfor %}\n\n{%- if add_generation_prompt %}\n    {{- 'assistant' }}\n{%- endif %}\n",
+    "{{ bos_token }}{% if tools is not none %}{{ tools | tojson(indent=4) }}{% endif %}"
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.name is defined %}x{% endif %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}{% endif %}"
+    "{% set ns.n = ns.n + 1 %}{{ m | tojson }}{{ ns.n ~ '/' ~ loop.length }}{{ loop.last }}"
+    "{% if loop.first %}{% continue %}{% endif %}{{ nothing }}{% endfor %}{{ dict(a=1).a }}",
+    "{% macro say(m) %}{{ m.role[:1] | upper }}: {{ m.content.strip().split()[-1] }}{% endmacro %}"
+    "{% for m in messages[::-1] %}{{ say(m) }}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% endfor %}{{ strftime_now('%Y') | length }}\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", CHATS)
+def test_chats_read_as_transformers_renders_them(template):
+    from transformers.utils import chat_template_utils
+
+    words = tokenizer()
+    words.chat_template = template
+    chat = [{"role": "user", "content": " a <b> é"}, {"role": "assistant", "content": "c\n"}]
+    for ask in (True, False):
+        chat_template_utils._compile_jinja_template.cache_clear()
+        ours = render_chat(words, chat, "row 1", ask=ask)
+        chat_template_utils._compile_jinja_template.cache_clear()
+        assert ours == words.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ 'a' * 10**10 }}",
+        "{% set ns = namespace(s='a') %}{% for i in range(99999) %}{% set ns.s = ns.s ~ ns.s %}"
+        "{% endfor %}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ messages | tojson(indent=10**9) }}",
+        "{{ 1 // 0 }}", "{{ x() }}", "{% if %}", "{{ messages[7].content.role }}",
+    ],
+)  # fmt: skip
+def test_no_chat_template_runs_code_or_on(tmp_path, monkeypatch, template):
+    monkeypatch.chdir(tmp_path)
+    words = tokenizer()
+    words.chat_template = template
+    began = time.monotonic()
+    with pytest.raises(hlora.InputError, match="row 1"):
+        render_chat(words, [{"role": "user", "content": "a"}], "row 1")
+    assert time.monotonic() - began < 10
+    assert not (tmp_path / "ran").exists()
 
 
 TURNS = [

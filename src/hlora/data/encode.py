@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import jinja2
-
+from hlora.data.sandbox import ChatSandbox
 from hlora.errors import InputError, one_line
 
 
@@ -65,7 +64,7 @@ def is_chat(value: Any) -> bool:
 
 
 def render_chat(tokenizer: Any, messages: Any, where: str, *, ask: bool = False) -> str:
-    """Messages as text, by the tokenizer's chat template (which transformers runs in a sandbox).
+    """Messages as text, by the tokenizer's chat template, in a sandbox.
 
     Args:
         ask: end with what introduces the answer.
@@ -78,9 +77,15 @@ def render_chat(tokenizer: Any, messages: Any, where: str, *, ask: bool = False)
             f"{where} is a list of chat messages, and the tokenizer has no chat template: give "
             "text, or a model that has one."
         )
+    from transformers.utils import chat_template_utils
+
+    usual = chat_template_utils.ImmutableSandboxedEnvironment  # it bounds neither time nor size
+    chat_template_utils.ImmutableSandboxedEnvironment = ChatSandbox
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a template may raise anything
         raise InputError(
             f"{where}: the chat template refuses these messages: {one_line(error)}"
         ) from None
+    finally:
+        chat_template_utils.ImmutableSandboxedEnvironment = usual

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 import jinja2.nodes
 from jinja2.exceptions import SecurityError
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from hlora.errors import one_line
@@ -30,15 +30,16 @@ class Sandbox(SandboxedEnvironment):
 
     Args:
         finalize: looks at every value that is printed.
+        options: of jinja2's environment.
     """
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
-    def __init__(self, finalize: Callable[[Any], Any] = lambda value: value) -> None:
-        super().__init__(
-            undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
-            finalize=lambda value: _small(finalize(value)),
-        )  # fmt: skip
+    def __init__(
+        self, finalize: Callable[[Any], Any] = lambda value: value, **options: Any
+    ) -> None:
+        usual = {"undefined": jinja2.StrictUndefined, "keep_trailing_newline": True}
+        super().__init__(finalize=lambda value: _small(finalize(value)), **(options or usual))
         self.globals = {k: self.globals[k] for k in ("range", "dict", "namespace")}
         self.filters = {name: _bounded(f) for name, f in self.filters.items()}
         self.filters |= {"_ticking": self._ticking, "_joined": _joined}
@@ -97,6 +98,14 @@ class Sandbox(SandboxedEnvironment):
         for value in values:
             self._tick()
             yield value
+
+
+class ChatSandbox(Sandbox, ImmutableSandboxedEnvironment):
+    """The same in place of the environment that transformers renders chat templates in."""
+
+    def from_string(self, *args: Any, **kwargs: Any) -> jinja2.Template:
+        self.filters["tojson"] = _bounded(self.filters["tojson"])  # transformers put in its own
+        return super().from_string(*args, **kwargs)
 
 
 @lru_cache(maxsize=256)
