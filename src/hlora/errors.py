@@ -6,6 +6,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 from unicodedata import category
 
@@ -90,3 +91,16 @@ def refuse_unknown(given: Iterable[Any], known: Iterable[Any], what: str) -> Non
             names = [str(k) for k in known]
             listed = f": there are {', '.join(names)}."
             raise InputError(f"{what} {name!r}" + suggest(str(name), names, listed, 0.4))
+
+
+def optional(module: str, what: str, extra: str) -> Any:
+    """A module that comes with one of the package's extras, imported where it is first needed.
+
+    Raises:
+        InputError: it is missing; `what` begins the sentence, such as `Figures need`.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        missing = error.name or module
+        raise InputError(f"{what} {missing}: pip install 'hlora[{extra}]'.") from None

@@ -10,12 +10,10 @@ import random
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 from typing import Any
 
-import yaml
-
-from hlora.errors import InputError
+from hlora.data.parse import packaged
+from hlora.errors import InputError, optional
 
 LONGEST = 110
 """Characters of a fact: a sentence or two."""
@@ -55,7 +53,7 @@ def chemistry_rows(side: str, seed: int = 0) -> list[dict[str, Any]]:
 
 def wordings() -> dict[str, dict[str, list[str]]]:
     """Those of `train` and `test`, by what is asked."""
-    return yaml.safe_load(files("hlora.data").joinpath("chemistry.yaml").read_text("utf-8"))
+    return packaged("data", "chemistry.yaml")
 
 
 def _row(fact: Fact, wording: str, facts: list[Fact], draw: random.Random) -> dict[str, Any]:
@@ -72,12 +70,7 @@ def _row(fact: Fact, wording: str, facts: list[Fact], draw: random.Random) -> di
 
 @lru_cache
 def _facts() -> list[Fact]:
-    try:
-        from mendeleev.fetch import fetch_table
-    except ImportError:
-        raise InputError(
-            "The chemistry task needs the package mendeleev: pip install 'hlora[demo]'."
-        ) from None
+    fetch_table = optional("mendeleev.fetch", "The chemistry task needs", "demo").fetch_table
     groups = {row["id"]: row["name"] for row in fetch_table("series").to_dict("records")}
     facts = []
     for element in fetch_table("elements").to_dict("records"):

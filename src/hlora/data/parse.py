@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"The {what} {path} must map names to values.")
     return values
+
+
+def packaged(room: str, name: str) -> Any:
+    """A YAML file of ours, from a room of the package."""
+    import yaml
+
+    return yaml.safe_load(files(f"hlora.{room}").joinpath(name).read_text("utf-8"))
 
 
 def parse_yaml(text: str) -> Any:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hlora.data.parse import parse_json
-from hlora.errors import InputError, one_line
+from hlora.errors import InputError, one_line, optional
 
 TEXT = (".txt", ".md", ".text", ".rst", ".tex", ".log", ".py")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -180,16 +180,14 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise InputError("Reading .parquet needs pyarrow: pip install 'hlora[data]'.") from None
+    parquet = optional("pyarrow.parquet", "Reading .parquet needs", "data")
+    from pyarrow import ArrowException
+
     try:
         with _unpacked(path) as raw:
             for batch in parquet.ParquetFile(raw).iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-    except (OSError, EOFError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, ValueError, OverflowError, ArrowException) as error:
         raise InputError(f"{path} cannot be read as parquet ({one_line(error)}).") from None
 
 

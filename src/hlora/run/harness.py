@@ -21,7 +21,7 @@ from torch import nn
 from hlora.core.evaluating import evaluating
 from hlora.data.read import SUFFIXES, suffix_of
 from hlora.data.sandbox import Sandbox
-from hlora.errors import DivergedError, InputError, one_line, suggest
+from hlora.errors import DivergedError, InputError, one_line, optional, suggest
 from hlora.files import is_full_disk
 from hlora.run.progress import watched
 from hlora.run.taskfile import read_task_file
@@ -53,11 +53,9 @@ def prepare(specs: Sequence[str]) -> Tasks:
     Raises:
         InputError: lm-eval is not installed, no such task, or a task file that it cannot run alone.
     """
-    try:
-        from lm_eval.models import huggingface  # noqa: F401 - what it lacks is missed now
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise InputError(f"--lm-eval needs lm-eval ({error}): pip install 'hlora[eval]'.") from None
+    optional("lm_eval.models.huggingface", "--lm-eval needs", "eval")  # what it lacks, said now
+    from lm_eval.tasks import TaskManager
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = [_task(s) for s in specs]
     names = [t for t in tasks if isinstance(t, str)]

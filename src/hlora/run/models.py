@@ -20,7 +20,7 @@ from torch import nn
 from hlora.core import store
 from hlora.core.adapter_file import read_adapter
 from hlora.core.adapter_rules import check_config
-from hlora.errors import InputError, StoreError, one_of, suggest
+from hlora.errors import InputError, StoreError, one_of, optional, suggest
 from hlora.hf.hub import located
 from hlora.hf.peft import check_loaded
 from hlora.run.build import default_of
@@ -253,8 +253,7 @@ def _from_gguf(source: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = Path(source)
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError("Reading a .gguf file needs the package gguf: pip install 'hlora[demo]'.")
+    optional("gguf", "Reading a .gguf file needs", "demo")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
             # A local folder: there is no revision to pin.

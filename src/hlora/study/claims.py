@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hlora.core.layers import layer_grid
-from hlora.study.built_in import built_in
+from hlora.data.parse import packaged
 from hlora.study.cost import cost_of
 from hlora.study.metrics import FORGETTING, METRICS
 from hlora.study.rows import Results, Row
@@ -37,7 +37,7 @@ def judge(results: Results, ours: Row) -> list[Verdict]:
     """All claims for one row of HLoRA."""
     return [
         Verdict(claim["claim"], *of(results, ours, **claim[name]))
-        for claim in built_in("claims.yaml")
+        for claim in packaged("study", "claims.yaml")
         for name, of in JUDGES.items()
         if name in claim
     ]

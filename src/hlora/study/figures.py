@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hlora.core.layers import layer_grid
-from hlora.errors import InputError, visible
+from hlora.errors import InputError, optional, visible
 from hlora.run.means import mean_se
 from hlora.study.cost import Cost
-from hlora.study.extras import extra
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS
 from hlora.study.rows import Results, Row
@@ -185,7 +184,7 @@ def forgetting_bars(results: Results, ours: Row | None) -> Any:
 
 
 def load_pyplot() -> Any:
-    matplotlib = extra("matplotlib", "Figures")
+    matplotlib = optional("matplotlib", "Figures need", "report")
     matplotlib.use("agg")
     matplotlib.rcParams.update(
         {

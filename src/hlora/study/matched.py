@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from hlora.study.built_in import built_in
-from hlora.study.extras import extra
+import numpy as np
+
+from hlora.data.parse import packaged
 from hlora.study.lines import Line
 from hlora.study.methods import METHODS
 from hlora.study.rows import Results, Row
@@ -28,7 +29,7 @@ MARGIN = 0.005
 MEASURES = {"loss": "blocks", "KL": "divergences"}
 """What is forgotten: the rise of the loss on a document, or the KL from the base model there."""
 
-_SAID = built_in("contrasts.yaml")
+_SAID = packaged("study", "contrasts.yaml")
 SHARES: tuple[float, ...] = tuple(_SAID["shares"])
 CONTRASTS: list[list[str]] = _SAID["contrasts"]
 
@@ -85,7 +86,6 @@ class Matched:
     def _draws(self) -> Any:
         """(draws + 1, seeds), (draws + 1, kinds, documents) and (draws + 1, questions): how much
         each counts; the first draw is the sample itself."""
-        np = extra("numpy", "Reports")
         random = np.random.default_rng(0)
 
         def counts(n: int, *shape: int) -> Any:
@@ -98,7 +98,6 @@ class Matched:
 
     def _point(self, line: Line) -> tuple[Any, Any]:
         """NLL and forgetting of a run, by draw."""
-        np = extra("numpy", "Reports")
         _, documents, questions = self._draws
         key = MEASURES[self.measure]
         lost = []
@@ -142,12 +141,11 @@ class Matched:
         return self._over_seeds([lost for _, lost in self._plain.values()])
 
     def _over_seeds(self, by_seed: list[Any]) -> Any:
-        return (self._draws[0] * extra("numpy", "Reports").stack(by_seed, axis=1)).sum(1)
+        return (self._draws[0] * np.stack(by_seed, axis=1)).sum(1)
 
 
 def _least(points: Sequence[tuple[Any, Any]], share: float) -> Any:
     """Of one seed, by draw: over the points with the gain, and where a line between two has it."""
-    np = extra("numpy", "Reports")
     gains, lost = (np.stack(part) for part in zip(*points, strict=True))
     order = np.argsort(-lost, axis=0)  # from plain LoRA to the strongest
     gains, lost = np.take_along_axis(gains, order, 0), np.take_along_axis(lost, order, 0)
@@ -161,7 +159,6 @@ def _least(points: Sequence[tuple[Any, Any]], share: float) -> Any:
 
 def estimate(draws: Any) -> Estimate:
     """From draws whose first is the sample itself."""
-    np = extra("numpy", "Reports")
     value, drawn = float(draws[0]), draws[1:][np.isfinite(draws[1:])]
     if not len(drawn) or not np.isfinite(value):
         return Estimate(value, math.nan, math.nan, math.nan, False)

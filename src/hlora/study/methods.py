@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hlora.core.kinds import kind_named
-from hlora.study.built_in import built_in
+from hlora.data.parse import packaged
 
 
 @dataclass(frozen=True)
@@ -57,4 +57,4 @@ class Method:
         return not self.after_nu and kind is not None and not kind_named(kind).trained
 
 
-METHODS = {name: Method(**values) for name, values in built_in("methods.yaml").items()}
+METHODS = {name: Method(**values) for name, values in packaged("study", "methods.yaml").items()}

@@ -11,18 +11,18 @@ from typing import Any
 
 import jinja2
 
+from hlora.data.parse import packaged
 from hlora.errors import visible
 from hlora.files import write_whole
 from hlora.run.settings import BLOCK
 from hlora.study import figures, tables
-from hlora.study.built_in import built_in
 from hlora.study.claims import JUDGED, judge, mean_norms
 from hlora.study.cost import costs
 from hlora.study.paper import TABLE_1, TABLE_2
 from hlora.study.rows import Results, Row
 from hlora.study.tables import ABLATION, Table, as_markdown
 
-_SAID = built_in("page.yaml")
+_SAID = packaged("study", "page.yaml")
 TITLE: str = _SAID["title"]
 
 

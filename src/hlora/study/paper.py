@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 
-from hlora.study.built_in import built_in
+from hlora.data.parse import packaged
 
 Score = tuple[float, float]
 """Perplexity as printed, accuracy in per cent."""
 
-_PAPER = built_in("paper.yaml")
+_PAPER = packaged("study", "paper.yaml")
 TASKS: list[str] = _PAPER["tasks"]
 TABLE_1: dict[str, dict[str, list[Score]]] = _PAPER["table_1"]
 TABLE_2: dict[str, dict[str, list[Score]]] = _PAPER["table_2"]

@@ -9,9 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hlora.errors import InputError
+from hlora.errors import InputError, optional
 from hlora.run.means import mean_se
-from hlora.study.extras import extra
 from hlora.study.lines import Line, read_lines
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS
@@ -73,7 +72,7 @@ class Results:
     @cached_property
     def frame(self) -> Any:
         """A pandas frame: row, task, seed, every metric, and `forgetting_KIND` by kind of text."""
-        table = extra("pandas", "Reports").DataFrame(
+        table = optional("pandas", "Reports need", "report").DataFrame(
             [
                 {
                     "row": Row(line["run"]["method"], line["run"]["phi"]).label,

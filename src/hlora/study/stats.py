@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from hlora.errors import optional
 from hlora.run.means import mean_se
-from hlora.study.extras import extra
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def independent(a: list[float], b: list[float]) -> Independent:
     n = (len(a), len(b))
     if min(n) < 2 or not (statistics.variance(a) or statistics.variance(b)):
         return Independent(math.nan, math.nan, math.nan, n)
-    stats = extra("scipy.stats", "Comparisons")
+    stats = optional("scipy.stats", "Comparisons need", "report")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one sample without variance
         welch, student = (stats.ttest_ind(a, b, equal_var=equal) for equal in (False, True))
@@ -81,7 +81,7 @@ def paired(a: dict[int, float], b: dict[int, float]) -> Paired:
     n, (mean, se) = len(differences), mean_se(differences)
     if n < 2 or se == 0:  # accuracies move in steps: the same step twice proves nothing
         return Paired(mean, se, math.nan, n)
-    p = 2 * extra("scipy.stats", "Comparisons").t.sf(abs(mean / se), n - 1)
+    p = 2 * optional("scipy.stats", "Comparisons need", "report").t.sf(abs(mean / se), n - 1)
     return Paired(mean, se, float(p), n)
 
 
