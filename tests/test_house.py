@@ -1,6 +1,7 @@
 """The rooms of the package, and the one direction in which they may import each other."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import hlora
+from hlora.cli.main import COMMANDS
 
+TESTS = Path(__file__).parent
 SOURCE = Path(hlora.__file__).parent
 MAY_IMPORT = {
     "errors": set(),
@@ -66,6 +69,16 @@ def test_peft_s_insides_are_known_in_one_file():
     for path in FILES:
         inside = {m for m in imports(path) if m.startswith("peft.") and m.count(".") > 1}
         assert not inside or path == SOURCE / "hf" / "peft.py"
+
+
+def test_the_drawing_names_every_module():
+    """Those of the commands are one each: `hlora COMMAND` is cli/COMMAND.py."""
+    drawing = (TESTS.parent / "docs" / "architecture.md").read_text("utf-8")
+    named = set(re.findall(r"`(?:\w+/)?(\w+)(?:\.py)?`", drawing))
+    modules = {p.stem for p in FILES if p.stem != "__init__"}
+    assert modules - COMMANDS.keys() <= named
+    files = set(re.findall(r"`(?:\w+/)?(\w+)\.py`", drawing))
+    assert files <= {p.stem for p in [*FILES, *SOURCE.glob("*.py"), *TESTS.glob("*.py")]}
 
 
 def run(code: str) -> str:
