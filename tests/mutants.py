@@ -98,8 +98,8 @@ MUTANTS = [
            "xi * squares / self._elements()", "xi * squares", RECORD + " -k relative"),
     # The recorder around a step
     Mutant("every pair takes the first pair's η", C + "recorder.py",
-           "found.append(rates[id(factor)])",
-           "found.append(next(iter(rates.values())))", RECORD + " -k own_learning_rate"),
+           "[rates[id(p.B if group.trains_B else p.A)] for",
+           "[next(iter(rates.values())) for", RECORD + " -k own_learning_rate"),
     Mutant("the scaler's factor stays on the recorded gradient", C + "recorder.py",
            "gB, gA = gB / scale.to(gB), gA / scale.to(gA)", "pass", RECORD + " -k fp16"),
     Mutant("infinite gradients reach ω", C + "steps.py",
