@@ -230,7 +230,7 @@ def test_answers_that_a_template_rewrites_later_are_passed_over(tmp_path, caplog
     whole, learned = of_messages(tmp_path, TURNS, template)
     assert whole == WHOLE.replace("4</s>", "<think>4</s>")
     assert learned == ["<think>4</s>"]
-    assert "only the last one is learned" in caplog.text
+    assert "only the last answer" in caplog.text
 
 
 @pytest.mark.parametrize("messages", [TURNS[:2], TURNS[2:3], [], "1?", None, [{"role": "user"}]])

@@ -33,8 +33,11 @@ def test_record_tune_eval_and_merge(bits, wide, tmp_path, capsys):
     text, task = ["--text", str(tmp_path / "a.txt")], ["--task", str(tmp_path / "q.jsonl")]
     steps = ["--max-steps", "3", "--logging-steps", "1"]
     nu, mu = str(tmp_path / "nu"), str(tmp_path / "mu")
-    short = ["--block-size", "32", "--kind", "factored"]
-    assert cli.main(["record", *flags, *text, *steps, *short, "--output", nu]) == 0
+    short = ["--block-size", "32"]
+    assert (
+        cli.main(["record", *flags, "--kind", "factored", *text, *steps, *short, "--output", nu])
+        == 0
+    )
     tune = ["tune", *flags, *task, *steps, "--importance", nu, "--output"]
     assert cli.main([*tune, str(tmp_path / "dry"), "--dry-run"]) == 0
     assert cli.main([*tune, mu]) == 0
@@ -81,7 +84,7 @@ def test_what_is_quantized_already_is_refused(tiny, tmp_path, capsys):
     write_text(tmp_path / "a.txt")
     argv = ["eval", "--text", str(tmp_path / "a.txt"), "--load-in-4bit", "--model"]
     assert cli.main([*argv, str(base)]) == 2
-    assert "quantized as it is" in capsys.readouterr().err
+    assert "already quantized" in capsys.readouterr().err
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     assert cli.main([*argv, str(tmp_path / "m.gguf")]) == 2
     assert ".gguf" in capsys.readouterr().err

@@ -233,7 +233,7 @@ def test_a_lengthened_run_is_the_long_run(place, phase, finished, monkeypatch, c
     assert run(*more, "--max-steps", "8", output="on") == 2  # without --resume
     capsys.readouterr()
     assert run(*more, "--max-steps", "8", "--resume", output="on") == 0
-    assert "goes on to --max-steps 8" in capsys.readouterr().err
+    assert "extended to --max-steps 8" in capsys.readouterr().err
     assert same(place.adapter("whole"), place.adapter("on"))
     assert not (place.folder / "on" / "checkpoints").exists()
     if phase == "record":
