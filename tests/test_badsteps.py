@@ -2,17 +2,22 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 import hlora
+from hlora.cli import main as cli
 from hlora.core import store
 from hlora.core.steps import steps_of
 from hlora.hf.badsteps import BadSteps
 from hlora.hf.peft import find_pairs
+from hlora.run.models import load
 from tests.conftest import lora_model, make_trainer, perturb
+from tests.tiny import write_text
 
 
 def spoilt(trainer, steps, what="gradient"):
@@ -198,3 +203,42 @@ def test_what_is_restored_are_the_weights_that_the_last_step_trained():
     assert [w.item() for w in weights] == [-1.0, -1.0, 1.0]
     assert steps.restore()
     assert [w.item() for w in weights] == [-1.0, 0.0, 2.0]
+
+
+@pytest.fixture
+def broken(tiny, tmp_path):
+    """The tiny model with a weight that is not finite, and an adapter for it."""
+    folder = shutil.copytree(tiny, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    adapter = PeftModel(load(str(tiny))[0], LoraConfig(target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path / "adapter")
+    write_text(tmp_path / "a.txt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "record --text a.txt --block-size 32 --sequences 8",
+        "record --kind sketch --sequences 4",
+        "record --kind fisher --text a.txt --block-size 32 --fisher-labels corpus",
+        "record --kind fisher --text a.txt --block-size 32 --fisher-method original --sequences 4",
+        "merge --adapter adapter",
+        "rewind --adapter adapter --text a.txt --block-size 32",
+    ],
+)
+@pytest.mark.filterwarnings("default")
+def test_a_broken_base_model_is_named_by_whatever_reads_it(
+    broken, tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    name, *words = command.split()
+    code = cli.main([name, "--model", str(broken), "--output", "out", *words])
+    said = capsys.readouterr().err
+    assert code in (1, 2)
+    assert "not finite" in said
+    if "original" not in command:
+        assert "layers.1.mlp.up_proj.weight" in said
+    assert not list((tmp_path / "out").glob("*.*"))

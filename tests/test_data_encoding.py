@@ -233,10 +233,36 @@ def test_answers_that_a_template_rewrites_later_are_passed_over(tmp_path, caplog
     assert "only the last answer" in caplog.text
 
 
-@pytest.mark.parametrize("messages", [TURNS[:2], TURNS[2:3], [], "1?", None, [{"role": "user"}]])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        TURNS[:2], TURNS[2:3], [], "1?", None, [{"role": "user"}],
+        [TURNS[1], {"role": "assistant", "content": " "}],
+    ],
+)  # fmt: skip
 def test_messages_without_an_answer_are_refused(tmp_path, messages):
     with pytest.raises(hlora.InputError, match=r"row 1.*messages"):
         of_messages(tmp_path, messages)
+
+
+@pytest.mark.parametrize("content", [None, math.nan, 3, ["2"], [{"type": "image", "url": "x"}], {}])
+def test_a_message_that_is_no_text_is_refused(tmp_path, content):
+    """A template would write None, nan or a list as Python does."""
+    for messages in ([{"role": "user", "content": content}, *TURNS[2:3]],
+                     [*TURNS[:2], {"role": "assistant", "content": content}]):  # fmt: skip
+        with pytest.raises(hlora.InputError, match=r"row 1: message \d holds no text"):
+            of_messages(tmp_path, messages)
+        path = write_rows(tmp_path / "c.jsonl", [{"messages": messages}])
+        with pytest.raises(hlora.InputError, match=r"row 1: message \d holds no text"):
+            list(Source.parse(str(path)).documents())
+
+
+def test_a_message_in_parts_is_their_text_and_a_call_needs_none(tmp_path):
+    parts = [{"type": "text", "text": "1"}, {"type": "text", "text": "?"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    messages = [{"role": "user", "content": parts}, call, *TURNS[3:5]]
+    text, _ = of_messages(tmp_path, messages)
+    assert text == "[user]1?</s>[assistant]</s>[user]3?</s>[assistant]4</s>"
 
 
 def test_other_lists_are_not_text(tmp_path):

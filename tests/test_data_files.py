@@ -76,6 +76,7 @@ def test_text_is_read_without_the_mark_of_its_encoding(tmp_path, name, mark):
         ("a.json", b'{"text": ' * 100_000, "deep"),
         ("a.csv", b'text\n"open', "CSV"),
         ("a.csv", b"text\none,two\n", "row 1"),
+        ("a.csv", b"text,text\none,two\n", "two columns"),
         ("a.json", b"3", "object"),
     ],
 )

@@ -63,6 +63,36 @@ def is_chat(value: Any) -> bool:
     )
 
 
+def as_messages(chat: Any, where: str) -> list[dict[str, Any]]:
+    """A chat whose messages each hold one text; parts of a text are joined.
+
+    A template would write anything else as Python's word for it.
+
+    Raises:
+        InputError: one holds none.
+    """
+    found = []
+    for number, message in enumerate(chat, 1):
+        role, content = message["role"], message["content"]
+        if isinstance(content, list) and all(_is_text_part(part) for part in content):
+            content = "".join(part["text"] for part in content)
+        if content is None and message.get("tool_calls"):
+            content = ""
+        if not isinstance(content, str) or not isinstance(role, str):
+            raise InputError(
+                f"{where}: message {number} holds no text, but {str(content)[:40]!r} of the role "
+                f"{str(role)[:40]!r}."
+            )
+        found.append({**message, "content": content})
+    return found
+
+
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
+
+
 def render_chat(tokenizer: Any, messages: Any, where: str, *, ask: bool = False) -> str:
     """Messages as text, by the tokenizer's chat template, in a sandbox.
 

@@ -171,6 +171,9 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
             itertools.chain([head], file), delimiter=max(",;\t", key=head.count), strict=True
         )
         try:
+            names = rows.fieldnames or []
+            if twice := [n for n in names if names.count(n) > 1]:
+                raise InputError(f"{path} names two columns {twice[0]!r}: rename one.")
             for number, row in enumerate(rows, 1):
                 if None in row:
                     raise InputError(f"{path}, row {number} has more cells than the first line.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hlora.data import pythontext
-from hlora.data.encode import is_chat
+from hlora.data.encode import as_messages, is_chat
 from hlora.data.read import (
     ROWS,
     SUFFIXES,
@@ -182,7 +182,7 @@ def _column(rows: Iterator[dict[str, Any]], column: str | None, where: str) -> I
         if any(missing(p) or p in ("", []) for p in parts):
             skipped.append(number)
         elif len(parts) == 1 and is_chat(parts[0]):
-            yield Document(here, list(parts[0]))
+            yield Document(here, as_messages(parts[0], here))
         elif wrong := [c for c, p in zip(columns, parts, strict=True) if not isinstance(p, str)]:
             raise InputError(f"{here}: {wrong[0]!r} is not text: {str(row[wrong[0]])[:40]!r}.")
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hlora.data.chemistry import chemistry_rows
-from hlora.data.encode import is_chat, render_chat
+from hlora.data.encode import as_messages, is_chat, render_chat
 from hlora.data.formats import FORMATS, Format, format_of
 from hlora.data.parse import read_yaml
 from hlora.data.read import ROWS, load_hub, missing, read_rows, suffix_of
@@ -246,7 +246,7 @@ def _messages(row: dict[str, Any], column: str, role: str, where: str) -> Messag
         return [{"role": role, "content": value}]
     if not is_chat(value):
         raise InputError(f"{where}: {column!r} is neither text nor a list of chat messages.")
-    return list(value)
+    return as_messages(value, where)
 
 
 def _conversation(value: Any, where: str) -> tuple[Messages, Messages]:
@@ -256,7 +256,11 @@ def _conversation(value: Any, where: str) -> tuple[Messages, Messages]:
     answers = [i for i, m in enumerate(value) if m["role"] == ASSISTANT]
     if not answers or answers[-1] == 0:
         raise InputError(f"{where}: the messages hold no answer of the role {ASSISTANT!r}.")
-    return list(value[: answers[-1]]), [value[answers[-1]]]
+    last = answers[-1]
+    messages = as_messages(value[: last + 1], where)
+    if not (messages[last]["content"].strip() or messages[last].get("tool_calls")):
+        raise InputError(f"{where}: the last of the messages is an empty answer.")
+    return messages[:last], messages[last:]
 
 
 def rendered(example: Example, tokenizer: Any) -> Example:

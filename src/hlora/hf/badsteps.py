@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hlora.core.finite import broken_weight
 from hlora.errors import DivergedError
 from hlora.hf.callbacks import Attached
 
@@ -93,9 +94,8 @@ class BadSteps(Attached):
         )
 
     def _cause(self, args: Any, model: Any, held: bool) -> str:
-        for name, p in model.named_parameters():
-            if not torch.isfinite(p).all() and "lora_" not in name:
-                return f"Likely cause: the base model's {name} is not finite, so take another copy."
+        if name := broken_weight(model):
+            return f"Likely cause: the base model's {name} is not finite, so take another copy."
         if self._in_a_row == self._total and self._before[0] == self._before[1]:
             return (
                 "Likely cause: the base model on this data, as no step was ever good. Try --dtype "

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hlora.core import card
+from hlora.core.finite import broken_weight
 from hlora.core.store import check_base
-from hlora.errors import InputError
+from hlora.errors import DivergedError, InputError
 from hlora.files import MARKERS, check_space, publish, refuse_result
 from hlora.hf.hub import located, pinned
 from hlora.hf.peft import base_of, find_pairs, merge_adapter
@@ -36,6 +37,7 @@ def merge(settings: MergeSettings) -> Merged:
     Raises:
         InputError: an output that is there already; a base model that is quantized, or not named.
         MismatchError: the adapter is another base model's.
+        DivergedError: a weight is not finite.
     """
     adapter, output = located(settings.adapter), Path(settings.output)
     refuse_result(output, overwrite=True)
@@ -55,6 +57,8 @@ def merge(settings: MergeSettings) -> Merged:
         base = base_of(with_adapter, find_pairs(with_adapter))
         check_base(base, noted, str(adapter))
     merged: Any = merge_adapter(with_adapter)
+    if name := broken_weight(merged):
+        raise DivergedError(f"The base model's {name} is not finite: take another copy.")
     parameters = sum(p.numel() for p in merged.parameters())
     check_space(output, sum(p.nbytes for p in merged.parameters()))
     merged.config.name_or_path = ""  # a place on this disk

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from hlora.core.evaluating import evaluating
+from hlora.core.finite import check_predictions
 from hlora.data.encode import prefix_token, render_chat
 from hlora.data.tasks import batches
 
@@ -33,6 +34,9 @@ def own_text(
     Half of them begin with the beginning-of-text token, and half, where the tokenizer has a chat
     template, as a user's turn, so that the model writes a question and its answer. A sequence goes
     on after an end-of-text token, with another document.
+
+    Raises:
+        DivergedError: the model's predictions are not finite.
     """
     chats, plain = _chat_start(tokenizer), [prefix_token(tokenizer)]
     half = count // 2 if chats else 0
@@ -55,8 +59,9 @@ def _continue(model: nn.Module, ids: Tensor, length: int, generator: torch.Gener
     seen, cache = ids, {_cache_name(model): DynamicCache()}  # it is filled in place
     while ids.shape[1] < length:
         out = model(input_ids=seen, use_cache=True, **cache)
-        chances = out.logits[:, -1].float().softmax(-1)
-        seen = torch.multinomial(chances, 1, generator=generator)
+        logits = out.logits[:, -1].float()
+        check_predictions(model, logits)
+        seen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, seen], dim=1)
     return ids.cpu()
 

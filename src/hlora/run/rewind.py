@@ -15,6 +15,7 @@ from hlora import __version__
 from hlora.core import card, store
 from hlora.core import rewind as core
 from hlora.core.budget import check_budget
+from hlora.core.finite import broken_weight
 from hlora.core.lowrank import LowRank
 from hlora.core.pairs import Group, group
 from hlora.data.answers import answer_rows
@@ -110,6 +111,8 @@ def rewind(settings: RewindSettings) -> Rewound:
     def measure(way: str, share: float) -> Point:
         point = walk.measure(way, share)
         if not math.isfinite(point.measured.nats):
+            if name := broken_weight(model):
+                raise InputError(f"The base model's {name} is not finite: take another copy.")
             raise InputError(f"{settings.adapter} gives no finite predictions: train it again.")
         nll = [score_task(model, tokenizer, t, batch_size=settings.batch_size).nll for t in tasks]
         return replace(point, nll=nll[0]) if nll else point

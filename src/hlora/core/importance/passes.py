@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hlora.core.evaluating import evaluating
+from hlora.core.finite import check_predictions
 from hlora.core.pairs import Pair
 
 Take = Callable[[Pair, Tensor, Tensor], None]
@@ -42,6 +43,9 @@ def backward_passes(
         batch_size: rows in one pass.
         seed: of the sampled labels.
         tick: called with the number of rows just done.
+
+    Raises:
+        DivergedError: the model's predictions are not finite.
     """
     device = pairs[0].A.device
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -52,6 +56,7 @@ def backward_passes(
             for part in rows.split(batch_size):
                 ids = part.to(device)
                 logits = model(input_ids=ids).logits[:, :-1].float()
+                check_predictions(model, logits)
                 targets = ids[:, 1:] if labels == "corpus" else _sampled(logits, generator)
                 # A sum, not a mean: each sequence's log-likelihood has a gradient of its own.
                 loss = nn.functional.cross_entropy(
