@@ -1,18 +1,22 @@
 """Values of settings: by the field's type, in range, and no secret of them is kept."""
 
+import math
 import os
 import random
 import string
+from dataclasses import fields
+from typing import get_type_hints
 
 import pytest
 
 import hlora
 from hlora.cli import main as cli
+from hlora.cli.main import COMMANDS
 from hlora.cli.options import parse
 from hlora.data.parse import parse_json
 from hlora.data.tasks import load_task
 from hlora.run import settings as config
-from hlora.run.build import build, plain, training_value
+from hlora.run.build import build, kind_of, plain, training_value
 from hlora.study.spec import read_study
 from tests.tiny import questions, write_rows, write_text
 
@@ -213,3 +217,32 @@ def test_a_study_keeps_no_token(tmp_path):
     )
     study = read_study(tmp_path / "s.yaml")
     assert study.settings()["record"] == {"training": {"optim": "adafactor"}}
+
+
+def numbers_of(cls):
+    """The settings of a command that are numbers, with the type of each."""
+    kinds = {f.name: kind_of(get_type_hints(cls)[f.name])[0] for f in fields(cls)}
+    return {name: kind for name, kind in kinds.items() if kind in (int, float)}
+
+
+ODD = ["4294967296", "1e20", "-1e20", "nan", "inf", "-inf", "1e400", "0x10", "", "9" * 5000, "[1]"]
+
+
+@pytest.mark.parametrize("command", [c for c, (cls, _) in COMMANDS.items() if numbers_of(cls)])
+def test_odd_numbers_are_refused_in_every_command(command):
+    """Or taken as a number that is finite and, where it is whole, of 32 bits."""
+    cls = COMMANDS[command][0]
+    required = {f.name: "x" for f in fields(cls) if f.metadata["required"]}
+    refused = []
+    for name, kind in numbers_of(cls).items():
+        for text in ODD:
+            try:
+                value = getattr(build(cls, {**required, name: text}), name)
+            except hlora.InputError as error:
+                refused.append((f"--{name.replace('_', '-')}", str(error)))
+                continue
+            for one in value if isinstance(value, list) else [value]:
+                assert math.isfinite(one)
+                assert kind is float or abs(one) < 2**32
+    assert all(flag in said for flag, said in refused)
+    assert len({flag for flag, _ in refused}) == len(numbers_of(cls))
