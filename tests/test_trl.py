@@ -5,6 +5,7 @@ import struct
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -214,6 +215,8 @@ def first(trainer, kind):
 
 @pytest.mark.parametrize("kind", PREFERRING)
 def test_the_reference_is_where_a_new_adapter_starts(kind, tiny, nu, tmp_path):
+    if kind in ("GRPO", "RLOO") and Version(trl.__version__) < Version("0.27"):
+        pytest.skip("this TRL's reference is the base model: attach refuses it")
     trainer = make(kind, tiny, tmp_path / "a", hlora.Penalty(nu, phi=0.1))
     assert first(trainer, kind) == pytest.approx(START[kind][1], abs=6e-5)
     assert logged(trainer)[-1]["R"] > 0
@@ -235,6 +238,8 @@ def test_without_it_the_reference_would_be_the_base_model(kind, tiny, nu, tmp_pa
 
 @pytest.mark.parametrize("kind", PREFERRING)
 def test_the_reference_is_the_recorded_adapter_that_was_loaded(kind, tiny, nu, tmp_path):
+    if kind in ("GRPO", "RLOO") and Version(trl.__version__) < Version("0.27"):
+        pytest.skip("this TRL's reference is the base model: attach refuses it")
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model = PeftModel.from_pretrained(model, nu, is_trainable=True)
     trainer = make(kind, tiny, tmp_path, hlora.Penalty(nu, phi=0.1), model=model)

@@ -1,7 +1,9 @@
 """What is trained beside the held matrices: refused, or free and named. Parts never reached."""
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -78,6 +80,8 @@ def near(pair, factors):
 
 @pytest.mark.parametrize("which", BESIDE)
 def test_it_is_refused_or_free_and_named(which, tmp_path, caplog):
+    if which == "bias" and Version(peft.__version__) < Version("0.19"):
+        pytest.skip("not as this PEFT does it: only what is newer was tried")
     model, named = given(which)
     refused = make_trainer(model, tmp_path / "no")
     with pytest.raises(hlora.UnsupportedModelError, match="unheld='warn'"):
@@ -125,6 +129,8 @@ def test_it_is_refused_where_a_setting_has_no_such_value(nu):
 
 def test_dora_starts_at_the_recorded_weights_of_plain_lora(tmp_path, nu):
     """Its magnitudes are those of θ^ν: the first prediction is that of the recorded adapter."""
+    if Version(peft.__version__) < Version("0.19"):
+        pytest.skip("not as this PEFT does it: only what is newer was tried")
     ids = torch.tensor([r["input_ids"] for r in token_rows(2)])
     plain = PeftModel.from_pretrained(lora_model().unload(), nu).eval()
     dora = lora_model(use_dora=True)
