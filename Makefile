@@ -82,7 +82,7 @@ clean:
 	@echo "Installing the oldest supported versions ..."
 	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 	  "$$($(BIN)/python -m pip freeze | grep '^torch==')" 'transformers==4.56.*' 'peft==0.18.*' \
-	  'accelerate==1.4.*' 'trl==0.24.*' 'datasets==3.*' -e '.[data,demo]' pytest
+	  'accelerate==1.4.*' 'trl==0.27.*' 'datasets==3.*' -e '.[data,demo]' pytest tensorboardX
 	@touch $@
 
 .venv/.dev: .venv/.demo

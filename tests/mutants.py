@@ -47,6 +47,17 @@ STORAGE, REGULARIZER, PAIRS = (
 C, I, H = "core/", "core/importance/", "hf/"
 
 MUTANTS = [
+    # Trainers
+    Mutant("the reference is a new adapter", H + "peft.py", "    take_over(model, recorded, name)",
+           "    pass", "tests/test_trl.py"),
+    Mutant("a new magnitude is not that of the start", H + "peft.py",
+           "old.copy_(magnitudes[adapter].weight)", "pass", "tests/test_unheld.py"),
+    Mutant("the recorded head is left behind", H + "regularize.py",
+           "take_over(model, read_tensors(self.stored.folder))",
+           "take_over(model, {k: v for k, v in read_tensors(self.stored.folder).items() "
+           "if 'lora_' in k})", "tests/test_unheld.py"),
+    Mutant("what text never reached is not told", H + "record.py",
+           "    parts = unreached(importance.norms())", "    parts = []", "tests/test_unheld.py"),
     # Eq. 10-12
     Mutant("Eq. 11 without η g^B g^A", C + "estimators.py", "B - eta * gB", "B", OPS),
     Mutant("Eq. 11 with the wrong sign of η", C + "estimators.py", "B - eta * gB", "B + eta * gB",

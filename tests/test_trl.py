@@ -15,6 +15,7 @@ from hlora.core.importance.blend import Blend
 from hlora.hf.divergence import Divergence
 from hlora.hf.peft import find_pairs
 from hlora.hf.record import save_importance
+from hlora.run.evaluate import divergence
 from tests.conftest import make_trainer
 from tests.tiny import tokenizer
 
@@ -197,6 +198,21 @@ def test_what_cannot_work_is_refused_by_attach(tiny, nu, tmp_path):
     refused("RLOO", hlora.UnsupportedModelError, "RLOOTrainer", part)
     with pytest.raises(hlora.InputError, match="AdamW"):
         hlora.attach(torch.optim.AdamW([torch.zeros(1)]), record)
+
+
+@pytest.mark.parametrize("kind", ["Trainer", "SFT", "DPO", "KTO"])
+def test_a_term_on_general_text_joins_their_loss(kind, tiny, tmp_path):
+    """The KL to the base model is lower for it at the end."""
+    found = {}
+    for phi in (0.0, 50.0):
+        rows = torch.randint(3, 250, (8, 12), generator=torch.Generator().manual_seed(0))
+        trainer = any_trainer(
+            kind, tiny, tmp_path / str(phi), Divergence(rows, phi, batch=8, every=1),
+            max_steps=8, learning_rate=5e-2,
+        )  # fmt: skip
+        trainer.train()
+        found[phi] = divergence(trainer.model, rows).nats
+    assert found[50.0] < 0.5 * found[0.0]
 
 
 # ---------------------------------------------------------------- the reference of preferences

@@ -21,12 +21,14 @@ from transformers import (
 )
 
 import hlora
+from hlora.cli import main as cli
 from hlora.core import store
 from hlora.core.kinds import kind_named
 from hlora.core.layers import unreached
 from hlora.hf.peft import find_pairs, unheld_names
 from hlora.hf.record import save_importance
 from tests.conftest import VOCAB, base_model, lora_model, make_trainer, token_rows
+from tests.tiny import tokenizer, write_rows, write_text
 
 ATTENTION = ["q_proj", "v_proj"]
 pytestmark = [
@@ -81,7 +83,7 @@ def near(pair, factors):
 @pytest.mark.parametrize("which", BESIDE)
 def test_it_is_refused_or_free_and_named(which, tmp_path, caplog):
     if which == "bias" and Version(peft.__version__) < Version("0.19"):
-        pytest.skip("not as this PEFT does it: only what is newer was tried")
+        pytest.skip("this PEFT writes no trained bias of a layer into the adapter's file")
     model, named = given(which)
     refused = make_trainer(model, tmp_path / "no")
     with pytest.raises(hlora.UnsupportedModelError, match="unheld='warn'"):
@@ -129,10 +131,8 @@ def test_it_is_refused_where_a_setting_has_no_such_value(nu):
 
 def test_dora_starts_at_the_recorded_weights_of_plain_lora(tmp_path, nu):
     """Its magnitudes are those of θ^ν: the first prediction is that of the recorded adapter."""
-    if Version(peft.__version__) < Version("0.19"):
-        pytest.skip("not as this PEFT does it: only what is newer was tried")
     ids = torch.tensor([r["input_ids"] for r in token_rows(2)])
-    plain = PeftModel.from_pretrained(lora_model().unload(), nu).eval()
+    plain = PeftModel.from_pretrained(base_model(), nu).eval()
     dora = lora_model(use_dora=True)
     penalty = hlora.Penalty(nu, unheld="warn")
     penalty.start(dora, torch.optim.SGD([p for p in dora.parameters() if p.requires_grad]))
@@ -288,3 +288,38 @@ def test_parts_are_named_by_the_shortest_name_that_is_theirs():
     norms = {"a.text.0.q": 1.0, "a.text.0.v": 0.0, "a.image.0.q": 0.0, "a.image.1.q": 0.0}
     assert unreached(norms) == ["a.text.0.v", "a.image"]
     assert unreached({"a.q": 1.0}) == []
+
+
+@pytest.mark.parametrize("kind", ["blend", "factored"])
+def test_the_commands_leave_experts_free_where_told(kind, tmp_path, capsys):
+    words, folder = tokenizer(), tmp_path / "model"
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **{**SIZES, "vocab_size": len(words)}, num_local_experts=4, bos_token_id=1, eos_token_id=2
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    task = write_rows(tmp_path / "task.jsonl", [{"prompt": "the cat", "completion": " sat"}] * 8)
+    text = write_text(tmp_path / "a.txt")
+    common = ["--model", str(folder), "--device", "cpu", "--targets", "all-linear"]
+    steps = ["--batch-size", "2", "--max-steps", "2", "--save-steps", "0"]
+    record = ["record", *common, "--text", str(text), "--kind", kind]
+    record += [*(steps if kind == "factored" else ()), "--output"]
+    if not fused(mixtral("all-linear")):
+        pytest.skip("this version of transformers has a Linear module for each expert's matrix")
+    assert cli.main([*record, str(tmp_path / "no")]) != 0
+    assert "unheld" in capsys.readouterr().err
+    free = ["--unheld", "warn"]
+    assert cli.main([*record, str(tmp_path / "nu"), *free]) == 0
+    tune = [
+        "tune",
+        *common,
+        *steps,
+        *free,
+        "--importance",
+        str(tmp_path / "nu"),
+        "--task",
+        str(task),
+    ]
+    assert cli.main([*tune, "--output", str(tmp_path / "mu")]) == 0
+    assert "model.layers.*.mlp.experts" in capsys.readouterr().err

@@ -45,7 +45,7 @@ class Divergence(Regularizer):
             return None
         start = (self.seen // self.every - 1) * self.batch
         index = torch.arange(start, start + self.batch) % len(self.rows)
-        ids = self.rows[index].to(outputs.logits.device)
+        ids = self.rows[index].to(next(model.parameters()).device)
         with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
             before = model(input_ids=ids).logits
         return self.every * divergences(before, model(input_ids=ids).logits).mean()

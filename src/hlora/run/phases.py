@@ -237,7 +237,7 @@ class GeneralPhase(_Phase):
             self.model = load_adapter(self.model, settings.importance, trainable=True)
         else:
             self.model = new_adapter(self.model, settings)
-        self.pairs = find_pairs(self.model)
+        self.pairs = find_pairs(self.model, settings.unheld)
         shapes = [p.shape[:2] for p in self.pairs]
         self.held = self.of.bytes(shapes, settings.storage, len(tokens))
         running = self.of.bytes(shapes)
@@ -377,7 +377,7 @@ class DomainPhase(_Phase):
             self.model = load_adapter(self.model, nu, trainable=True)
         else:
             self.model = new_adapter(self.model, settings)
-        self.pairs = find_pairs(self.model)
+        self.pairs = find_pairs(self.model, settings.unheld)
         self.unwritten: list[tuple[Tensor, Tensor]] = []  # rows, and which the model will write
         self.held = 0
         for penalty in self.regularizers:

@@ -138,6 +138,11 @@ class TrainSettings(Settings):
         "paper: Eq. 11-13 and 14-16 to the letter; official: the authors' code", "default",
         choices=("default", "paper", "official"), more=True,
     )  # fmt: skip
+    unheld: str = setting(
+        "what is trained beside the matrices that importance covers, such as the fused experts of "
+        "a mixture: refuse, or warn and leave it free", "refuse",
+        choices=("refuse", "warn"), more=True,
+    )  # fmt: skip
     max_bad_steps: int = setting(
         "stop after N consecutive steps with a non-finite loss or gradient; each is skipped", 10,
         more=True, least=1,

@@ -165,7 +165,7 @@ def train(
         model.enable_input_require_grads()  # type: ignore[operator]
     stop = Interruptible(resume_with or "Continue with --resume.")
     trainer = make_trainer(model, args, data, collate)
-    attach(trainer, *parts, BadSteps(settings.max_bad_steps))
+    attach(trainer, *parts, BadSteps(settings.max_bad_steps), unheld=settings.unheld)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(what))
     trainer.add_callback(stop)
