@@ -64,9 +64,8 @@ class Group:
         self.dtype = torch.promote_types(pairs[0].A.dtype, torch.float32)
         self.trains_A = pairs[0].A.requires_grad
         self.trains_B = pairs[0].B.requires_grad
-        self.s = torch.tensor([p.s for p in pairs], dtype=self.dtype, device=self.device).reshape(
-            -1, 1, 1
-        )
+        self._parameters: tuple[list[Tensor], ...] = [p.B for p in pairs], [p.A for p in pairs]
+        self.s = torch.tensor([[[p.s]] for p in pairs], dtype=self.dtype, device=self.device)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -76,17 +75,15 @@ class Group:
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
         """Copies of B (L, m, r) and A (L, r, n) as they are now."""
-        return (
-            torch.stack([p.B for p in self.pairs]).to(self.dtype),
-            torch.stack([p.A for p in self.pairs]).to(self.dtype),
-        )
+        B, A = (torch.stack(factors).to(self.dtype) for factors in self._parameters)
+        return B, A
 
     @torch.no_grad()
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Copies of g^B (L, m, r) and g^A (L, r, n); zero where a factor is frozen."""
         gB, gA = (
             torch.stack([torch.zeros_like(f) if f.grad is None else f.grad for f in factors])
-            for factors in ([p.B for p in self.pairs], [p.A for p in self.pairs])
+            for factors in self._parameters
         )
         return gB.to(self.dtype), gA.to(self.dtype)
 
@@ -94,16 +91,10 @@ class Group:
     def add_gradients(self, dB: Tensor, dA: Tensor) -> None:
         """Add (L, m, r) and (L, r, n) to the parameters' gradients."""
         gradients, added = [], []
-        for trained, factors, more in (
-            (self.trains_B, [p.B for p in self.pairs], dB),
-            (self.trains_A, [p.A for p in self.pairs], dA),
-        ):
-            if not trained:
-                continue
-            for f, d in zip(factors, more.to(factors[0].dtype).unbind(0), strict=True):
-                if f.grad is None:
-                    f.grad = d.clone()
-                else:
+        for factors, more in zip(self._parameters, (dB, dA), strict=True):
+            if factors[0].requires_grad:
+                for f, d in zip(factors, more.to(factors[0].dtype), strict=True):
+                    f.grad = torch.zeros_like(f) if f.grad is None else f.grad
                     gradients.append(f.grad)
                     added.append(d)
         if gradients:

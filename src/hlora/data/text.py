@@ -93,16 +93,14 @@ def mix(kinds: dict[str, Tensor], weights: list[float] | None, limit: int | None
         InputError: weights that do not fit.
     """
     sizes = [len(b) for b in kinds.values()]
-    if weights is None:
-        shares = [n / sum(sizes) for n in sizes]
-    else:
-        if len(weights) != len(kinds):
-            raise InputError(
-                f"--text-weights gives {len(weights)} numbers for {len(kinds)} kinds of text."
-            )
-        if any(not w > 0 for w in weights):
-            raise InputError("--text-weights must be positive numbers.")
-        shares = [w / sum(weights) for w in weights]
+    parts = sizes if weights is None else weights
+    if len(parts) != len(kinds):
+        raise InputError(
+            f"--text-weights gives {len(parts)} numbers for {len(kinds)} kinds of text."
+        )
+    if any(not part > 0 for part in parts):
+        raise InputError("--text-weights must be positive numbers.")
+    shares = [part / sum(parts) for part in parts]
     total = min(n / share for n, share in zip(sizes, shares, strict=True))
     if limit is not None:
         total = min(total, limit)

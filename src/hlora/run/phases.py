@@ -12,7 +12,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,10 @@ def tune(settings: TuneSettings) -> Trained:
     return DomainPhase(settings).run()
 
 
-class _Phase:
+Done = TypeVar("Done", Recorded, Trained)
+
+
+class _Phase(Generic[Done]):
     """What both have."""
 
     settings: TrainSettings
@@ -151,11 +154,22 @@ class _Phase:
                 tick=shown.update,
             )  # fmt: skip
 
-    def _push(self) -> None:
-        s = self.settings
+    def run(self) -> Done:
+        """Train or gather, write the output folder, and upload it if asked to.
+
+        A finished run that is resumed is read.
+
+        Raises:
+            HubError: the result is written, and could not be uploaded.
+        """
+        done, s = self._run(), self.settings
         if s.push_to_hub and is_main():
             again = " The same command with --resume tries again."
             push(Path(s.output), s.push_to_hub, public=s.public, advice=again)
+        return done
+
+    def _run(self) -> Done:
+        raise NotImplementedError
 
     def plan(self) -> str:
         """What a run would train, and about how much time and memory it would take.
@@ -174,7 +188,7 @@ class _Phase:
         )  # fmt: skip
 
 
-class GeneralPhase(_Phase):
+class GeneralPhase(_Phase[Recorded]):
     """The general phase, ν, ready to run.
 
     Attributes:
@@ -242,18 +256,6 @@ class GeneralPhase(_Phase):
         self.held = self.of.bytes(shapes, settings.storage, len(tokens))
         running = self.of.bytes(shapes)
         check_space(self.output, self.held + (4 * running if settings.save_steps else 0))
-
-    def run(self) -> Recorded:
-        """Train and record, or gather, write the output folder, and upload it if asked to.
-
-        A finished run that is resumed is read.
-
-        Raises:
-            HubError: the result is written, and could not be uploaded.
-        """
-        done = self._run()
-        self._push()
-        return done
 
     def _run(self) -> Recorded:
         if self.finished:
@@ -348,7 +350,7 @@ def _options(settings: RecordSettings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class DomainPhase(_Phase):
+class DomainPhase(_Phase[Trained]):
     """The domain phase, μ, ready to run. No `regularizers` are plain LoRA."""
 
     settings: TuneSettings
@@ -401,18 +403,6 @@ class DomainPhase(_Phase):
             rows = self._general(settings.kl, HUB_BLOCKS)
             self.parts.append(Divergence(rows, settings.kl_weight, every=settings.kl_every))
         check_space(self.output, 64 << 20)
-
-    def run(self) -> Trained:
-        """Train, write the adapter to the output folder, and upload it if asked to.
-
-        A finished run that is resumed is read.
-
-        Raises:
-            HubError: the result is written, and could not be uploaded.
-        """
-        trained = self._run()
-        self._push()
-        return trained
 
     def _run(self) -> Trained:
         if self.finished:

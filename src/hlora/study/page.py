@@ -163,32 +163,19 @@ def write(
         for part in found
         for stem, figure, _ in part.figures
     }
-    said = {"title": title, "lead": lead, "command": command, "parts": found}
+    command = visible(command).replace("\n", "\\n")
+    said = {
+        "title": title, "lead": lead, "command": command, "parts": found, "svgs": svgs,
+        "folder": drawn.name,
+        "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)),
+    }  # fmt: skip
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hlora.study", ""), trim_blocks=True, lstrip_blocks=True,
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(["html.jinja"]),
     )  # fmt: skip
-    template = environment.get_template("report.html.jinja")
-    write_whole(index, template.render(svgs=svgs, **said))
-    if page is None:
-        return [index]
-    write_whole(page, _markdown(found, title, drawn.name, command))
-    return [index, page]
-
-
-def _markdown(found: list[Part], title: str, folder: str, command: str) -> str:
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
-    lines = [f"# {as_markdown(title)}", "", "Written by", ""]
-    lines += [f"{fence}bash", visible(command).replace("\n", "\\n"), fence]
-    for part in found:
-        if part.code:
-            continue
-        lines += ["", f"## {as_markdown(part.title)}", ""]
-        if part.text:
-            lines += [as_markdown(part.text), ""]
-        if part.table:
-            lines += [*part.table.markdown(), ""]
-        for stem, _, caption in part.figures:
-            said = as_markdown(caption)
-            lines += [f"![{said}]({folder}/{stem}.svg)", "", said, ""]
-    return "\n".join(lines).rstrip() + "\n"
+    environment.filters["markdown"] = as_markdown
+    written = {index: "html", **({page: "md"} if page else {})}
+    for path, form in written.items():
+        text = environment.get_template(f"report.{form}.jinja").render(said)
+        write_whole(path, text.rstrip() + "\n")
+    return list(written)

@@ -43,9 +43,8 @@ class Table:
     def markdown(self) -> list[str]:
         """Its lines: figures to the right, and all to the left where there is prose."""
         align = ["---", *(["---" if self.prose else "---:"] * (len(self.headings) - 1))]
-        rows = [self.headings, align, *self.rows]
-        shown = [[as_markdown(c) for c in row] if row is not align else align for row in rows]
-        return ["| " + " | ".join(row) + " |" for row in shown]
+        headings, *rows = ([as_markdown(c) for c in row] for row in (self.headings, *self.rows))
+        return ["| " + " | ".join(row) + " |" for row in (headings, align, *rows)]
 
 
 PAPER_NAMES = {"ewc-original": "ewc"}

@@ -163,7 +163,5 @@ def _converted(values: Tensor | LogCodes, storage: str) -> Tensor | LogCodes:
 
 def _per_layer(by_name: Mapping[str, Tensor | LogCodes], reduce: Any) -> dict[str, float]:
     """One scalar per layer, with one transfer from the device."""
-    if not by_name:
-        return {}
     values = torch.stack([reduce(t.to(torch.float32)).double() for t in by_name.values()]).tolist()
     return dict(zip(by_name, values, strict=True))
