@@ -16,7 +16,7 @@ import torch
 from hlora.errors import HloraError
 from hlora.files import seal
 from tests.soak.mutations import Slow, bounded, command
-from tests.soak.place import MODEL
+from tests.soak.place import MODEL, Command
 from tests.soak.readers import HARNESS
 from tests.tiny import questions, write_rows
 
@@ -92,7 +92,7 @@ def _models() -> Iterator[tuple[str, Argv]]:
         return _scored("--text", "a.txt", model=name)
 
     yield "config.json, code of its own", copy(
-        "e1", auto_map={k: "evil.A" for k in ("AutoConfig", "AutoModelForCausalLM")},
+        "e1", auto_map=dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.A"),
         model_type="evil",
     )  # fmt: skip
     yield "config.json, a kernel of the hub", copy("e2", attn_implementation="owner/kernel")
@@ -133,8 +133,6 @@ def _adapters() -> Iterator[tuple[str, Argv]]:
 
 
 def _checkpoints() -> Iterator[tuple[str, Argv]]:
-    resume = ["tune", *MODEL, "--max-steps", "5", "--save-steps", "2", "--batch-size", "2"]
-    resume += ["--task", "t.jsonl", "--importance", "record", "--resume"]
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         output = Path(f"ck-{file}")
         shutil.copytree("cut-kept", output, dirs_exist_ok=True)
@@ -145,7 +143,7 @@ def _checkpoints() -> Iterator[tuple[str, Argv]]:
         ):
             save(last / file)
             seal(last)
-        yield f"checkpoint, {file} that runs code", [*resume, "--output", str(output)]
+        yield f"checkpoint, {file} that runs code", Command("tune").again(str(output))
 
 
 def _texts() -> Iterator[tuple[str, Argv]]:

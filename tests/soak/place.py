@@ -17,6 +17,7 @@ from hlora.core import store
 from tests.tiny import questions, write_model, write_rows, write_text
 
 TRAINING = ["--max-steps", "5", "--save-steps", "2", "--batch-size", "2"]
+TRAINING += ["--training.save_total_limit", "3"]
 MODEL = ["--model", "model", "--device", "cpu", "--dtype", "fp32"]
 STUDY = """
 model: model

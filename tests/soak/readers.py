@@ -46,7 +46,7 @@ SETTINGS = "model: model\ntask: t.jsonl\noutput: o\nlearning_rate: 1e-3\ntrainin
 def readers() -> list[Reader]:
     """Of all that lies in the folder after `record` and `tune` ran in it."""
     _write_more()
-    model, words = load("model")
+    words = load("model")[1]
     return [*_importance(), *_adapter(), *_model(), *_data(words), *_settings(), *_runs()]
 
 
@@ -114,12 +114,13 @@ def _adapter() -> list[Reader]:
         model.unload()
         return found.sum().item()
 
+    again = Command("tune").again("tune")
     scores = ["eval", *MODEL, "--task", "t.jsonl", "--task-rows", "1", "--adapter", "tune"]
     return [
         *(Reader(Path("tune") / f, outputs, share=12) for f in store.ADAPTER_FILES),
         Reader(Path("tune") / phases.TUNED, lambda: command(*scores), share=3),
         Reader(Path("tune") / phases.TUNED, _merged, share=3),
-        Reader(Path("tune") / phases.TUNED, lambda: command(*Command("tune").again("tune")), share=8),
+        Reader(Path("tune") / phases.TUNED, lambda: command(*again), share=8),
     ]  # fmt: skip
 
 
@@ -203,5 +204,6 @@ def _interrupted(run: Command) -> None:
         command(*run.argv("cut-kept"))
     finally:
         phases.clean_up = clean_up
+    shutil.rmtree("cut-kept/checkpoints/checkpoint-5")
     for path in [p for p in Path("cut-kept").iterdir() if p.is_file()]:
         path.unlink()
