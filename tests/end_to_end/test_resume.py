@@ -179,6 +179,42 @@ def test_a_finished_run_that_is_resumed_is_read(place, capsys):
     assert "already holds a result" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"log": 3}, {"log": [{"loss": "x"}]}, {"seconds": None}, {"steps": []},
+        {"forgetting": {"budget": 1}}, {"log": [3]},
+    ],
+)  # fmt: skip
+def test_a_damaged_note_of_a_finished_run_is_one_error(place, capsys, change):
+    place.record()
+    assert place.tune() == 0
+    path = place.folder / "mu" / "tune.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    capsys.readouterr()
+    assert place.tune("--resume") == 2
+    assert "tune.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": 3},
+        {"content": None},
+        {"content": {}},
+        {"text_rows": "x"},
+        {"settings": {"max_steps": "x"}},
+    ],
+)
+def test_damaged_notes_of_an_unfinished_run_are_one_error(place, monkeypatch, capsys, change):
+    killed(place.record, monkeypatch)
+    path = place.folder / "nu" / "checkpoints" / "settings.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    capsys.readouterr()
+    status, said = place.record("--save-steps", "2", "--resume"), capsys.readouterr().err
+    assert (status, "Traceback" in said) == ((0 if "text_rows" in change else 2), False)
+
+
 def test_a_second_command_on_one_folder_is_refused(place, capsys):
     (place.folder / "nu").mkdir()
     code = (

@@ -25,7 +25,8 @@ from hlora.core.info import TENSORS as TENSORS
 from hlora.core.info import read_info as read_info
 from hlora.core.kinds import KINDS, kind_named
 from hlora.core.pairs import Pair, check_same, describe
-from hlora.errors import DivergedError, MismatchError, StoreError
+from hlora.core.recorder import describe_summary
+from hlora.errors import DivergedError, HloraError, MismatchError, StoreError
 from hlora.files import checksum, publish, sha256, write_json
 
 
@@ -143,6 +144,20 @@ def load(folder: Path | str) -> Stored:
         raise StoreError(f"{folder / TENSORS} is damaged ({error}): record again.") from None
     _, factors = read_adapter(folder)
     return Stored(folder, info, importance, factors)
+
+
+def described(info: dict[str, Any], folder: Path) -> str:
+    """The summary in `importance.json`, for people.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        summary = info["summary"]
+        float(summary.get("seconds") or 0)
+        return describe_summary(info.get("gathered_as", info["kind"]), summary)
+    except (KeyError, TypeError, ValueError, AttributeError, HloraError) as error:
+        raise StoreError(f"The summary in {folder} is damaged ({error}): record again.") from None
 
 
 def _edited(folder: Path, info: dict[str, Any]) -> list[str] | None:

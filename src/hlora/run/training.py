@@ -81,6 +81,28 @@ class Trained:
     forgetting: dict[str, float] | None = None
 
 
+def read_trained(path: Path) -> Trained:
+    """What the marker of a finished run says of it.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    noted = _noted(path)
+    log: Any = noted.get("log")
+    seconds: Any = noted.get("seconds")
+    steps: Any = noted.get("steps")
+    lost: Any = noted.get("forgetting")
+    numbers = [seconds, steps]
+    try:
+        numbers += [v for entry in log for v in entry.values()]
+        numbers += [lost[k] for k in _LOST] if lost is not None else []
+    except (TypeError, AttributeError, KeyError):
+        numbers = [None]
+    if not all(isinstance(n, (int, float)) for n in numbers):
+        raise StoreError(f"{path} is damaged: train again, with --overwrite.")
+    return Trained(log, seconds, int(steps), lost)
+
+
 def arguments(settings: TrainSettings) -> TrainingArguments:
     """TrainingArguments from settings, those under `training` included.
 
@@ -276,7 +298,7 @@ def check_unfinished(settings: TrainSettings, marker: str) -> bool:
 
 def _is_longer(key: str, was: Any, now: Any) -> bool:
     """Whether a setting makes a run longer that had this one before."""
-    return key in ("max_steps", "epochs") and bool(was) and now > was
+    return key in ("max_steps", "epochs") and isinstance(was, (int, float)) and 0 < was < now
 
 
 def _changed(settings: TrainSettings, noted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -313,9 +335,9 @@ def begin_run(
     }
     work = work_folder(settings)
     resumes = settings.resume and any(work.glob("checkpoint-*"))
-    before = _noted(work / NOTES) if resumes else {}
+    before = _noted(work / NOTES) if resumes else {"content": content}
     for what, value in content.items():
-        if before.get("content", content).get(what) != value:
+        if before.get("content", {}).get(what) != value:
             raise InputError(
                 f"Cannot resume: the {what} is not what the run began with. Restore it, or start "
                 "again with --overwrite."
@@ -326,12 +348,17 @@ def begin_run(
     }  # fmt: skip
 
 
+_NOTED = {"run": str, "settings": dict, "content": dict, "text_rows": int}
+_LOST = ("budget", "predicted", "measured", "measured_se", "share", "kept")
+
+
 def _noted(path: Path) -> dict[str, Any]:
-    """A JSON object of ours; empty where it is missing or damaged."""
+    """A JSON object of ours, without what is of another type; empty where it is missing."""
     try:
-        return dict(json.loads(path.read_text("utf-8")))
+        found = dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
+    return {k: v for k, v in found.items() if isinstance(v, _NOTED.get(k, object))}
 
 
 def _digest(content: Any) -> str:
