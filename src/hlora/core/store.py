@@ -183,6 +183,8 @@ def check_base(here: dict[str, Any], noted: dict[str, Any], where: str) -> None:
             )
     for name in here["samples"].keys() & noted["samples"].keys():
         a, b = torch.tensor(here["samples"][name]), torch.tensor(noted["samples"][name])
+        if a.shape != b.shape:
+            raise StoreError(f"{where} is damaged: the samples of {name} are not {len(a)}.")
         # bf16 keeps 8 bits: two roundings differ by at most 1/128 of the value.
         differs = (a - b).abs() > 0.008 * torch.maximum(a.abs(), b.abs()) + 1e-6
         if differs.any():
