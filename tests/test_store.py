@@ -155,6 +155,10 @@ def test_samples_of_another_number_are_damage(nu):
     (nu / store.MARKER).write_text(json.dumps(info))
     with pytest.raises(hlora.StoreError, match="samples"):
         check(nu, lora_model())
+    here = base_of(lora_model(), find_pairs(lora_model()))
+    for damage in ({"config": []}, {"samples": {name: ["x"]}}, {"samples": {name: 3}}):
+        with pytest.raises(hlora.StoreError, match="base model is damaged"):
+            store.check_base(here, {**here, **damage}, "x")
 
 
 def test_an_interrupted_write_leaves_the_earlier_result(nu, monkeypatch):
