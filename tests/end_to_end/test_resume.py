@@ -12,7 +12,7 @@ import pytest
 from hlora import files
 from hlora.core import store
 from hlora.core.recorder import Recorder
-from hlora.run import progress
+from hlora.run import phases, progress
 from tests.end_to_end.test_commands import Place, same
 from tests.tiny import questions, write_rows, write_text
 
@@ -49,6 +49,7 @@ def importance(place, name):
         lambda p: (p / "trainer_state.json").write_text(""),
         lambda p: (p / "trainer_state.json").write_text('{"epoch": 0.1'),
         lambda p: (p / "optimizer.pt").unlink(),
+        lambda p: (p / "README.md").write_bytes(b"\x82"),
         lambda p: (p / "hlora_record.safetensors").unlink(),
         lambda p: (p / "adapter_model.safetensors").write_bytes(b"x"),
         lambda p: (p / files.MANIFEST).unlink(),
@@ -168,6 +169,18 @@ def test_a_kill_anywhere_in_publishing_is_made_good(place, phase, monkeypatch):
         assert same(place.adapter("whole"), place.adapter("killed"))
         shutil.rmtree(place.folder / "killed")
     assert deadly > 4
+
+
+def test_a_kill_while_cleaning_up_is_made_good(place, monkeypatch):
+    """The notes beside the checkpoints were gone already, the checkpoints not."""
+    with monkeypatch.context() as patched:
+        patched.setattr(phases, "clean_up", lambda settings: None)
+        assert place.record("--save-steps", "2") == 0
+    work = place.folder / "nu" / "checkpoints"
+    (work / "settings.json").unlink()
+    assert list(work.glob("checkpoint-*"))
+    assert place.record("--save-steps", "2", "--resume") == 0
+    assert not work.exists()
 
 
 def test_a_finished_run_that_is_resumed_is_read(place, capsys):

@@ -108,7 +108,10 @@ def shared(part: Callable[[int, int], Counter], kills: list[Kills], jobs: int) -
             there.close()
             ends.append(here)
             workers.append(worker)
-        return sum((Counter(json.loads(end.recv())) for end in ends), Counter())
+        found = sum((Counter(json.loads(end.recv())) for end in ends), Counter())
+        for worker in workers:
+            worker.join()
+        return found
 
 
 def _apart(part: Callable[[int, int], Counter], index: int, jobs: int, end: object) -> None:
@@ -119,10 +122,11 @@ def _apart(part: Callable[[int, int], Counter], index: int, jobs: int, end: obje
     shutil.copytree(here, own)
     os.chdir(own)
     try:
-        end.send(json.dumps(part(index, jobs)))  # type: ignore[attr-defined]
+        found = part(index, jobs)
     finally:
         os.chdir(here)
         shutil.rmtree(own, ignore_errors=True)
+    end.send(json.dumps(found))  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

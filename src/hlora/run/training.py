@@ -25,7 +25,7 @@ from hlora.core import store
 from hlora.core.regularizer import Regularizer
 from hlora.data.rows import Rows
 from hlora.errors import InputError, StoreError, one_line, suggest
-from hlora.files import refuse_result, write_json
+from hlora.files import fault, refuse_result, write_json
 from hlora.hf.attach import attach
 from hlora.hf.badsteps import BadSteps
 from hlora.hf.checkpoints import newest_whole
@@ -182,6 +182,9 @@ def train(
     if checkpoint is not None:
         logger.warning("Resuming from %s.", checkpoint)
     if is_main():
+        for path in work.glob("checkpoint-*") if settings.resume else ():
+            if path != checkpoint and fault(path):  # else new files would be mixed with its own
+                shutil.rmtree(path)
         write_json(work / NOTES, run)
     if args.gradient_checkpointing:  # else a frozen base has no path for gradients
         model.enable_input_require_grads()  # type: ignore[operator]
@@ -259,7 +262,7 @@ def check_unfinished(settings: TrainSettings, marker: str) -> bool:
     if of_one and settings.resume and not settings.overwrite:
         changed = _changed(settings, result)
         if not changed:
-            if not _changed(settings, before):
+            if not (before and _changed(settings, before)):  # a kill may have left a part
                 clean_up(settings)
             return True
         goes_on = all(_is_longer(k, *both) for k, both in changed.items())
