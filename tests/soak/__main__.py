@@ -18,6 +18,7 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import re
 import sys
 import tempfile
 import time
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             cores=given.jobs,
         )  # fmt: skip
         write_whole(page, head + "\n".join(lines) + "\n")
-    if bad := {what: n for what, n in found.items() if what.rpartition(": ")[2].isupper()}:
+    if bad := {w: n for w, n in found.items() if re.search("[A-Z]{3}", w.rpartition(": ")[2])}:
         sys.exit(f"Not as it must be: {bad}")
 
 

@@ -85,8 +85,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _lines(output: str) -> Iterator[str]:
-    for line in Path(f"{output}.jsonl").read_text("utf-8").splitlines():
-        result = json.loads(line)
+    lines = map(json.loads, Path(f"{output}.jsonl").read_text("utf-8").splitlines())
+    for result in {r["key"]: r for r in lines}.values():  # a run that failed was made again
         kept = {k: result[k] for k in ("run", "error", "text", "task", "forgetting", "log")}
         yield json.dumps(kept, sort_keys=True)
 

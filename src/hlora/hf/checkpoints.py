@@ -123,6 +123,8 @@ def _at_its_end(checkpoint: Path, args: Any) -> bool:
             fits = (int, float) if kind in (int, float) else kind
             if usual[name] is not None and not isinstance(value, fits):
                 raise TypeError(name)
+        if not isinstance(found.train_batch_size, (int, type(None))):
+            raise TypeError("train_batch_size")
         if not (0 <= found.global_step < 2**53 and 0 <= found.epoch < 2**53):
             raise ValueError
         if not all(isinstance(e, dict) and _is_number(e.get("loss", 0)) for e in found.log_history):
