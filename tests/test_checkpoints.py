@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import hlora
 from hlora import files
@@ -147,3 +148,33 @@ def test_a_trainer_state_of_other_types_is_one_error(tmp_path, change):
 def test_a_manifest_that_is_none_is_no_whole_checkpoint(tmp_path, content):
     (tmp_path / files.MANIFEST).write_text(content)
     assert files.fault(tmp_path)
+
+
+class Interrupted(TrainerCallback):
+    """As a notebook's stop button: once."""
+
+    done = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_trainer_that_goes_on_is_one_that_was_not(tmp_path, nu):
+    """The same Trainer, model and parts; R and ω are those of six steps."""
+    found = []
+    for name in ("whole", "cut"):
+        record = hlora.Record(tmp_path / f"nu-{name}", quiet=True, kind="dense")
+        trainer = make_trainer(lora_model(), tmp_path / name, **SAVED, logging_steps=1)
+        hlora.attach(trainer, record, hlora.Penalty(nu, phi=0.5))
+        if name == "cut":
+            trainer.add_callback(Interrupted())
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        trainer.train(resume_from_checkpoint=name == "cut")
+        assert record.summary["steps"] == 6
+        found.append([e["R"] for e in trainer.state.log_history if "R" in e])
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
+    assert same(importance(tmp_path, "whole"), importance(tmp_path, "cut"))
