@@ -33,7 +33,15 @@ class Ended:
         return "Traceback" in self.said
 
 
-def run(
+def run(argv: list[str], **how: Any) -> Ended:
+    """`run_once`, and again where a forked torch finds no threads: that is no fault of a command."""
+    ended = run_once(argv, **how)
+    while "Invalid thread pool" in ended.said:
+        ended = run_once(argv, **how)
+    return ended
+
+
+def run_once(
     argv: list[str], *, kill_at: int | None = None, kill_after: float | None = None,
     largest: int | None = None, before: Callable[[], Any] = lambda: None,
 ) -> Ended:  # fmt: skip
