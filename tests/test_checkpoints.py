@@ -130,7 +130,8 @@ def test_a_signed_checkpoint_that_cannot_be_read_is_one_error(tmp_path, file, co
     [
         {"global_step": "4"}, {"global_step": -1}, {"epoch": math.nan}, {"log_history": {}},
         {"log_history": [1]}, {"log_history": [{"loss": "x"}]}, {"stateful_callbacks": []},
-        {"max_steps": None}, {"train_batch_size": {}}, {"unknown": 1},
+        {"max_steps": None}, {"train_batch_size": {}}, {"best_model_checkpoint": {}},
+        {"unknown": 1},
     ],
 )  # fmt: skip
 def test_a_trainer_state_of_other_types_is_one_error(tmp_path, change):

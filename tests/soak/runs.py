@@ -34,7 +34,7 @@ class Ended:
 
 
 def run(argv: list[str], **how: Any) -> Ended:
-    """`run_once`, and again where a forked torch finds no threads: that is no fault of a command."""
+    """`run_once`, and again where a forked torch finds no threads: no fault of a command."""
     ended = run_once(argv, **how)
     while "Invalid thread pool" in ended.said:
         ended = run_once(argv, **how)

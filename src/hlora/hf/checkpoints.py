@@ -125,6 +125,8 @@ def _at_its_end(checkpoint: Path, args: Any) -> bool:
                 raise TypeError(name)
         if not isinstance(found.train_batch_size, (int, type(None))):
             raise TypeError("train_batch_size")
+        if not isinstance(found.best_model_checkpoint, (str, type(None))):
+            raise TypeError("best_model_checkpoint")
         if not (0 <= found.global_step < 2**53 and 0 <= found.epoch < 2**53):
             raise ValueError
         if not all(isinstance(e, dict) and _is_number(e.get("loss", 0)) for e in found.log_history):

@@ -79,9 +79,9 @@ _OF_A_SUCCESS = {
     "versions": dict,
 }  # fmt: skip
 _WITHIN = {
-    "text": ("loss", "tokens"), "forgetting": ("nats", "se"),
+    "text": ("loss", "tokens"), "forgetting": ("nats", "se"), "task": ("acc", "acc_norm", "nll"),
 }  # fmt: skip
-"""What each entry must have."""
+"""What each entry must have; a task is one."""
 
 
 def checked(line: Mapping[str, Any], where: str) -> Line:
@@ -104,7 +104,7 @@ def checked(line: Mapping[str, Any], where: str) -> Line:
             raise InputError(f"{where}: not a line of a study: {name!r} is of another type.")
     if not line.get("error"):
         for name, keys in _WITHIN.items():
-            for entry in line[name].values():
+            for entry in [line[name]] if name == "task" else line[name].values():
                 if missing := [k for k in keys if entry.get(k) is None]:
                     raise InputError(f"{where}: {name} lacks {missing[0]!r}.")
     return line  # type: ignore[return-value]
