@@ -2,7 +2,7 @@
 #   make demo    the whole story on a small model, and a page to look at
 #   make test    lint, types, tests
 #   make mutants break the method in many places and see that a test notices each
-#   make soak    kill both phases, damage every file, and see what comes of it
+#   make soak    kill, damage, be hostile, fill the disk, and see what comes of it (half an hour)
 #   make quick   the tests that need no real model
 #   make bench   what it costs: docs/cost.md anew, on this machine
 #   make docs    the site, in build/site; a broken link or anchor fails

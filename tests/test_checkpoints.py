@@ -1,10 +1,15 @@
 """A Trainer that resumes: whole checkpoints only, with the state that belongs to them."""
 
+import json
+import math
+import os
+import pickle
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import hlora
 from hlora import files
@@ -93,3 +98,84 @@ def test_a_run_at_its_end_takes_no_further_step(tmp_path):
     assert trainer.state.global_step == record.summary["steps"] == 6
     assert trainer.args.max_steps == 6
     assert same(whole, importance(tmp_path, "a"))
+
+
+class Harm:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("content", [b"", b"x", pickle.dumps({"a": 1}), "harm"])
+def test_a_signed_checkpoint_that_cannot_be_read_is_one_error(tmp_path, file, content):
+    recording(tmp_path, "a")[0].train()
+    shutil.rmtree(tmp_path / "nu-a")
+    path = tmp_path / "a" / "checkpoint-4" / file
+    if content == "harm":
+        torch.save(Harm(tmp_path / "ran"), path)
+    else:
+        path.write_bytes(content)
+    files.seal(path.parent)
+    trainer, _ = recording(tmp_path, "a")
+    with pytest.raises(hlora.StoreError, match="checkpoint-4 cannot be resumed"):
+        trainer.train(resume_from_checkpoint=str(path.parent))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"global_step": "4"}, {"global_step": -1}, {"epoch": math.nan}, {"log_history": {}},
+        {"log_history": [1]}, {"log_history": [{"loss": "x"}]}, {"stateful_callbacks": []},
+        {"max_steps": None}, {"train_batch_size": {}}, {"best_model_checkpoint": {}},
+        {"unknown": 1},
+    ],
+)  # fmt: skip
+def test_a_trainer_state_of_other_types_is_one_error(tmp_path, change):
+    recording(tmp_path, "a")[0].train()
+    shutil.rmtree(tmp_path / "nu-a")
+    path = tmp_path / "a" / "checkpoint-4" / "trainer_state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    files.seal(path.parent)
+    trainer, _ = recording(tmp_path, "a")
+    with pytest.raises(hlora.StoreError, match=r"checkpoint-4 cannot be resumed \(trainer_state"):
+        trainer.train(resume_from_checkpoint=str(path.parent))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": {"b": 1}, "optimizer.pt": 3}', "3"])
+def test_a_manifest_that_is_none_is_no_whole_checkpoint(tmp_path, content):
+    (tmp_path / files.MANIFEST).write_text(content)
+    assert files.fault(tmp_path)
+
+
+class Interrupted(TrainerCallback):
+    """As a notebook's stop button: once."""
+
+    done = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_trainer_that_goes_on_is_one_that_was_not(tmp_path, nu):
+    """The same Trainer, model and parts; R and ω are those of six steps."""
+    found = []
+    for name in ("whole", "cut"):
+        record = hlora.Record(tmp_path / f"nu-{name}", quiet=True, kind="dense")
+        trainer = make_trainer(lora_model(), tmp_path / name, **SAVED, logging_steps=1)
+        hlora.attach(trainer, record, hlora.Penalty(nu, phi=0.5))
+        if name == "cut":
+            trainer.add_callback(Interrupted())
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        trainer.train(resume_from_checkpoint=name == "cut")
+        assert record.summary["steps"] == 6
+        found.append([e["R"] for e in trainer.state.log_history if "R" in e])
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
+    assert same(importance(tmp_path, "whole"), importance(tmp_path, "cut"))

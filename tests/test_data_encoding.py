@@ -265,6 +265,14 @@ def test_a_message_in_parts_is_their_text_and_a_call_needs_none(tmp_path):
     assert text == "[user]1?</s>[assistant]</s>[user]3?</s>[assistant]4</s>"
 
 
+@pytest.mark.parametrize("first", [{"messages": [{"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"}]}, {"prompt": "a", "completion": "b"}])  # fmt: skip
+def test_a_later_row_without_its_column_is_named(tmp_path, first):
+    path = write_rows(tmp_path / "t.jsonl", [first, {"other": 1}])
+    with pytest.raises(hlora.InputError, match="row 2"):
+        load_task(str(path))
+
+
 def test_other_lists_are_not_text(tmp_path):
     row = {"prompt": ["a", "b"], "completion": "c"}
     with pytest.raises(hlora.InputError, match=r"row 1.*list"):

@@ -90,7 +90,7 @@ def test_a_report_of_odd_names_is_written(tmp_path, monkeypatch, capsys):
         {"forgetting": {"seen": {"nats": 1.0}}}, {"run": {"method": "a"}}, {"run": None},
         {"run": {"method": [], "task": "t", "seed": 0, "phi": None}}, {"log": 3},
         {"norms": {"a": None}}, {"seen": "wiki"}, {"task": {"acc": []}}, {"versions": 3},
-        {"seconds": {"record": "long"}}, {"steps": 10**30},
+        {"seconds": {"record": "long"}}, {"steps": 10**30}, {"task": {"n": 3, "nll": 1.0}},
     ],
 )  # fmt: skip
 def test_a_line_of_another_shape_is_refused(change):

@@ -148,6 +148,19 @@ def test_rounding_the_base_to_bf16_is_not_another_model(nu):
     check(nu, lora_model(dtype=torch.bfloat16))
 
 
+def test_samples_of_another_number_are_damage(nu):
+    info = json.loads((nu / store.MARKER).read_text())
+    name = next(iter(info["base_model"]["samples"]))
+    info["base_model"]["samples"][name].pop()
+    (nu / store.MARKER).write_text(json.dumps(info))
+    with pytest.raises(hlora.StoreError, match="samples"):
+        check(nu, lora_model())
+    here = base_of(lora_model(), find_pairs(lora_model()))
+    for damage in ({"config": []}, {"samples": {name: ["x"]}}, {"samples": {name: 3}}):
+        with pytest.raises(hlora.StoreError, match="base model is damaged"):
+            store.check_base(here, {**here, **damage}, "x")
+
+
 def test_an_interrupted_write_leaves_the_earlier_result(nu, monkeypatch):
     before = {p.name: p.read_bytes() for p in nu.iterdir()}
     model = lora_model()

@@ -75,7 +75,7 @@ def fault(folder: Path) -> str | None:
                 return f"{name} is damaged"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read: {error}"
     return None
 

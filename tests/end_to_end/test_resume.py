@@ -12,7 +12,7 @@ import pytest
 from hlora import files
 from hlora.core import store
 from hlora.core.recorder import Recorder
-from hlora.run import progress
+from hlora.run import phases, progress
 from tests.end_to_end.test_commands import Place, same
 from tests.tiny import questions, write_rows, write_text
 
@@ -49,6 +49,7 @@ def importance(place, name):
         lambda p: (p / "trainer_state.json").write_text(""),
         lambda p: (p / "trainer_state.json").write_text('{"epoch": 0.1'),
         lambda p: (p / "optimizer.pt").unlink(),
+        lambda p: (p / "README.md").write_bytes(b"\x82"),
         lambda p: (p / "hlora_record.safetensors").unlink(),
         lambda p: (p / "adapter_model.safetensors").write_bytes(b"x"),
         lambda p: (p / files.MANIFEST).unlink(),
@@ -170,6 +171,18 @@ def test_a_kill_anywhere_in_publishing_is_made_good(place, phase, monkeypatch):
     assert deadly > 4
 
 
+def test_a_kill_while_cleaning_up_is_made_good(place, monkeypatch):
+    """The notes beside the checkpoints were gone already, the checkpoints not."""
+    with monkeypatch.context() as patched:
+        patched.setattr(phases, "clean_up", lambda settings: None)
+        assert place.record("--save-steps", "2") == 0
+    work = place.folder / "nu" / "checkpoints"
+    (work / "settings.json").unlink()
+    assert list(work.glob("checkpoint-*"))
+    assert place.record("--save-steps", "2", "--resume") == 0
+    assert not work.exists()
+
+
 def test_a_finished_run_that_is_resumed_is_read(place, capsys):
     assert place.record() == 0
     before = (place.folder / "nu" / store.MARKER).read_bytes()
@@ -177,6 +190,42 @@ def test_a_finished_run_that_is_resumed_is_read(place, capsys):
     assert (place.folder / "nu" / store.MARKER).read_bytes() == before
     assert place.record("--resume", "--seed", "9") == 2
     assert "already holds a result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"log": 3}, {"log": [{"loss": "x"}]}, {"seconds": None}, {"steps": []},
+        {"forgetting": {"budget": 1}}, {"log": [3]},
+    ],
+)  # fmt: skip
+def test_a_damaged_note_of_a_finished_run_is_one_error(place, capsys, change):
+    place.record()
+    assert place.tune() == 0
+    path = place.folder / "mu" / "tune.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    capsys.readouterr()
+    assert place.tune("--resume") == 2
+    assert "tune.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": 3},
+        {"content": None},
+        {"content": {}},
+        {"text_rows": "x"},
+        {"settings": {"max_steps": "x"}},
+    ],
+)
+def test_damaged_notes_of_an_unfinished_run_are_one_error(place, monkeypatch, capsys, change):
+    killed(place.record, monkeypatch)
+    path = place.folder / "nu" / "checkpoints" / "settings.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    capsys.readouterr()
+    status, said = place.record("--save-steps", "2", "--resume"), capsys.readouterr().err
+    assert (status, "Traceback" in said) == ((0 if "text_rows" in change else 2), False)
 
 
 def test_a_second_command_on_one_folder_is_refused(place, capsys):

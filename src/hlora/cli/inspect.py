@@ -12,8 +12,7 @@ from rich.text import Text
 from hlora.cli.screen import Screen
 from hlora.core import store
 from hlora.core.layers import layer_grid
-from hlora.core.recorder import describe_summary
-from hlora.errors import InputError, StoreError
+from hlora.errors import InputError
 from hlora.files import size
 from hlora.run.settings import InspectSettings
 
@@ -40,10 +39,7 @@ def run(settings: InspectSettings) -> None:
         console.print(f"{name:<12}{value}")
     for name, file in info["files"].items():
         console.print(f"{size(file['bytes']):>10}  {name}")
-    try:
-        console.print(describe_summary(info.get("gathered_as", info["kind"]), info["summary"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"The summary in {folder} is damaged ({error}): record again.") from None
+    console.print(store.described(info, folder))
     for line in _heatmap(info["norms"]):
         console.print(line)
     if settings.plot:

@@ -25,7 +25,8 @@ from hlora.core.info import TENSORS as TENSORS
 from hlora.core.info import read_info as read_info
 from hlora.core.kinds import KINDS, kind_named
 from hlora.core.pairs import Pair, check_same, describe
-from hlora.errors import DivergedError, MismatchError, StoreError
+from hlora.core.recorder import describe_summary
+from hlora.errors import DivergedError, HloraError, MismatchError, StoreError, one_line
 from hlora.files import checksum, publish, sha256, write_json
 
 
@@ -145,6 +146,20 @@ def load(folder: Path | str) -> Stored:
     return Stored(folder, info, importance, factors)
 
 
+def described(info: dict[str, Any], folder: Path) -> str:
+    """The summary in `importance.json`, for people.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        summary = info["summary"]
+        float(summary.get("seconds") or 0)
+        return describe_summary(info.get("gathered_as", info["kind"]), summary)
+    except (KeyError, TypeError, ValueError, AttributeError, HloraError) as error:
+        raise StoreError(f"The summary in {folder} is damaged ({error}): record again.") from None
+
+
 def _edited(folder: Path, info: dict[str, Any]) -> list[str] | None:
     """The adapter's settings that differ from those recorded; None where they were not noted.
 
@@ -158,7 +173,20 @@ def _edited(folder: Path, info: dict[str, Any]) -> list[str] | None:
 
 
 def check_base(here: dict[str, Any], noted: dict[str, Any], where: str) -> None:
-    """Refuse another base model. Rounding to another float type is not another model."""
+    """Refuse another base model. Rounding to another float type is not another model.
+
+    Raises:
+        MismatchError: names what differs.
+        StoreError: what was noted is damaged.
+    """
+    try:
+        _check_base(here, noted, where)
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        said = one_line(error) or type(error).__name__
+        raise StoreError(f"What {where} says of its base model is damaged ({said}).") from None
+
+
+def _check_base(here: dict[str, Any], noted: dict[str, Any], where: str) -> None:
     for what, value in here["config"].items():
         there = noted["config"].get(what, value)
         if value != there:
@@ -168,6 +196,8 @@ def check_base(here: dict[str, Any], noted: dict[str, Any], where: str) -> None:
             )
     for name in here["samples"].keys() & noted["samples"].keys():
         a, b = torch.tensor(here["samples"][name]), torch.tensor(noted["samples"][name])
+        if a.shape != b.shape:
+            raise ValueError(f"there are not {len(a)} samples of {name}")
         # bf16 keeps 8 bits: two roundings differ by at most 1/128 of the value.
         differs = (a - b).abs() > 0.008 * torch.maximum(a.abs(), b.abs()) + 1e-6
         if differs.any():

@@ -220,14 +220,16 @@ def _listed(spec: str, row: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _example(row: dict[str, Any], format: Format, where: str) -> Example:
-    if format.name == "completion" and (is_chat(row["prompt"]) or is_chat(row["completion"])):
+    if format.name == "completion" and (
+        is_chat(row.get("prompt")) or is_chat(row.get("completion"))
+    ):
         sides = (
             _messages(row, "prompt", "user", where),
             _messages(row, "completion", ASSISTANT, where),
         )
         return Example("", ("",), 0, ("",), where, sides)
     if format.name == "messages":
-        return Example("", ("",), 0, ("",), where, _conversation(row["messages"], where), True)
+        return Example("", ("",), 0, ("",), where, _conversation(row.get("messages"), where), True)
     prompt = _render(format.prompt, row, where)
     if isinstance(format.choices, str):
         bare = _listed(format.choices, row, where)
@@ -241,7 +243,7 @@ def _example(row: dict[str, Any], format: Format, where: str) -> Example:
 
 
 def _messages(row: dict[str, Any], column: str, role: str, where: str) -> Messages:
-    value = row[column]
+    value = row.get(column)
     if isinstance(value, str) and value.strip():
         return [{"role": role, "content": value}]
     if not is_chat(value):

@@ -5,15 +5,17 @@ Trainer writes a checkpoint file by file, and resumes what it finds.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerState
 
-from hlora.errors import StoreError
+from hlora.errors import HloraError, StoreError, one_line
 from hlora.files import MANIFEST, fault, seal
 from hlora.hf.distributed import wait_for_all
 
@@ -52,6 +54,9 @@ def join_train(trainer: Any) -> None:
     inner = trainer.train
     if getattr(inner, "joined_by_hlora", False):
         return
+    for name in _LOADERS:
+        if load := getattr(trainer, name, None):
+            setattr(trainer, name, _told(load))
 
     def train(resume_from_checkpoint: Any = None, *rest: Any, **named: Any) -> Any:
         args = trainer.args
@@ -81,15 +86,59 @@ def join_train(trainer: Any) -> None:
 _CHANGED = ("resume_from_checkpoint", "max_steps", "num_train_epochs")
 
 
+_LOADERS = (
+    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state",
+)  # fmt: skip
+"""By which Trainer reads the files of a checkpoint, whatever they hold."""
+
+
+def _told(load: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with one error."""
+
+    @wraps(load)
+    def told(checkpoint: Any = None, *rest: Any, **named: Any) -> Any:
+        try:
+            return load(checkpoint, *rest, **named)
+        except HloraError:
+            raise
+        except Exception as error:  # a damaged or hostile file may raise anything
+            if "out of memory" in str(error).lower():
+                raise
+            raise _not_resumed(checkpoint, one_line(error)) from None
+
+    return told
+
+
+def _not_resumed(checkpoint: Any, why: str) -> StoreError:
+    return StoreError(f"The checkpoint {checkpoint} cannot be resumed ({why}): resume another one.")
+
+
 def _at_its_end(checkpoint: Path, args: Any) -> bool:
     """Whether nothing is left to train: Trainer takes a step before it looks."""
+    usual = vars(TrainerState())
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-        if args.max_steps > 0:
-            return bool(state["global_step"] >= args.max_steps)
-        return bool(state["epoch"] >= args.num_train_epochs)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise StoreError(
-            f"The checkpoint {checkpoint} cannot be resumed (trainer_state.json is missing or "
-            "damaged): resume another one."
-        ) from None
+        found = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        for name, value in vars(found).items():
+            kind = type(usual[name])
+            fits = (int, float) if kind in (int, float) else kind
+            if usual[name] is not None and not isinstance(value, fits):
+                raise TypeError(name)
+        if not isinstance(found.train_batch_size, (int, type(None))):
+            raise TypeError("train_batch_size")
+        if not isinstance(found.best_model_checkpoint, (str, type(None))):
+            raise TypeError("best_model_checkpoint")
+        if not (0 <= found.global_step < 2**53 and 0 <= found.epoch < 2**53):
+            raise ValueError
+        if not all(isinstance(e, dict) and _is_number(e.get("loss", 0)) for e in found.log_history):
+            raise TypeError("log_history")
+        if "TrainerControl" not in found.stateful_callbacks:  # Trainer writes into it
+            raise KeyError("stateful_callbacks")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _not_resumed(checkpoint, "trainer_state.json is missing or damaged") from None
+    if args.max_steps > 0:
+        return bool(found.global_step >= args.max_steps)
+    return bool(found.epoch >= args.num_train_epochs)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))

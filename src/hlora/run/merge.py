@@ -81,7 +81,7 @@ def _noted(adapter: Path) -> dict[str, Any] | None:
             found = json.loads((adapter / marker).read_text("utf-8"))["base_model"]
             if {"name", "config", "samples"} <= found.keys():
                 return dict(found)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return None
 
@@ -90,7 +90,7 @@ def _base_named(adapter: Path, noted: dict[str, Any] | None) -> str:
     try:
         config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
         name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         name = revision = None  # `load_adapter` says what is wrong
     if not name:
         raise InputError(f"{adapter} names no base model: give it with --model.")

@@ -6,7 +6,6 @@ phase, ask it for its `plan`, and `run` it.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -70,6 +69,7 @@ from hlora.run.training import (
     begin_run,
     check_unfinished,
     clean_up,
+    read_trained,
     rows_needed,
     text_rows,
     tokenize,
@@ -260,6 +260,7 @@ class GeneralPhase(_Phase[Recorded]):
     def _run(self) -> Recorded:
         if self.finished:
             info = store.read_info(self.output)
+            store.described(info, self.output)
             size = sum(f["bytes"] for f in info["files"].values())
             return Recorded(self.output, info["kind"], info["summary"], size)
         run = self._begin()
@@ -406,8 +407,7 @@ class DomainPhase(_Phase[Trained]):
 
     def _run(self) -> Trained:
         if self.finished:
-            info = json.loads((self.output / TUNED).read_text("utf-8"))
-            return Trained(info["log"], info["seconds"], info["steps"], info["forgetting"])
+            return read_trained(self.output / TUNED)
         run = self._begin()
         for rows, which in self.unwritten:
             with self.model.disable_adapter():  # type: ignore[operator]

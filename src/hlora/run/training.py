@@ -25,7 +25,7 @@ from hlora.core import store
 from hlora.core.regularizer import Regularizer
 from hlora.data.rows import Rows
 from hlora.errors import InputError, StoreError, one_line, suggest
-from hlora.files import refuse_result, write_json
+from hlora.files import fault, refuse_result, write_json
 from hlora.hf.attach import attach
 from hlora.hf.badsteps import BadSteps
 from hlora.hf.checkpoints import newest_whole
@@ -79,6 +79,28 @@ class Trained:
     seconds: float
     steps: int
     forgetting: dict[str, float] | None = None
+
+
+def read_trained(path: Path) -> Trained:
+    """What the marker of a finished run says of it.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    noted = _noted(path)
+    log: Any = noted.get("log")
+    seconds: Any = noted.get("seconds")
+    steps: Any = noted.get("steps")
+    lost: Any = noted.get("forgetting")
+    numbers = [seconds, steps]
+    try:
+        numbers += [v for entry in log for v in entry.values()]
+        numbers += [lost[k] for k in _LOST] if lost is not None else []
+    except (TypeError, AttributeError, KeyError):
+        numbers = [None]
+    if not all(isinstance(n, (int, float)) for n in numbers):
+        raise StoreError(f"{path} is damaged: train again, with --overwrite.")
+    return Trained(log, seconds, int(steps), lost)
 
 
 def arguments(settings: TrainSettings) -> TrainingArguments:
@@ -160,6 +182,9 @@ def train(
     if checkpoint is not None:
         logger.warning("Resuming from %s.", checkpoint)
     if is_main():
+        for path in work.glob("checkpoint-*") if settings.resume else ():
+            if path != checkpoint and fault(path):  # else new files would be mixed with its own
+                shutil.rmtree(path)
         write_json(work / NOTES, run)
     if args.gradient_checkpointing:  # else a frozen base has no path for gradients
         model.enable_input_require_grads()  # type: ignore[operator]
@@ -237,7 +262,7 @@ def check_unfinished(settings: TrainSettings, marker: str) -> bool:
     if of_one and settings.resume and not settings.overwrite:
         changed = _changed(settings, result)
         if not changed:
-            if not _changed(settings, before):
+            if not (before and _changed(settings, before)):  # a kill may have left a part
                 clean_up(settings)
             return True
         goes_on = all(_is_longer(k, *both) for k, both in changed.items())
@@ -276,7 +301,7 @@ def check_unfinished(settings: TrainSettings, marker: str) -> bool:
 
 def _is_longer(key: str, was: Any, now: Any) -> bool:
     """Whether a setting makes a run longer that had this one before."""
-    return key in ("max_steps", "epochs") and bool(was) and now > was
+    return key in ("max_steps", "epochs") and isinstance(was, (int, float)) and 0 < was < now
 
 
 def _changed(settings: TrainSettings, noted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -313,9 +338,9 @@ def begin_run(
     }
     work = work_folder(settings)
     resumes = settings.resume and any(work.glob("checkpoint-*"))
-    before = _noted(work / NOTES) if resumes else {}
+    before = _noted(work / NOTES) if resumes else {"content": content}
     for what, value in content.items():
-        if before.get("content", content).get(what) != value:
+        if before.get("content", {}).get(what) != value:
             raise InputError(
                 f"Cannot resume: the {what} is not what the run began with. Restore it, or start "
                 "again with --overwrite."
@@ -326,12 +351,17 @@ def begin_run(
     }  # fmt: skip
 
 
+_NOTED = {"run": str, "settings": dict, "content": dict, "text_rows": int}
+_LOST = ("budget", "predicted", "measured", "measured_se", "share", "kept")
+
+
 def _noted(path: Path) -> dict[str, Any]:
-    """A JSON object of ours; empty where it is missing or damaged."""
+    """A JSON object of ours, without what is of another type; empty where it is missing."""
     try:
-        return dict(json.loads(path.read_text("utf-8")))
+        found = dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
+    return {k: v for k, v in found.items() if isinstance(v, _NOTED.get(k, object))}
 
 
 def _digest(content: Any) -> str:

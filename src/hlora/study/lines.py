@@ -76,9 +76,9 @@ class Line(TypedDict, total=False):
 _ALWAYS = ("key", "run")
 _OF_A_SUCCESS = ("study", "seen", "unseen", "text", "task", "forgetting", "versions")
 _WITHIN = {
-    "text": ("loss", "tokens"), "forgetting": ("nats", "se"),
+    "text": ("loss", "tokens"), "forgetting": ("nats", "se"), "task": ("acc", "acc_norm", "nll"),
 }  # fmt: skip
-"""What each entry must have."""
+"""What each entry must have; a task is one."""
 
 
 def checked(line: Mapping[str, Any], where: str) -> Line:
@@ -95,7 +95,7 @@ def checked(line: Mapping[str, Any], where: str) -> Line:
             raise InputError(f"{where}: not a line of a study: {name!r} is not as it should be.")
     if not line.get("error"):
         for name, keys in _WITHIN.items():
-            for entry in line[name].values():
+            for entry in [line[name]] if name == "task" else line[name].values():
                 if missing := [k for k in keys if entry.get(k) is None]:
                     raise InputError(f"{where}: {name} lacks {missing[0]!r}.")
     return line  # type: ignore[return-value]

@@ -128,7 +128,7 @@ def phase_nu(study: Study, method: str, seed: int) -> Path | None:
 
 def _finished(folder: Path, marker: str) -> bool:
     """Whether a phase was made and cleaned up after: a kill may have come between."""
-    return (folder / marker).exists() and not any(folder.glob("checkpoints/*"))
+    return (folder / marker).exists() and not (folder / "checkpoints").exists()
 
 
 def base_scores(study: Study, task: str) -> dict[str, Any]:

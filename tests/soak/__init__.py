@@ -1,0 +1,1 @@
+"""Kills, damage, hostile files and full disks, and what comes of them. `make soak`"""
