@@ -279,6 +279,12 @@ def test_other_lists_are_not_text(tmp_path):
         load_task(str(write_rows(tmp_path / "t.jsonl", [row])))
 
 
+def test_true_is_not_text(tmp_path):
+    row = {"prompt": "Is it?", "completion": True}
+    with pytest.raises(hlora.InputError, match=r"row 1.*true or false"):
+        load_task(str(write_rows(tmp_path / "t.jsonl", [row])))
+
+
 @pytest.fixture
 def narrow(tmp_path):
     """A model that knows fewer tokens than its tokenizer gives."""

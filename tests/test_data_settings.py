@@ -106,6 +106,8 @@ def test_a_task_format_s_words_are_text(tmp_path):
         (["--training.max_grad_norm", "nan"], "max_grad_norm"),
         (["--training.neftune_noise_alpha", "inf"], "neftune_noise_alpha"),
         (["--lora-alpha", "1e30"], "--lora-alpha"),
+        (["--learning-rate", "1e-400"], "--learning-rate"),
+        (["--training.weight_decay", "1e-400"], "weight_decay"),
     ],
 )
 def test_odd_numbers_are_refused(words, named):

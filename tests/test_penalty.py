@@ -166,6 +166,24 @@ def test_base_anchor_with_a_mutated_base_is_the_start(tmp_path, init):
     assert float(callback.value()) > 0
 
 
+def test_a_second_train_holds_a_mutated_base_still(tmp_path):
+    def model():
+        return lora_model(init_lora_weights="pissa")
+
+    make_trainer(model(), tmp_path / "run", [hlora.Record(tmp_path / "nu", kind="dense")]).train()
+    callback = hlora.Penalty(tmp_path / "nu", anchor="base")
+    trainer = make_trainer(model(), tmp_path / "a", [callback], rows=token_rows(seed=2))
+    trainer.train()
+    optimizer = torch.optim.SGD([p for p in trainer.model.parameters() if p.requires_grad])
+    callback.start(trainer.model, optimizer)
+    assert float(callback.value()) > 0
+    other = model()
+    callback.start(
+        other, torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=0.1)
+    )
+    assert float(callback.value()) == pytest.approx(0.0, abs=1e-9)
+
+
 def test_r_and_total_are_logged(kept, tmp_path):
     _, trainer = tuned(kept, tmp_path / "run", callback=hlora.Penalty(kept, phi=10.0))
     logged = [e for e in trainer.state.log_history if "loss" in e]

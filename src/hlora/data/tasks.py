@@ -25,8 +25,13 @@ Messages = list[dict[str, Any]]
 
 def _printable(value: Any) -> Any:
     """What a template prints is text, or a number; not Python's word for something else."""
-    if missing(value) or isinstance(value, (dict, list, tuple)):
-        raise ValueError(f"a value is {'missing' if missing(value) else 'a list, not text'}")
+    for said, wrong in (
+        ("missing", missing(value)),
+        ("a list, not text", isinstance(value, (dict, list, tuple))),
+        ("true or false, not text: write the word that is meant", isinstance(value, bool)),
+    ):
+        if wrong:
+            raise ValueError(f"a value is {said}")
     return value
 
 

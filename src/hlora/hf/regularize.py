@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,7 @@ class Penalty(Regularization):
         self.anchor = anchor or ("base" if at_base else "nu")
         self.forget_at_most = forget_at_most
         self._planned = 0
+        self._first: tuple[weakref.ref[nn.Module], Anchor] | None = None
         self.predicted: float | None = None
         if forget_at_most is not None:
             check_budget(forget_at_most)
@@ -329,11 +331,13 @@ class Penalty(Regularization):
     def _find_anchor(self, model: nn.Module, groups: list[Group], *, fresh: bool) -> Anchor:
         """B and A of the anchor by group; for `nu` a new adapter becomes the recorded one."""
         if self.anchor == "base":
-            # Where the initialization changed θ₀, the start and not B = 0 is the base model.
-            return {
-                g.names: (B, A) if self.needs_state else (torch.zeros_like(B), A)
-                for g, (B, A) in ((g, g.factors()) for g in groups)
-            }
+            here = {g.names: g.factors() for g in groups}
+            if not self.needs_state:
+                return {names: (torch.zeros_like(B), A) for names, (B, A) in here.items()}
+            # The initialization changed θ₀, so the first start and not B = 0 is the base model.
+            if self._first is None or self._first[0]() is not model:
+                self._first = weakref.ref(model), here
+            return self._first[1]
         start = self._start_of(model, groups) if fresh else None
         if start == "new" and (left := take_over(model, read_tensors(self.stored.folder))):
             logger.warning(

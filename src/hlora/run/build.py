@@ -100,10 +100,13 @@ def _converted(name: str, value: Any, kind: type) -> Any:
         if kind is int and not isinstance(value, int):
             number = float(value)
             return int(value) if isinstance(value, str) and value.isdecimal() else _whole(number)
-        return kind(value)
+        found = kind(value)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         shown = f"{str(value)[:60]!r}" if isinstance(value, str) else str(value)[:60]
         raise InputError(f"{name} must be {words.get(kind, 'text')}, not {shown}.") from None
+    if kind is float and not found and set("123456789") & set(str(value).lower().partition("e")[0]):
+        raise InputError(f"{name} is too small to be told from 0: {str(value)[:60]}.")
+    return found
 
 
 def _whole(number: float) -> int:
