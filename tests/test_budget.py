@@ -5,26 +5,42 @@ import torch
 from transformers import TrainerCallback
 
 import hlora
+from hlora.core.evaluating import evaluating
 from hlora.core.importance.blend import Blend
 from hlora.core.pairs import group
 from hlora.core.quadratic import Quadratic
+from hlora.hf.gauge import Gauge
 from hlora.hf.peft import find_pairs
 from hlora.hf.record import save_importance
+from hlora.run.evaluate import divergence
 from tests.conftest import lora_model, make_trainer, perturb, token_rows
 
+WATCHED = torch.tensor([r["input_ids"] for r in token_rows(9, seed=6)])
 TRAINING = {"max_steps": 40, "learning_rate": 2e-2, "logging_steps": 10}
 
 
-@pytest.fixture
-def base(tmp_path):
-    """A blend gathered at the tiny LLaMA."""
+def gathered(folder, watched=None):
+    """A blend at the tiny LLaMA."""
     model = lora_model()
     pairs = find_pairs(model)
     rows = torch.tensor([r["input_ids"] for r in token_rows(32, seed=5)])
     importance, summary = Blend.gather(model, pairs, rows)
+    if watched is not None:
+        importance = importance.watching(watched)
     notes = {"recording": {"storage": "fp32"}, "summary": summary, "settings": {}}
-    save_importance(tmp_path / "base", model, pairs, importance, notes)
-    return tmp_path / "base"
+    save_importance(folder, model, pairs, importance, notes)
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path):
+    """Without text to measure on."""
+    return gathered(tmp_path / "base")
+
+
+@pytest.fixture
+def watching(tmp_path):
+    return gathered(tmp_path / "watching", WATCHED)
 
 
 def trained(folder, penalty, callbacks=(), resume=None, **settings):
@@ -86,6 +102,74 @@ def test_a_budget_that_is_never_reached_leaves_the_training_alone(base, tmp_path
     assert b["phi"] < 0.01
 
 
+def test_a_gauge_is_the_divergence_from_the_base():
+    model = lora_model()
+    perturb(model)
+    gauge = Gauge(model, WATCHED.int())
+    assert float(gauge()) == pytest.approx(divergence(model, WATCHED).nats, rel=1e-5)
+    odd = divergence(model, WATCHED[1::2]).nats
+    assert float(gauge(slice(1, None, 2))) == pytest.approx(odd, rel=1e-5)
+
+
+def test_looking_changes_nothing():
+    model = lora_model().train()
+    model.base_model.eval()
+    before = [m.training for m in model.modules()]
+    state, needed = torch.get_rng_state(), [p.requires_grad for p in model.parameters()]
+    Gauge(model, WATCHED)()
+    assert torch.equal(state, torch.get_rng_state())
+    assert [m.training for m in model.modules()] == before
+    assert [p.requires_grad for p in model.parameters()] == needed
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+
+
+def test_text_that_the_model_does_not_know_is_refused(tmp_path):
+    base = gathered(tmp_path / "base", WATCHED + 1000)
+    with pytest.raises(hlora.MismatchError, match="token 10"):
+        trained(tmp_path / "a", hlora.Penalty(base, forget_at_most=0.1))
+
+
+def test_kept_text_is_read_back_and_damage_is_refused(watching):
+    kept = hlora.load(watching).importance.watched
+    assert torch.equal(kept, WATCHED.int())
+    importance = Blend.gather(lora_model(), find_pairs(lora_model()), WATCHED)[0]
+    for wrong in (WATCHED - 1000, WATCHED[0], WATCHED[:0]):
+        with pytest.raises(ValueError, match="watched"):
+            importance.watching(wrong).check()
+
+
+def test_a_prediction_is_corrected_by_what_is_measured(base, tmp_path):
+    """A gauge that measures five times what is predicted: a fifth of it is what is allowed."""
+    free = predicted(trained(tmp_path / "a", hlora.Penalty(base, phi=0.0)).model, base)
+    penalty = hlora.Penalty(base, forget_at_most=free / 4)
+    trainer = make_trainer(lora_model(), tmp_path / "b", **TRAINING)
+
+    class Fivefold(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            held = penalty.regularizer
+            held.gauge = lambda part: 5 * held.predict(penalty._groups)
+
+    hlora.attach(trainer, penalty)
+    trainer.add_callback(Fivefold())
+    trainer.train()
+    assert 0.25 * free / 4 < penalty.predicted < 3 * free / 4  # by steering
+    assert predicted(trainer.model, base) == pytest.approx(
+        min(penalty.predicted, free / 4) / 5, rel=0.03
+    )
+    logged = [e["forgetting"] for e in trainer.state.log_history if "loss" in e]
+    assert logged[-1] == pytest.approx(penalty.predicted, rel=0.3)
+
+
+def test_what_is_measured_at_the_end_is_within_the_budget(watching, tmp_path):
+    free = trained(tmp_path / "a", hlora.Penalty(watching, phi=0.0)).model
+    most = float(Gauge(free, WATCHED)()) / 20
+    penalty = hlora.Penalty(watching, forget_at_most=most)
+    held = trained(tmp_path / "b", penalty).model
+    assert 0.2 * most < float(Gauge(held, WATCHED)()) <= 1.02 * most
+    assert 0.2 * most < penalty.predicted < 3 * most
+
+
 def test_more_budget_learns_more(base, tmp_path):
     losses = [
         trained(tmp_path / str(b), hlora.Penalty(base, forget_at_most=b)).state.log_history[-2]
@@ -99,7 +183,9 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 20
 
 
-def test_a_resumed_budget_goes_on_where_it_was(base, tmp_path):
+@pytest.mark.parametrize("which", ["base", "watching"])
+def test_a_resumed_budget_goes_on_where_it_was(which, request, tmp_path):
+    base = request.getfixturevalue(which)
     straight = trained(tmp_path / "a", hlora.Penalty(base, forget_at_most=1e-3))
     saving = {"save_strategy": "steps", "save_steps": 20}
     trained(tmp_path / "b", hlora.Penalty(base, forget_at_most=1e-3), [Stop()], **saving)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,60 +25,98 @@ MOST = 3.0
 """E-folds that count."""
 FIRST, LOWEST, HIGHEST = 1.0, 1e-6, 1e6
 """φ at the start, and its bounds."""
+LOOKS = 16
+"""How often in a run forgetting is measured, to correct what the importance predicts."""
+FURTHEST = 100.0
+"""A correction beyond which a measurement says nothing."""
+TRIES, CLOSE = 6, 1.02
+"""Scalings at the end, and how far above the budget is near enough."""
+
+Gauge = Callable[[slice], Tensor]
+"""Measures forgetting on a part of some rows: nats per token, a scalar on the device."""
 
 
 class Budgeted(Quadratic):
     """Holds θ to the base model as strongly as a budget asks for.
 
-    Dual ascent on log φ, with a proportional term that damps it.
+    Dual ascent on log φ, with a proportional term that damps it. What the importance predicts costs
+    next to nothing and is asked at every step, but a training that it pulls soon leaves the
+    directions that it knows (on SmolLM2 it then predicted a tenth of what was true). So every
+    1/`LOOKS` of the run forgetting is measured, and κ, what was measured over what was predicted,
+    corrects the prediction.
 
     Nothing leaves the device: φ is a tensor there.
 
     Args:
-        at_most: nats per token of KL divergence from the base model, as the importance predicts.
+        at_most: nats per token of KL divergence from the base model.
         steps: optimizer steps of the whole run.
+        gauge: measures it; without one κ is 1.
         of: as for `Quadratic`; the importance must predict forgetting.
+
+    Attributes:
+        taken: steps so far.
 
     Raises:
         InputError: a budget that is no positive number.
     """
 
-    def __init__(self, at_most: float, steps: int, *of: Any) -> None:
+    def __init__(self, at_most: float, steps: int, gauge: Gauge | None, *of: Any) -> None:
         check_budget(at_most)
         super().__init__(*of)
         device = next(iter(self.anchor.values()))[0].device
-        self.at_most, self.steps = at_most, steps
+        self.at_most, self.steps, self.gauge, self.taken = at_most, steps, gauge, 0
         self.phi: Tensor = torch.tensor(FIRST, device=device)
-        self.taken, self.level = (torch.zeros((), device=device) for _ in range(2))
+        self.level, self.log_kappa = (torch.zeros((), device=device) for _ in range(2))
 
     @torch.no_grad()
-    def steer(self, pull: Pull) -> None:
+    def steer(self, pull: Pull) -> Tensor:
         assert pull.forgetting is not None
         self.taken += 1
-        opened = (self.taken / max(RAMP * self.steps, 1)).clamp(max=1)
-        over = (pull.forgetting.to(self.phi) / (self.at_most * opened)).log().clamp(-MOST, MOST)
+        every = max(1, self.steps // LOOKS)
+        if self.gauge and self.taken % every == 0:
+            self._look(pull.forgetting, self.gauge, self.taken // every)
+        forgetting = pull.forgetting.to(self.phi) * self.log_kappa.exp()
+        opened = min(1.0, self.taken / max(RAMP * self.steps, 1))
+        over = (forgetting / (self.at_most * opened)).log().clamp(-MOST, MOST)
         self.level += LEVEL_GAIN * over.clamp(-1, 1)
         self.level.clamp_(math.log(LOWEST), math.log(HIGHEST))
         self.phi.copy_((self.level + GAIN * over).exp()).clamp_(LOWEST, HIGHEST)
+        return forgetting
+
+    def _look(self, predicted: Tensor, gauge: Gauge, count: int) -> None:
+        """κ as one half of the rows tells it, averaged with what was known: of the other half."""
+        measured = gauge(slice(count % 2, None, 2)).to(self.phi)
+        kappa = measured.clamp(min=LEAST) / predicted.to(self.phi).clamp(min=LEAST)
+        kappa = kappa.log().clamp(-math.log(FURTHEST), math.log(FURTHEST))
+        self.log_kappa.copy_(kappa if count == 1 else (self.log_kappa + kappa) / 2)
 
     def state(self) -> dict[str, Tensor]:
-        return {"level": self.level.cpu()}
+        return {"level": self.level.cpu(), "log_kappa": self.log_kappa.cpu()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.level.copy_(tensors.get("level", self.level))
+        for name in ("level", "log_kappa"):
+            here = getattr(self, name)
+            here.copy_(tensors.get(name, here))
 
     @torch.no_grad()
     def keep(self, groups: list[Group]) -> float:
-        """Scale B down until the prediction is within the budget; returns what was predicted.
+        """Scale B down until what is measured (without a gauge: predicted) is within the budget.
 
-        D = s·B·A from the base model, so the prediction falls with the square of the scale.
+        D = s·B·A from the base model, so forgetting falls about with the square of the scale.
+        Returns what it was before.
         """
-        predicted = float(self.predict(groups))
-        if predicted > self.at_most:
+        first = forgotten = self._forgotten(groups)
+        for _ in range(TRIES):
+            if forgotten <= self.at_most * CLOSE:
+                break
             for g in groups:
                 B, A = g.factors()
-                g.set_factors(B * math.sqrt(self.at_most / predicted), A)
-        return predicted
+                g.set_factors(B * math.sqrt(self.at_most / forgotten), A)
+            forgotten = self._forgotten(groups)
+        return first
+
+    def _forgotten(self, groups: list[Group]) -> float:
+        return float(self.gauge(slice(None)) if self.gauge else self.predict(groups))
 
 
 def check_budget(at_most: float) -> None:

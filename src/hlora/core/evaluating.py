@@ -10,10 +10,11 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the former mode after."""
-    training = model.training
+    """Evaluation mode inside, each module's former mode after."""
+    training = [m for m in model.modules() if m.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True

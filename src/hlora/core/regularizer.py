@@ -54,8 +54,12 @@ class Regularizer:
         """The gradients to add before an optimizer step; None for none."""
         return None
 
-    def steer(self, pull: Pull) -> None:
-        """Set φ for the next step; called once a step with what was pulled."""
+    def steer(self, pull: Pull) -> Tensor | None:
+        """Set φ for the next step; called once a step with what was pulled.
+
+        Returns the forgetting that is to be logged.
+        """
+        return pull.forgetting
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside φ."""

@@ -169,9 +169,8 @@ class Steps:
             if pull is None:
                 continue
             self._count([(regularizer.phi, pull.R)])
-            if pull.forgetting is not None:
-                self._forgetting = pull.forgetting
-            regularizer.steer(pull)
+            if (forgetting := regularizer.steer(pull)) is not None:
+                self._forgetting = forgetting
             for group, (dB, dA) in zip(groups, pull.gradients, strict=True):
                 if group.names in total:
                     _, B, A = total[group.names]

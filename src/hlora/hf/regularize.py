@@ -22,6 +22,7 @@ from hlora.core.statefile import pack, read
 from hlora.errors import InputError, UnsupportedModelError, in_short, one_of
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
+from hlora.hf.gauge import Gauge
 from hlora.hf.hub import located
 from hlora.hf.peft import UNHELD, base_of, find_pairs, init_of, starts_at_base, take_over
 from hlora.hf.record import warn_of_unreached
@@ -193,9 +194,9 @@ class Penalty(Regularization):
         phi: φ of Eq. 16; 0.01 on normalized importance unless the preset says otherwise, and 1 on
             importance in nats per token. The attribute may be set while training.
         forget_at_most: in place of φ, a budget: nats per token of KL divergence from the base model
-            on general text, as the importance predicts it (kind `blend` or `sketch`). φ is steered
-            to it while training, and what is above it at the end is taken back by scaling the
-            adapter.
+            on text that it wrote when the importance was gathered. φ is steered to it while
+            training, by what the importance predicts and sixteen measurements, and what is above it
+            at the end is taken back by scaling the adapter.
         preset: `default`, `paper` (Eq. 14-16 to the letter) or `official` (the authors' code).
         anchor: `nu` starts from the recorded adapter and holds θ to it; `base` starts from the
             base model and holds θ to that, the recorded adapter serving for its importance only. By
@@ -206,7 +207,8 @@ class Penalty(Regularization):
             normalize, layer_weights, softmax_scale, apart.
 
     Attributes:
-        predicted: after training on a budget, the forgetting before anything was taken back.
+        predicted: after training on a budget, the forgetting on that text before anything was taken
+            back; as the importance predicts it, where it was gathered without that text.
 
     Raises:
         InputError, StoreError: an unusable setting or importance folder.
@@ -272,7 +274,9 @@ class Penalty(Regularization):
         anchor = self._find_anchor(model, groups, fresh=fresh)
         phi, of = self.phi, (self.stored.importance, groups, anchor, self.rule)
         if self.forget_at_most is not None:
-            self.regularizer = Budgeted(self.forget_at_most, self._planned, *of)
+            rows = self.stored.importance.watched
+            gauge = None if rows is None else Gauge(model, rows)
+            self.regularizer = Budgeted(self.forget_at_most, self._planned, gauge, *of)
             return groups
         self.regularizer = Quadratic(*of)
         self.regularizer.phi = phi
@@ -321,7 +325,7 @@ class Penalty(Regularization):
         self._planned = state.max_steps
         super().on_train_begin(args, state, control, model=model, optimizer=optimizer)
         if isinstance(self.regularizer, Budgeted):
-            self.regularizer.taken.fill_(state.global_step)
+            self.regularizer.taken = state.global_step
 
     def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if self.steps is not None and isinstance(self.regularizer, Budgeted):

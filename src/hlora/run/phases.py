@@ -20,6 +20,7 @@ from transformers import set_seed
 from hlora import __version__
 from hlora.core import card, store
 from hlora.core.importance import Importance
+from hlora.core.importance.sequences import Sequences
 from hlora.core.kinds import kind_named
 from hlora.core.pairs import Pair
 from hlora.core.presets import RecordRule
@@ -80,6 +81,8 @@ HUB_BLOCKS = 4000
 """Rows taken of a hub data set, which may be endless, unless --text-blocks says otherwise."""
 MEASURED_ON, MEASURED_BLOCKS = ["python-docs@test"], 24
 """Text that a budget is checked on, and rows of each kind."""
+WATCHED, OTHER_SEED = 16, 1 << 20
+"""Rows that an importance keeps for measuring, and how their seed differs from the others'."""
 OWN, OWN_BLOCKS = "own", 128
 """The general text that the model writes itself while tuning, and its rows."""
 MOST_REPLAY = 0.99
@@ -147,10 +150,10 @@ class _Phase(Generic[Done]):
         base = base_of(self.model, self.pairs)
         return begin_run(self.settings, base, self.rows, self.also_read)
 
-    def _write_own(self, count: int, length: int) -> Tensor:
+    def _write_own(self, count: int, length: int, seed: int = 0) -> Tensor:
         with bar("the model's own text", count) as shown:
             return own_text(
-                self.model, self.tokenizer, count, length, seed=self.settings.seed,
+                self.model, self.tokenizer, count, length, seed=self.settings.seed + seed,
                 tick=shown.update,
             )  # fmt: skip
 
@@ -297,6 +300,8 @@ class GeneralPhase(_Phase[Recorded]):
                 self.model, self.pairs, self.tokens, batch_size=self.settings.batch_size,
                 seed=self.settings.seed, tick=shown.update, **given,
             )  # fmt: skip
+        if isinstance(found, Sequences):
+            found = found.watching(self._write_own(WATCHED, self.tokens.shape[1], OTHER_SEED))
         importance: Importance = found.stored_as(self.settings.storage)
         summary["own_text"] = self.own
         summary["seconds"] = round(time.monotonic() - began, 1)

@@ -37,6 +37,8 @@ class Importance(ABC):
         natural: R is in nats per token as it is: neither Eq. 15's layer weights nor a normalization
             apply.
         own_text: gathered from text that the model writes, half of it where text is given.
+        watched: (N, T) tokens of such text that was not gathered from, to measure forgetting on;
+            None where there are none.
     """
 
     kind: ClassVar[str]
@@ -45,6 +47,7 @@ class Importance(ABC):
     conversions: ClassVar[tuple[str, ...]] = ()
     natural: ClassVar[bool] = False
     own_text: ClassVar[bool] = False
+    watched: Tensor | None = None
 
     # ---------------------------------------------------------------- gathered
 

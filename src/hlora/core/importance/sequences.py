@@ -37,8 +37,8 @@ COLUMNS = 4
 """Columns of V that a sequence of its own is seen in."""
 PILOT = 4
 """One sequence in so many finds U and V."""
-TOKENS = "tokens"
-"""The tensor that holds T."""
+TOKENS, WATCHED = "tokens", "watched"
+"""The tensors that hold T, and text to measure forgetting on."""
 
 Self = TypeVar("Self", bound="Sequences")
 
@@ -75,13 +75,18 @@ class Sequences(Importance):
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
         self._tokens = int(tensors[TOKENS])
+        self.watched = tensors.get(WATCHED)
 
     @classmethod
     def from_tensors(cls: type[Self], tensors: dict[str, Tensor]) -> Self:
         wanted = {TOKENS, *(f"{n}.{p}" for n in _names(tensors) for p in cls.parts)}
-        if tensors.keys() != wanted:
-            raise ValueError(f"{sorted(tensors.keys() ^ wanted)[0]} is missing or unexpected")
+        if wrong := (tensors.keys() - {WATCHED}) ^ wanted:
+            raise ValueError(f"{min(wrong)} is missing or unexpected")
         return cls(tensors)
+
+    def watching(self, rows: Tensor) -> Sequences:
+        """The same, with text to measure forgetting on."""
+        return type(self)({**self._tensors, WATCHED: rows.int()})
 
     def tensors(self) -> dict[str, Tensor]:
         return self._tensors
@@ -141,6 +146,12 @@ class Sequences(Importance):
         ]
 
     def check(self) -> None:
+        watched = self.watched
+        if watched is not None and not (
+            watched.dim() == 2 and watched.numel() and not watched.is_floating_point()
+            and int(watched.min()) >= 0
+        ):  # fmt: skip
+            raise ValueError(f"{WATCHED} holds no tokens")
         for name, t in self._tensors.items():
             if t.is_floating_point() and not t.isfinite().all():
                 raise ValueError(f"{name} is not finite")

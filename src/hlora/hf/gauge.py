@@ -1,0 +1,51 @@
+"""Forgetting measured while training: the model is run on text that its base wrote."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hlora.core.evaluating import evaluating
+from hlora.errors import MismatchError
+from hlora.hf.divergence import divergences
+
+BATCH = 4
+
+
+class Gauge:
+    """KL(base ‖ model) on rows of tokens, nats per token: forward once with the adapter and once
+    without.
+
+    The adapter is whatever the model's is when called; nothing is drawn, so training goes on as if
+    nobody had looked.
+
+    Args:
+        model: a PEFT model.
+        rows: (N, T) tokens.
+
+    Raises:
+        MismatchError: the model does not know a token.
+    """
+
+    def __init__(self, model: nn.Module, rows: Tensor) -> None:
+        self.model, self.rows = model, rows
+        known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        if int(rows.max()) >= known:
+            raise MismatchError(
+                f"The importance keeps text with token {int(rows.max())}, and the model knows "
+                f"{known}: gather it again on this model."
+            )
+
+    def __call__(self, part: slice = slice(None)) -> Tensor:
+        """A scalar on the model's device."""
+        with torch.no_grad(), evaluating(self.model):
+            found = [self._of(rows) for rows in self.rows[part].split(BATCH)]
+        return torch.cat(found).mean()
+
+    def _of(self, rows: Tensor) -> Tensor:
+        ids = rows[:, :-1].long().to(next(self.model.parameters()).device)
+        with self.model.disable_adapter():  # type: ignore[operator]
+            before = self.model(input_ids=ids, use_cache=False).logits
+        after = self.model(input_ids=ids, use_cache=False).logits
+        # Row by row: in float32 the predictions of a batch would be the largest thing there is.
+        return torch.stack([divergences(b, a).mean() for b, a in zip(before, after, strict=True)])
