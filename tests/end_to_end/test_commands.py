@@ -405,7 +405,7 @@ def test_a_seed_gives_the_same_bits_however_the_model_was_loaded(place, phase, m
         torch.rand(7)
         return loaded
 
-    monkeypatch.setattr(phases, "load", load)
+    monkeypatch.setattr(phases, "load", drawing)
     assert run(*more, output="two") == 0
     assert same(place.adapter("one"), place.adapter("two"))
 

@@ -63,6 +63,7 @@ class Regularization(Attached):
 
     @phi.setter
     def phi(self, value: float | Tensor) -> None:
+        self.note_phi(value)
         self.regularizer.phi = value
 
     # ---------------------------------------------------------------- in any training loop
@@ -170,6 +171,9 @@ class Regularization(Attached):
 
     # ---------------------------------------------------------------- for subclasses
 
+    def note_phi(self, value: float | Tensor) -> None:
+        """Called with a φ before it counts; may refuse it."""
+
     def state_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside φ."""
         return self.regularizer.state()
@@ -258,15 +262,9 @@ class Penalty(Regularization):
                 )
         self.regularizer.phi = self.rule.phi
 
-    @property
-    def phi(self) -> float | Tensor:
-        return self.regularizer.phi
-
-    @phi.setter
-    def phi(self, value: float | Tensor) -> None:
+    def note_phi(self, value: float | Tensor) -> None:
         if not isinstance(value, Tensor):
             self.rule = replace(self.rule, phi=float(value))  # refuses what is no φ
-        self.regularizer.phi = value
 
     def prepare(self, model: nn.Module, *, fresh: bool) -> list[Group]:
         groups = self._checked(model)
