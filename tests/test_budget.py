@@ -90,7 +90,9 @@ def test_what_is_above_the_budget_at_the_end_is_taken_back(base):
     perturb(model)
     before = predicted(model, base)
     assert before > 2e-4
-    assert penalty.regularizer.keep(penalty._groups) == pytest.approx(before, rel=1e-4)
+    first, left, share = penalty.regularizer.keep(penalty._groups)
+    assert (first, left) == (pytest.approx(before, rel=1e-4), pytest.approx(1e-4, rel=1e-3))
+    assert share == pytest.approx((1e-4 / before) ** 0.5, rel=1e-3)
     assert predicted(model, base) == pytest.approx(1e-4, rel=1e-3)
 
 

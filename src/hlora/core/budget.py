@@ -99,21 +99,24 @@ class Budgeted(Quadratic):
             here.copy_(tensors.get(name, here))
 
     @torch.no_grad()
-    def keep(self, groups: list[Group]) -> float:
+    def keep(self, groups: list[Group]) -> tuple[float, float, float]:
         """Scale B down until what is measured (without a gauge: predicted) is within the budget.
 
         D = s·B·A from the base model, so forgetting falls about with the square of the scale.
-        Returns what it was before.
+        Returns what it was, what it is, and the scale.
         """
         first = forgotten = self._forgotten(groups)
+        share = 1.0
         for _ in range(TRIES):
             if forgotten <= self.at_most * CLOSE:
                 break
+            scale = math.sqrt(self.at_most / forgotten)
+            share *= scale
             for g in groups:
                 B, A = g.factors()
-                g.set_factors(B * math.sqrt(self.at_most / forgotten), A)
+                g.set_factors(B * scale, A)
             forgotten = self._forgotten(groups)
-        return first
+        return first, forgotten, share
 
     def _forgotten(self, groups: list[Group]) -> float:
         return float(self.gauge(slice(None)) if self.gauge else self.predict(groups))

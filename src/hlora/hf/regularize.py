@@ -213,6 +213,7 @@ class Penalty(Regularization):
     Attributes:
         predicted: after training on a budget, the forgetting on that text before anything was taken
             back; as the importance predicts it, where it was gathered without that text.
+        left, share: the same after, and what the adapter was scaled by.
 
     Raises:
         InputError, StoreError: an unusable setting or importance folder.
@@ -251,6 +252,7 @@ class Penalty(Regularization):
         self._planned = 0
         self._first: tuple[weakref.ref[nn.Module], Anchor] | None = None
         self.predicted: float | None = None
+        self.left, self.share = 0.0, 1.0
         if forget_at_most is not None:
             check_budget(forget_at_most)
             if phi is not None:
@@ -327,7 +329,7 @@ class Penalty(Regularization):
 
     def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if self.steps is not None and isinstance(self.regularizer, Budgeted):
-            self.predicted = self.regularizer.keep(self._groups)
+            self.predicted, self.left, self.share = self.regularizer.keep(self._groups)
         super().on_train_end(args, state, control, **kwargs)
 
     def _find_anchor(self, model: nn.Module, groups: list[Group], *, fresh: bool) -> Anchor:

@@ -425,10 +425,11 @@ class DomainPhase(_Phase[Trained]):
         budget = self.settings.forget_at_most
         if budget and self.general is not None:
             whole, kept = within_budget(self.model, self.general, budget, self.settings.batch_size)
+            held = self.regularizers[0]
             trained = replace(trained, forgetting={
-                "budget": budget, "predicted": self.regularizers[0].predicted or 0.0,
+                "budget": budget, "predicted": held.left,
                 "measured": whole.measured.nats, "measured_se": whole.measured.se,
-                "share": kept.share, "kept": kept.measured.nats,
+                "share": held.share * kept.share, "kept": kept.measured.nats,
             })  # fmt: skip
         if is_main():
             self._write(trained, run)
