@@ -62,6 +62,7 @@ def test_values_are_by_seed_and_over_tasks(whole):
     # Seeds that lack a task are left out of the mean over tasks.
     short = Results(whole.lines[:-1], [], [])
     assert list(short.values("nll", Row("l2", 0.03), *whole.tasks)) == [0, 1]
+    assert whole.values("nll", row) == {}  # over no task
 
 
 def test_claims_are_judged_from_the_figures(whole):
