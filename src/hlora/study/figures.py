@@ -19,7 +19,9 @@ from hlora.study.stats import independent, p_equals
 
 STYLES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p", "d", "8")
-OURS, RIVAL = "#0072b2", "#e69f00"
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
+"""Okabe and Ito's, told apart by the color-blind; markers and lines tell methods apart in print."""
+OURS, RIVAL = COLORS[0], COLORS[4]
 
 
 def violins(results: Results, ours: Row, rival: Row) -> Any:
@@ -107,8 +109,8 @@ def phi_curves(results: Results) -> Any | None:
             at.errorbar(
                 [r.phi for r in rows], [m for m, _ in points],
                 yerr=[0 if math.isnan(e) else e for _, e in points], capsize=2, linewidth=1.2,
-                marker=MARKERS[index], markersize=5, linestyle=STYLES[index % len(STYLES)],
-                label=_name(Row(method, None).label),
+                markersize=5, label=_name(Row(method, None).label),
+                **{**_style(method, list(sweeps)), "linestyle": STYLES[index % len(STYLES)]},
             )  # fmt: skip
         if plain in results.rows:
             level = results.mean(metric, plain, *tasks)
@@ -135,11 +137,9 @@ def frontier(results: Results) -> Any:
             points = [[results.mean(m, r, task) for m in (across, up)] for r in of]
             if not points:
                 continue
-            line, fill = (OURS, OURS) if method.startswith("hlora") else ("black", "white")
             at.plot(
-                *zip(*points, strict=True), linewidth=0.8, linestyle="-", color=line,
-                marker=MARKERS[methods.index(method) % len(MARKERS)], markerfacecolor=fill,
-                markersize=6, label=_name(Row(method, None).label),
+                *zip(*points, strict=True), linewidth=0.8, markersize=6,
+                label=_name(Row(method, None).label), **_style(method, methods),
             )  # fmt: skip
         at.axhline(0, color="black", linewidth=0.6, linestyle=":")
         at.set_title(_name(task), loc="left")
@@ -197,6 +197,17 @@ def load_pyplot() -> Any:
     return pyplot
 
 
+def _style(method: str, methods: list[str]) -> dict[str, Any]:
+    """HLoRA's markers are filled and in one color; every method of a figure has its own shape."""
+    index, ours = methods.index(method), method.startswith("hlora")
+    others = [m for m in methods if not m.startswith("hlora")]
+    color = OURS if ours else COLORS[1:][others.index(method) % len(COLORS[1:])]
+    return {
+        "color": color, "marker": MARKERS[index % len(MARKERS)], "linestyle": "-",
+        "markerfacecolor": color if ours else "white",
+    }  # fmt: skip
+
+
 def _name(text: str) -> str:
     """A name as it is: matplotlib takes what stands between two $ for a formula."""
     return visible(text).replace("$", r"\$")
@@ -227,7 +238,8 @@ def heatmap(norms: dict[str, float]) -> Any:
     shown = axes.imshow(values, norm="log", cmap="cividis", aspect="auto")
     axes.set_yticks(range(len(targets)), [_name(t) for t in targets])
     ticks = range(0, len(blocks), max(1, len(blocks) // 10))
-    axes.set_xticks(ticks, [_name(str(blocks[i])) for i in ticks])
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(lambda i, _: str(blocks[round(i)]))
     axes.set_xlabel("block")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
