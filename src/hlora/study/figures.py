@@ -80,7 +80,8 @@ def cost_bars(found: dict[str, Cost]) -> Any:
     }
     for at, (unit, values) in zip(panels, units.items(), strict=True):
         bars = at.barh(list(found), values, color="white", edgecolor="black", height=0.6)
-        at.bar_label(bars, [f"{v:,.3g}" for v in values], padding=3, fontsize="small")
+        shown = [f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" for v in values]
+        at.bar_label(bars, shown, padding=3, fontsize="small")
         at.set(xscale="log", xlabel=unit)
         at.set_xlim(right=at.get_xlim()[1] * 4)
         at.tick_params(axis="y", length=0)
@@ -121,14 +122,15 @@ def phi_curves(results: Results) -> Any | None:
         at.minorticks_off()
         at.set_xlabel("φ")
         at.set_title(METRICS[metric].label, loc="left", fontsize="medium")
-    return _with_legend(figure, panels[0], columns=3)
+    return _with_legend(figure, panels[0])
 
 
 def frontier(results: Results) -> Any:
     """What the domain costs the rest: lower left is better. One panel a task, mean over seeds."""
     across, up = "nll", "forgetting_unseen"
     rows = [r for r in results.rows if r.method not in METHODS or METHODS[r.method].trains]
-    tasks = results.tasks
+    tasks = [t for t in results.tasks if any(results.values(up, r, t) for r in rows)]
+    tasks = tasks or results.tasks[:1]
     figure, [panels] = _panels(1, len(tasks), (max(7.4, 2.9 * len(tasks) + 0.5), 3.9))
     methods = list(dict.fromkeys(r.method for r in rows))
     for task, at in zip(tasks, panels, strict=True):
@@ -145,7 +147,7 @@ def frontier(results: Results) -> Any:
         at.set_title(_name(task), loc="left")
         at.set_xlabel(METRICS[across].label)
     panels[0].set_ylabel(METRICS[up].label + " (nats per token)")
-    return _with_legend(figure, panels[0], columns=4)
+    return _with_legend(figure, panels[0])
 
 
 def task_losses(results: Results) -> Any:
@@ -220,8 +222,9 @@ def _panels(rows: int, columns: int, size: tuple[float, float], **shared: Any) -
     )
 
 
-def _with_legend(figure: Any, panel: Any, columns: int) -> Any:
-    """One legend below all panels."""
+def _with_legend(figure: Any, panel: Any) -> Any:
+    """One legend below all panels, three inches a column: the longest name must not be cut."""
+    columns = max(1, int(figure.get_figwidth() // 3))
     figure.legend(
         *panel.get_legend_handles_labels(),
         loc="outside lower center", ncols=columns, frameon=False,

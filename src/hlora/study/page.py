@@ -216,7 +216,7 @@ def _anchors(found: list[Part]) -> list[str]:
     names: list[str] = []
     for part in found:
         text = normalize("NFKD", part.name or part.title).encode("ascii", "ignore").decode()
-        name = base = re.sub("[^a-z0-9]+", "-", text.lower()).strip("-") or "part"
+        name = base = re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "part"
         number = 1
         while name in names:
             number += 1
@@ -227,7 +227,8 @@ def _anchors(found: list[Part]) -> list[str]:
 
 def _themed(svg: str) -> str:
     """A figure whose colors follow the page's, light or dark."""
-    return re.sub(
-        "(?<=: )#[0-9a-f]{6}", lambda of: _THEMED.get(of[0], of[0]),
-        svg.replace("<svg ", '<svg aria-hidden="true" ', 1),
-    )  # fmt: skip
+    svg = re.sub(
+        r'\bfill="(#[0-9a-f]{6})"', r'style="fill: \1"', svg
+    )  # an attribute takes no var()
+    svg = re.sub("(?<=: )#[0-9a-f]{6}", lambda of: _THEMED.get(of[0], of[0]), svg)
+    return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)

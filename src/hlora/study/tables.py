@@ -86,13 +86,19 @@ def _shown(metric: str, values: dict[int, float]) -> str:
     return shown(values.values(), METRICS[metric].digits, METRICS[metric].signed)
 
 
-def by_kind(results: Results, rows: Sequence[Row]) -> Table:
-    """Forgetting on each kind of text, the mean over tasks; unseen kinds carry a star."""
+def by_kind(results: Results, rows: Sequence[Row]) -> Table | None:
+    """Forgetting on each kind of text, the mean over tasks; unseen kinds carry a star.
+
+    None where no row has all tasks.
+    """
     kinds, unseen = results.lines[0]["text"], results.lines[0]["unseen"]
     cells = []
     for row in rows:
         lost = [results.values(f"forgetting_{k}", row, *results.tasks).values() for k in kinds]
-        cells.append([row.label, *(shown(v, 3, signed=True) for v in lost)])
+        if any(lost):
+            cells.append([row.label, *(shown(v, 3, signed=True) for v in lost)])
+    if not cells:
+        return None
     headings = ["method", *(k + ("*" if k in unseen else "") for k in kinds)]
     best = dict.fromkeys(range(1, len(headings)), min)
     return Table(headings, cells, best=best, apart=no_rivals(results, results.tasks))
