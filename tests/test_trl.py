@@ -187,7 +187,7 @@ def test_they_are_in_history_console_and_tensorboard(kind, tiny, base, tmp_path,
     }
     assert panels(tmp_path) == [
         {
-            "domain loss and predicted forgetting": ["^train/loss$", "^train/forgetting$"],
+            "domain loss and forgetting": ["^train/loss$", "^train/forgetting$"],
             "domain loss and penalty": ["^train/loss$", "^train/penalty$"],
         }
     ]

@@ -33,6 +33,6 @@ def layout(logs: dict[str, Any]) -> dict[str, dict[str, list]]:
     """Charts of what is logged, in one category; a tag is a pattern there."""
     charts = {"domain loss and penalty": ("loss", "penalty")}
     if "forgetting" in logs:
-        charts = {"domain loss and predicted forgetting": ("loss", "forgetting"), **charts}
+        charts = {"domain loss and forgetting": ("loss", "forgetting"), **charts}
     tagged = {k: ["Multiline", [f"^train/{name}$" for name in of]] for k, of in charts.items()}
     return {"hlora": tagged}
