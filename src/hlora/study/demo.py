@@ -168,14 +168,15 @@ def write_page(path: Path, study: Study, results: Results) -> list[Path]:
                 ("task", figures.task_losses(results),
                  "The task's loss. All take the same steps on the same rows."),
                 ("losses", figures.losses(results, ours),
-                 "The held model's loss and φR (as the paper's Fig. 4): φR is zero at the base "
-                 "model and rises as the task pulls the weights away."),
+                 "The held model's loss and penalty (φR; as the paper's Fig. 4): it is zero at the "
+                 "base model and rises as the task pulls the weights away."),
             ]),
             Part("What is held",
                  "The size of the importance of each target matrix: bright ones are held most.",
                  figures=[
                 ("norms", figures.heatmap(mean_norms(results, ours)),
-                 "Log scale (the paper's Fig. 7)."),
+                 "The size of the importance (‖Ω‖₂) by block and matrix, on a log scale (the "
+                 "paper's Fig. 7)."),
             ]),
             Part("Some questions of the test",
                  "The answer with the highest likelihood of four; ✓ is right.",
