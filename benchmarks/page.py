@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import cost, kernels, targets
 from hlora.files import size, write_whole
-from hlora.study.tables import Table
+from hlora.study.cells import Table
 
 INTRO = """# What it costs
 
@@ -79,7 +79,7 @@ with one, `make bench` measures them and writes this page anew.
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(Table(headings, rows, prose=True).markdown())
+    return "\n".join(Table(headings, rows).markdown())
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:

@@ -77,7 +77,7 @@ def test_reports_need_what_they_draw_with(tmp_path, monkeypatch, capsys):
     from tests.results_lines import study
 
     write_rows(tmp_path / "r.jsonl", study())
-    for package in ("matplotlib", "pandas", "scipy"):
+    for package in ("matplotlib", "scipy"):
         with monkeypatch.context() as patched:
             for name in [n for n in sys.modules if n.split(".")[0] == package]:
                 patched.delitem(sys.modules, name)

@@ -11,8 +11,8 @@ import hlora
 from hlora.cli import main as cli
 from hlora.cli.screen import Screen, say
 from hlora.errors import InputError, visible
+from hlora.study.cells import as_markdown
 from hlora.study.lines import checked
-from hlora.study.tables import as_markdown
 from tests.damage import changed
 from tests.results_lines import line, study
 from tests.tiny import questions, write_rows, write_text

@@ -1,14 +1,20 @@
 """Figures and the page, by what is in them."""
 
+import base64
+import hashlib
+import re
+
 import pytest
 
 import hlora
 from hlora.core.layers import layer_grid
 from hlora.study import figures
+from hlora.study.alternatives import in_words
+from hlora.study.cells import Table
+from hlora.study.cost import costs
 from hlora.study.page import Part, write
 from hlora.study.rows import Results, Row
-from hlora.study.tables import Table
-from tests.results_lines import line
+from tests.results_lines import line, study
 
 pytest.importorskip("matplotlib")
 
@@ -62,7 +68,50 @@ def test_the_page_stands_alone_and_escapes_text(tmp_path):
     assert "a&lt;b" in page
     assert "a caption" in page
     assert page.count("<svg") == 1
-    assert '<tr class="strong"><td>c</td>' in page
+    assert re.search(r'<tr class="strong">\s*<th scope="row">c</th>', page)
     assert "--phi 1 &lt; x" in page
-    for outside in ('src="http', 'href="http', "src=", "<script", "@import"):
+    for outside in ('src="http', 'href="http', "src=", "<script ", "@import"):
         assert outside not in page
+    assert page.count("<script>") == 1
+    assert (tmp_path / "tables" / "one.csv").read_text("utf-8") == "m,x\na<b,1\nc,2\n"
+
+
+def test_only_the_page_s_own_script_may_run(tmp_path):
+    write([Part("One", "text")], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text("utf-8")
+    script = re.search(r"<script>(.*)</script>", page, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    [policy] = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)
+    assert {"default-src 'none'", f"script-src 'sha256-{digest}'"} <= set(policy.split("; "))
+
+
+def test_parts_of_one_title_have_anchors_of_their_own(tmp_path):
+    parts = [
+        Part("Ünder: <b>", table=Table(["m"], [])),
+        Part("Under b"),
+        Part("日本"),
+        Part("日本"),
+    ]
+    write(parts, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text("utf-8")
+    assert re.findall(r'<section id="([^"]+)"', page) == ["under-b", "under-b-2", "part", "part-2"]
+    assert re.findall(r'<li><a href="#([^"]+)"', page) == ["under-b", "under-b-2", "part", "part-2"]
+
+
+def test_a_figure_is_told_in_words():
+    said = in_words(figures.heatmap(NORMS))
+    assert "largest v_proj 0 1, q_proj 0 1, v_proj 1 0.1" in said
+    assert "v_proj 10 1e-10" in said
+    results = Results(study(), [], [])
+    pair = Row("hlora", 0.01), Row("ewc", 0.01)
+    [value] = [v for s, v in results.values("ppl_seen", pair[0], "sciq").items() if s == 1]
+    assert f", {value:.4g}," in in_words(figures.violins(results, *pair))
+    phi = in_words(figures.phi_curves(results))
+    mean = results.mean("forgetting_seen", Row("hlora", 0.003), *results.tasks)
+    assert "forgot, seen against φ: no penalty (ν+μ) level at" in phi
+    assert f"HLoRA {mean:.3g} at 0.003" in phi
+    losses = in_words(figures.losses(results, pair[0]))
+    assert "φR 0 at 0, 0.02 at 1, 0.01 at 2" in losses
+    bars = in_words(figures.cost_bars(costs(results)))
+    assert bars.count("EWC-LoRA, as published") == 2
+    assert "20,000 sequences 2,000;" in bars

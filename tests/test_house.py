@@ -10,6 +10,8 @@ import pytest
 
 import hlora
 from hlora.cli.main import COMMANDS
+from hlora.core.kinds import kind_named
+from hlora.study.methods import METHODS
 
 TESTS = Path(__file__).parent
 SOURCE = Path(hlora.__file__).parent
@@ -115,13 +117,27 @@ def test_importing_hlora_imports_nothing_heavy_and_dir_names_all():
     ("command", "unused"),
     [
         ("report", ["torch", "transformers", "peft", "datasets"]),
-        ("study", ["torch", "transformers", "peft", "datasets", "pandas", "matplotlib"]),
-        ("inspect", ["transformers", "peft", "datasets", "pandas", "matplotlib"]),
+        ("study", ["torch", "transformers", "peft", "datasets", "matplotlib"]),
+        ("inspect", ["transformers", "peft", "datasets", "matplotlib"]),
     ],
 )
 def test_a_command_imports_what_it_uses(command, unused):
     code = f"import sys, hlora.cli.main, hlora.cli.{command}\n"
     assert run(code + f"print([m for m in {unused!r} if m in sys.modules])").strip() == "[]"
+
+
+def test_a_report_is_made_without_torch(tmp_path):
+    lines = SOURCE.parents[1] / "results" / "forgetting.jsonl"
+    code = "import sys\nfrom hlora.cli.main import main\n"
+    code += f"main(['report', {str(lines)!r}, '--output', {str(tmp_path)!r}])\n"
+    assert run(code + "print('torch' in sys.modules)").splitlines()[-1] == "False"
+
+
+def test_methods_know_what_starts_at_the_base():
+    for name, of in METHODS.items():
+        kind = (of.record or {}).get("kind", "dense")
+        at_base = of.record is None or not (of.after_nu or kind_named(kind).trained)
+        assert of.from_base == at_base, name
 
 
 def test_every_public_name_is_there():

@@ -62,6 +62,7 @@ def test_values_are_by_seed_and_over_tasks(whole):
     # Seeds that lack a task are left out of the mean over tasks.
     short = Results(whole.lines[:-1], [], [])
     assert list(short.values("nll", Row("l2", 0.03), *whole.tasks)) == [0, 1]
+    assert whole.values("nll", row) == {}  # over no task
 
 
 def test_claims_are_judged_from_the_figures(whole):
@@ -69,7 +70,8 @@ def test_claims_are_judged_from_the_figures(whole):
     found = {v.claim: v for v in claims.judge(whole, ours)}
     by_start = {k: next(v for c, v in found.items() if c.startswith(k)) for k in (
         "Lower perplexity than LoRA", "Lower perplexity than EWC", "Lower perplexity than the base",
-        "Accuracy", "The penalty", "The layer", "Importance", "The importance takes", "R starts",
+        "Accuracy", "The penalty", "The layer", "Importance", "The importance takes",
+        "What the change costs",
         "The importance takes less time than a lean", "Lower perplexity than EWC-LoRA from",
         "v_proj", "The importance takes less time than a lean",
         "Lower perplexity than EWC-LoRA from the same",
@@ -80,15 +82,21 @@ def test_claims_are_judged_from_the_figures(whole):
     assert by_start["Lower perplexity than the base"].word == claims.FAILS
     assert by_start["Accuracy"].word == claims.ALIKE
     assert by_start["The penalty"].word == claims.HOLDS
-    assert re.search(r"LoRA\(ν\+μ\): -0\.(199|20\d) ± 0\.001", by_start["The penalty"].evidence)
+    of = by_start["The penalty"].evidence[0]
+    assert of.against.startswith("LoRA(ν+μ)")
+    assert re.fullmatch(r"-0\.(199|20\d) ± 0\.001", of.found)
+    assert of.word == claims.HOLDS
+    assert len(by_start["Lower perplexity than EWC"].evidence) == 2
     assert by_start["The layer"].word == claims.MISSING
     assert by_start["Importance"].word == claims.HOLDS
     # 10 s for 100 sequences is 2000 s for 20,000, against 60 s of ν.
     assert by_start["The importance takes"].word == claims.HOLDS
-    assert "2000 s for 20,000 sequences" in by_start["The importance takes"].evidence
+    [fisher] = by_start["The importance takes"].evidence
+    assert "20,000 sequences" in fisher.against
+    assert "2000 s" in fisher.found
     assert by_start["The importance takes less time than a lean"].word == claims.FAILS
     assert by_start["Lower perplexity than EWC-LoRA from the same"].word == claims.MISSING
-    assert by_start["R starts"].word == claims.HOLDS
+    assert by_start["What the change costs"].word == claims.HOLDS
     assert by_start["v_proj"].word == claims.HOLDS
 
 
@@ -99,7 +107,9 @@ def test_a_method_is_compared_on_the_tasks_where_its_seeds_are(whole):
     part = Results(lines, [], [])
     assert claims.shared_tasks(part, ours, dear) == ["sciq"]
     assert claims.difference(part, "nll", ours, dear).n == 3
-    assert claims.named_with_tasks(part, ours, dear) == "L2 to θ^ν, φ 0.03 (sciq)"
+    assert claims.named_with_tasks(part, ours, dear) == (
+        "L2 to the general-phase weights (θ^ν), φ 0.03 (sciq)"
+    )
     assert claims.shared_tasks(part, ours, Row("lora-mu", None)) == ["sciq", "piqa"]
     nobody = Row("ewc-nu", None)
     assert claims.shared_tasks(part, ours, nobody) == []
@@ -124,12 +134,30 @@ def test_tables_hold_every_row(whole):
     table = tables.means(whole, ["sciq"], USUAL_METRICS)
     assert [r[0] for r in table.rows] == [r.label for r in whole.rows]
     assert all(len(r) == len(table.headings) for r in table.rows)
-    first = tables.beside_the_paper(whole, whole.rows, TABLE_1)
-    assert "10.02 (4.94) / 95.1" in first.rows[0]
+    first = tables.beside_the_paper(whole, whole.rows, TABLE_1, tables.PERPLEXITY)
+    assert first.rows[0][5] == "10.02"
+    second = tables.beside_the_paper(whole, whole.rows, TABLE_1, tables.ACCURACY)
+    assert second.rows[0][3] == "95.1"
+    assert {len(r) for t in (first, second) for r in [t.headings, *t.rows]} == {11, 9}
     kinds = tables.by_kind(whole, whole.rows)
     assert kinds.headings == ["method", "wiki", "docs*"]
     t = tables.t_tests(whole, Row("hlora", 0.01), Row("ewc", 0.01))
     assert all(len(r) == len(t.headings) for r in t.rows)
+
+
+def test_the_best_is_that_of_rivals_with_as_many_runs(whole):
+    """The base model forgets nothing; a method with fewer seeds is no rival."""
+
+    def best(results):
+        table = tables.means(results, ["sciq"], ["forgetting_seen", "seconds_tune"])
+        return {(table.rows[i][0], j) for i, j in table.marked}
+
+    # What is made up: only EWC-LoRA as published forgets less than HLoRA.
+    assert best(whole) == {("EWC-LoRA, as published, φ 0.01", 1)}
+    lines = [
+        r for r in whole.lines if r["run"] != {**r["run"], "method": "ewc-original", "seed": 2}
+    ]
+    assert best(Results(lines, [], [])) == {(f"HLoRA, φ {phi}", 1) for phi in ("0.003", "0.01")}
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -201,7 +229,8 @@ def test_the_report_is_written_whole(tmp_path, monkeypatch, capsys):
                  "Fig. 7", "HLoRA, φ 0.003 against", "hlora report r.jsonl"):  # fmt: skip
         assert part in html, part
     assert html.count("<svg") == 6
-    assert not re.search(r'(src|href)="(?!#|data:)', html)  # nothing from elsewhere
+    # Nothing from elsewhere: what is not in the page are its tables, beside it.
+    assert not re.search(r'(src|href)="(?!#|data:|tables/)', html)
     page = (tmp_path / "docs" / "r.md").read_text()
     for name in ("frontier", "fig3", "fig4", "fig5", "fig6", "fig7"):
         assert f"(r/{name}.svg)" in page

@@ -130,19 +130,32 @@ def logged(trainer):
 # ---------------------------------------------------------------- what is logged, and where
 
 
-def scalars(folder):
-    """The names and steps in TensorBoard's files under a folder."""
+def events(folder):
+    """The values in TensorBoard's files under a folder, each with its step."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = set()
     for file in folder.rglob("events.out.*"):
         content, at = file.read_bytes(), 0
         while at < len(content):
             (length,) = struct.unpack("<Q", content[at : at + 8])
             event = Event.FromString(content[at + 12 : at + 12 + length])
-            found |= {(v.tag, event.step) for v in event.summary.value}
+            yield from ((value, event.step) for value in event.summary.value)
             at += 16 + length
-    return found
+
+
+def panels(folder):
+    """The charts that TensorBoard's custom scalars show, and what is drawn in each."""
+    from tensorboardX.proto.layout_pb2 import Layout
+
+    found = [
+        Layout.FromString(value.tensor.string_val[0])
+        for value, _ in events(folder)
+        if value.metadata.plugin_data.plugin_name == "custom_scalars"
+    ]
+    return [
+        {chart.title: list(chart.multiline.tag) for of in layout.category for chart in of.chart}
+        for layout in found
+    ]
 
 
 SHOWN = ("R", "penalty", "penalty_grad_ratio", "forgetting")
@@ -169,7 +182,26 @@ def test_they_are_in_history_console_and_tensorboard(kind, tiny, base, tmp_path,
     assert logged(trainer)[-1]["R"] > 0
     if not reporters:
         pytest.skip("tensorboardX is not installed, so nothing was written for TensorBoard")
-    assert {(f"train/{name}", s) for name in SHOWN for s in (1, 2, 3, 4)} <= scalars(tmp_path)
+    assert {(f"train/{name}", s) for name in SHOWN for s in (1, 2, 3, 4)} <= {
+        (value.tag, step) for value, step in events(tmp_path)
+    }
+    assert panels(tmp_path) == [
+        {
+            "domain loss and forgetting": ["^train/loss$", "^train/forgetting$"],
+            "domain loss and penalty": ["^train/loss$", "^train/penalty$"],
+        }
+    ]
+
+
+def test_tensorboard_shows_no_forgetting_that_nothing_predicts(tiny, nu, tmp_path):
+    tensorboard = pytest.importorskip("tensorboardX")
+    trainer = of_transformers(tiny, tmp_path, hlora.Penalty(nu))
+    assert tensorboard
+    from transformers.integrations import TensorBoardCallback
+
+    trainer.add_callback(TensorBoardCallback)  # later than attach
+    trainer.train()
+    assert panels(tmp_path) == [{"domain loss and penalty": ["^train/loss$", "^train/penalty$"]}]
 
 
 def test_what_cannot_work_is_refused_by_attach(tiny, nu, tmp_path):

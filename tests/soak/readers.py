@@ -166,7 +166,7 @@ def _settings() -> list[Reader]:
 
 def _pooled(path: Path) -> Any:
     results = read_results(path, mixed=True)
-    return len(results.frame) if results.lines else 0
+    return len(results.cells) if results.lines else 0
 
 
 def _runs() -> list[Reader]:

@@ -13,6 +13,7 @@ from hlora.hf.badsteps import BadSteps
 from hlora.hf.callbacks import Attached
 from hlora.hf.checkpoints import Seal, join_train
 from hlora.hf.distributed import refuse_sharded
+from hlora.hf.panels import Panels
 from hlora.hf.peft import UNHELD, unwrap
 from hlora.hf.reference import refer_to_start
 from hlora.hf.regularize import Penalty, Regularization
@@ -28,9 +29,10 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer, unheld: str | No
     """Attach recordings and regularizers to a Trainer of transformers or TRL, before it trains.
 
     They come before the reporters (TensorBoard, W&B), which so find `R` and `penalty` in the logs,
-    and what acts on the data joins the loss. `loss` in the logs stays the task's. What cannot work
-    is refused here, while the model is whole. Where a trainer compares with a reference (DPO, KTO,
-    GRPO) and training starts at a recorded adapter, the reference is that start.
+    and what acts on the data joins the loss. `loss` in the logs stays the task's; TensorBoard gets
+    panels that show it beside what is lost (custom scalars). What cannot work is refused here,
+    while the model is whole. Where a trainer compares with a reference (DPO, KTO, GRPO) and
+    training starts at a recorded adapter, the reference is that start.
 
     Args:
         trainer: not yet trained.
@@ -85,7 +87,7 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer, unheld: str | No
         refer_to_start(trainer, penalty)
     handler.callbacks[:0] = callbacks
     if not any(isinstance(c, Seal) for c in handler.callbacks):
-        handler.callbacks.append(Seal())
+        handler.callbacks += [Seal(), Panels(trainer)]
     _join_the_loss(trainer)
     join_train(trainer)
 

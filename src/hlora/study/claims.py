@@ -10,13 +10,14 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hlora.core.layers import layer_grid
 from hlora.data.parse import packaged
 from hlora.study.cost import cost_of
 from hlora.study.metrics import FORGETTING, METRICS
 from hlora.study.rows import Results, Row
-from hlora.study.stats import Paired, p_equals, paired
+from hlora.study.stats import Paired, p_text, paired
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "does not hold", "not decided", "not measured"
 ALIKE = "no difference seen"
@@ -24,13 +25,25 @@ JUDGED = ("hlora", "hlora-factored", "hlora-paper", "hlora-official")
 """The methods whose rows the claims are judged for."""
 
 
+class Evidence(NamedTuple):
+    """One comparison behind a verdict."""
+
+    against: str
+    found: str
+    p: str
+    word: str
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim, and the figures that say so."""
+    """What became of a claim, and what says so."""
 
     claim: str
     word: str
-    evidence: str
+    evidence: list[Evidence]
+
+
+Judged = tuple[str, list[Evidence]]
 
 
 def judge(results: Results, ours: Row) -> list[Verdict]:
@@ -78,77 +91,84 @@ def mean_norms(results: Results, row: Row) -> dict[str, float]:
 def _against(
     results: Results, ours: Row, metric: str, methods: list[str],
     higher: bool = False, or_equal: bool = False,
-) -> tuple[str, str]:  # fmt: skip
+) -> Judged:  # fmt: skip
     """Better than every row of these methods; with `or_equal`, worse than none that can be seen."""
-    words, said = [], []
+    said = []
     for other in [r for r in results.rows if r.method in methods and r != ours]:
         d = difference(results, metric, ours, other)
         if not d.n or (d.n == 1 and len(results.seeds) > 1):  # nothing to tell
             continue
         undecided = ALIKE if or_equal else OPEN
-        words.append((HOLDS if (d.mean > 0) == higher else FAILS) if d.decided else undecided)
-        said.append(f"{named_with_tasks(results, ours, other)}: {_shown(d, metric)}")
-    return _together(words), "; ".join(said)
+        word = (HOLDS if (d.mean > 0) == higher else FAILS) if d.decided else undecided
+        said.append(_evidence(named_with_tasks(results, ours, other), d, metric, word))
+    return _together(said), said
 
 
-def _shown(d: Paired, metric: str) -> str:
-    return d.shown(METRICS[metric].digits) + (f" (p {p_equals(d.p)})" if d.n > 1 else "")
+def _evidence(against: str, d: Paired, metric: str, word: str) -> Evidence:
+    return Evidence(against, d.shown(METRICS[metric].digits), p_text(d.p), word)
 
 
-def _together(words: list[str]) -> str:
-    counts = Counter(words)
+def _together(said: list[Evidence]) -> str:
+    """The one word of all, or how often each was said."""
+    counts = Counter(of.word for of in said)
     if len(counts) < 2:
-        return words[0] if words else MISSING
+        return said[0].word if said else MISSING
     return ", ".join(f"{counts[w]} × {w}" for w in (HOLDS, ALIKE, OPEN, FAILS) if counts[w])
 
 
-def _below_base(results: Results, ours: Row, metric: str) -> tuple[str, str]:
+def _below_base(results: Results, ours: Row, metric: str) -> Judged:
     lost = results.values(metric, ours, *results.tasks)
     d = paired(lost, dict.fromkeys(lost, 0.0))
     if not d.n:
-        return MISSING, ""
+        return MISSING, []
     word = OPEN if not d.decided else HOLDS if d.mean < 0 else FAILS
-    return word, f"forgetting {_shown(d, metric)}"
+    return word, [_evidence("the base model", d, metric, word)]
 
 
-def _ablation(results: Results, ours: Row, without: str) -> tuple[str, str]:
+def _ablation(results: Results, ours: Row, without: str) -> Judged:
     """Forgets less than the same preset without a part."""
     name = f"{ours.method}-{without}" if without else "lora-nu-mu"
     if not any(r.method == name and r.phi in (None, ours.phi) for r in results.rows):
-        return MISSING, ""
-    words, said = zip(*(_against(results, ours, m, [name]) for m in FORGETTING), strict=True)
-    return _together([*words]), "seen: {}; unseen: {}".format(*said)
+        return MISSING, []
+    said = [
+        of._replace(against=f"{of.against}: {METRICS[metric].label}")
+        for metric in FORGETTING
+        for of in _against(results, ours, metric, [name])[1]
+    ]
+    return _together(said), said
 
 
-def _r_rises_and_falls(results: Results, ours: Row) -> tuple[str, str]:
+def _r_rises_and_falls(results: Results, ours: Row) -> Judged:
     logs = [[e["R"] for e in r.get("log", []) if "R" in e] for r in results.of(ours)]
     logs = [R for R in logs if len(R) > 2]
     if not logs:
-        return MISSING, ""
+        return MISSING, []
     n = len(logs)
     rises, falls = sum(R[0] < 0.5 * max(R) for R in logs), sum(R[-1] < max(R) for R in logs)
     word = HOLDS if rises == falls == n else FAILS if min(rises, falls) < n / 2 else OPEN
-    return word, f"it rises from near zero in {rises} and ends below its peak in {falls} of {n}"
+    found = f"it rises from near zero in {rises} and ends below its peak in {falls} of {n}"
+    return word, [Evidence("its own course", found, "–", word)]
 
 
-def _cheaper(results: Results, ours: Row, than: str) -> tuple[str, str]:
+def _cheaper(results: Results, ours: Row, than: str) -> Judged:
     """Phase ν takes less time than a Fisher, the published one scaled to its 20,000 sequences."""
     mine, theirs = cost_of(results, ours.method), cost_of(results, than)
     if mine is None or theirs is None:
-        return MISSING, ""
-    said = f"phase ν {mine.seconds:.0f} s, the Fisher {theirs.seconds:.0f} s for "
-    said += f"{theirs.sequences:,} sequences"
+        return MISSING, []
+    word = HOLDS if mine.seconds < theirs.seconds else FAILS
+    against = f"the Fisher, {theirs.sequences:,} sequences"
     if theirs.extrapolated:
-        said += f" (extrapolated from {theirs.timed})"
-    return (HOLDS if mine.seconds < theirs.seconds else FAILS), said
+        against += f" (extrapolated from {theirs.timed})"
+    found = f"general phase (ν) {mine.seconds:.0f} s, the Fisher {theirs.seconds:.0f} s"
+    return word, [Evidence(against, found, "–", word)]
 
 
-def _first_and_last_values(results: Results, ours: Row) -> tuple[str, str]:
+def _first_and_last_values(results: Results, ours: Row) -> Judged:
     """Fig. 7: v_proj of the first four blocks and the last one stand out."""
     norms = mean_norms(results, ours)
     targets, blocks, cells = layer_grid(norms) if norms else ([], [], [])
     if "v_proj" not in targets or len(blocks) < 6:
-        return MISSING, "the model has no v_proj" if norms else ""
+        return MISSING, []
     found = {
         (target, block): value or 0.0
         for target, row in zip(targets, cells, strict=True)
@@ -157,10 +177,11 @@ def _first_and_last_values(results: Results, ours: Row) -> tuple[str, str]:
     top = sorted(found, key=lambda at: -found[at])[:5]
     hits = len({("v_proj", b) for b in (*blocks[:4], blocks[-1])} & set(top))
     word = HOLDS if hits == 5 else FAILS if hits < 3 else "in part"
-    return word, "largest ‖Ω‖₂: " + ", ".join(f"{t} {b}" for t, b in top)
+    told = "largest importance (‖Ω‖₂): " + ", ".join(f"{t} {b}" for t, b in top)
+    return word, [Evidence("all other matrices", told, "–", word)]
 
 
-JUDGES: dict[str, Callable[..., tuple[str, str]]] = {
+JUDGES: dict[str, Callable[..., Judged]] = {
     "against": _against,
     "below_base": _below_base,
     "ablation": _ablation,

@@ -58,8 +58,8 @@ def costs(results: Results) -> dict[str, Cost]:
     for method, label in {
         "ewc-original": "EWC-LoRA, as published",
         "ewc": "EWC-LoRA, lean",
-        "hlora": "HLoRA, dense: phase ν",
-        "hlora-factored": "HLoRA, factored: phase ν",
+        "hlora": "HLoRA, dense: general phase (ν)",
+        "hlora-factored": "HLoRA, factored: general phase (ν)",
     }.items():
         if cost := cost_of(results, method):
             suffix = f", {cost.sequences:,} sequences" if cost.sequences else ""

@@ -14,6 +14,7 @@ from hlora.run.build import command_line
 from hlora.run.evaluate import TextScore, pooled_forgetting
 from hlora.run.settings import DemoSettings
 from hlora.study import figures, spec
+from hlora.study.cells import Table
 from hlora.study.claims import mean_norms
 from hlora.study.lines import Line
 from hlora.study.methods import METHODS
@@ -21,7 +22,6 @@ from hlora.study.metrics import perplexity
 from hlora.study.page import Part, write
 from hlora.study.rows import Results
 from hlora.study.spec import Study
-from hlora.study.tables import Table
 
 TITLE = "LoRA that does not forget"
 PLAIN, OURS = "lora-mu", "blend"
@@ -147,7 +147,7 @@ def _questions(results: Results, examples: list[Example]) -> Table:
         given = [r["answers"][i] for r in results.lines]
         marked = ["–" if a is None else e.bare[a] + " ✓" * (a == e.answer) for a in given]
         rows.append([e.prompt, e.bare[e.answer], *marked])
-    return Table(["question", "right", *(r["label"] for r in results.lines)], rows, prose=True)
+    return Table(["question", "right", *(r["label"] for r in results.lines)], rows)
 
 
 def write_page(path: Path, study: Study, results: Results) -> list[Path]:
@@ -168,14 +168,15 @@ def write_page(path: Path, study: Study, results: Results) -> list[Path]:
                 ("task", figures.task_losses(results),
                  "The task's loss. All take the same steps on the same rows."),
                 ("losses", figures.losses(results, ours),
-                 "The held model's loss and φR (as the paper's Fig. 4): φR is zero at the base "
-                 "model and rises as the task pulls the weights away."),
+                 "The held model's loss and penalty (φR; as the paper's Fig. 4): it is zero at the "
+                 "base model and rises as the task pulls the weights away."),
             ]),
             Part("What is held",
                  "The size of the importance of each target matrix: bright ones are held most.",
                  figures=[
                 ("norms", figures.heatmap(mean_norms(results, ours)),
-                 "Log scale (the paper's Fig. 7)."),
+                 "The size of the importance (‖Ω‖₂) by block and matrix, on a log scale (the "
+                 "paper's Fig. 7)."),
             ]),
             Part("Some questions of the test",
                  "The answer with the highest likelihood of four; ✓ is right.",

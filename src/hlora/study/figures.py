@@ -19,7 +19,9 @@ from hlora.study.stats import independent, p_equals
 
 STYLES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p", "d", "8")
-OURS, RIVAL = "#0072b2", "#e69f00"
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
+"""Okabe and Ito's, told apart by the color-blind; markers and lines tell methods apart in print."""
+OURS, RIVAL = COLORS[0], COLORS[4]
 
 
 def violins(results: Results, ours: Row, rival: Row) -> Any:
@@ -78,7 +80,8 @@ def cost_bars(found: dict[str, Cost]) -> Any:
     }
     for at, (unit, values) in zip(panels, units.items(), strict=True):
         bars = at.barh(list(found), values, color="white", edgecolor="black", height=0.6)
-        at.bar_label(bars, [f"{v:,.3g}" for v in values], padding=3, fontsize="small")
+        shown = [f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" for v in values]
+        at.bar_label(bars, shown, padding=3, fontsize="small")
         at.set(xscale="log", xlabel=unit)
         at.set_xlim(right=at.get_xlim()[1] * 4)
         at.tick_params(axis="y", length=0)
@@ -107,8 +110,8 @@ def phi_curves(results: Results) -> Any | None:
             at.errorbar(
                 [r.phi for r in rows], [m for m, _ in points],
                 yerr=[0 if math.isnan(e) else e for _, e in points], capsize=2, linewidth=1.2,
-                marker=MARKERS[index], markersize=5, linestyle=STYLES[index % len(STYLES)],
-                label=_name(Row(method, None).label),
+                markersize=5, label=_name(Row(method, None).label),
+                **{**_style(method, list(sweeps)), "linestyle": STYLES[index % len(STYLES)]},
             )  # fmt: skip
         if plain in results.rows:
             level = results.mean(metric, plain, *tasks)
@@ -119,14 +122,15 @@ def phi_curves(results: Results) -> Any | None:
         at.minorticks_off()
         at.set_xlabel("φ")
         at.set_title(METRICS[metric].label, loc="left", fontsize="medium")
-    return _with_legend(figure, panels[0], columns=3)
+    return _with_legend(figure, panels[0])
 
 
 def frontier(results: Results) -> Any:
     """What the domain costs the rest: lower left is better. One panel a task, mean over seeds."""
     across, up = "nll", "forgetting_unseen"
     rows = [r for r in results.rows if r.method not in METHODS or METHODS[r.method].trains]
-    tasks = results.tasks
+    tasks = [t for t in results.tasks if any(results.values(up, r, t) for r in rows)]
+    tasks = tasks or results.tasks[:1]
     figure, [panels] = _panels(1, len(tasks), (max(7.4, 2.9 * len(tasks) + 0.5), 3.9))
     methods = list(dict.fromkeys(r.method for r in rows))
     for task, at in zip(tasks, panels, strict=True):
@@ -135,17 +139,15 @@ def frontier(results: Results) -> Any:
             points = [[results.mean(m, r, task) for m in (across, up)] for r in of]
             if not points:
                 continue
-            line, fill = (OURS, OURS) if method.startswith("hlora") else ("black", "white")
             at.plot(
-                *zip(*points, strict=True), linewidth=0.8, linestyle="-", color=line,
-                marker=MARKERS[methods.index(method) % len(MARKERS)], markerfacecolor=fill,
-                markersize=6, label=_name(Row(method, None).label),
+                *zip(*points, strict=True), linewidth=0.8, markersize=6,
+                label=_name(Row(method, None).label), **_style(method, methods),
             )  # fmt: skip
         at.axhline(0, color="black", linewidth=0.6, linestyle=":")
         at.set_title(_name(task), loc="left")
         at.set_xlabel(METRICS[across].label)
     panels[0].set_ylabel(METRICS[up].label + " (nats per token)")
-    return _with_legend(figure, panels[0], columns=4)
+    return _with_legend(figure, panels[0])
 
 
 def task_losses(results: Results) -> Any:
@@ -197,6 +199,17 @@ def load_pyplot() -> Any:
     return pyplot
 
 
+def _style(method: str, methods: list[str]) -> dict[str, Any]:
+    """HLoRA's markers are filled and in one color; every method of a figure has its own shape."""
+    index, ours = methods.index(method), method.startswith("hlora")
+    others = [m for m in methods if not m.startswith("hlora")]
+    color = OURS if ours else COLORS[1:][others.index(method) % len(COLORS[1:])]
+    return {
+        "color": color, "marker": MARKERS[index % len(MARKERS)], "linestyle": "-",
+        "markerfacecolor": color if ours else "white",
+    }  # fmt: skip
+
+
 def _name(text: str) -> str:
     """A name as it is: matplotlib takes what stands between two $ for a formula."""
     return visible(text).replace("$", r"\$")
@@ -209,8 +222,9 @@ def _panels(rows: int, columns: int, size: tuple[float, float], **shared: Any) -
     )
 
 
-def _with_legend(figure: Any, panel: Any, columns: int) -> Any:
-    """One legend below all panels."""
+def _with_legend(figure: Any, panel: Any) -> Any:
+    """One legend below all panels, three inches a column: the longest name must not be cut."""
+    columns = max(1, int(figure.get_figwidth() // 3))
     figure.legend(
         *panel.get_legend_handles_labels(),
         loc="outside lower center", ncols=columns, frameon=False,
@@ -227,7 +241,8 @@ def heatmap(norms: dict[str, float]) -> Any:
     shown = axes.imshow(values, norm="log", cmap="cividis", aspect="auto")
     axes.set_yticks(range(len(targets)), [_name(t) for t in targets])
     ticks = range(0, len(blocks), max(1, len(blocks) // 10))
-    axes.set_xticks(ticks, [_name(str(blocks[i])) for i in ticks])
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(lambda i, _: str(blocks[round(i)]))
     axes.set_xlabel("block")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hlora.core.kinds import kind_named
 from hlora.data.parse import packaged
+
+_ALONG_TRAINING = (None, "dense", "factored")
+"""The `trained` kinds, by name: their classes would bring torch into every report."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,7 @@ class Method:
         """Whether phase μ starts at the base model, not at what a general phase ended with."""
         if self.record is None:
             return True
-        kind = self.record.get("kind")
-        return not self.after_nu and kind is not None and not kind_named(kind).trained
+        return not self.after_nu and self.record.get("kind") not in _ALONG_TRAINING
 
 
 METHODS = {name: Method(**values) for name, values in packaged("study", "methods.yaml").items()}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from hlora.run.means import exp
+from hlora.study.cells import Best
 from hlora.study.lines import Line
 
 Measure = Callable[[Line], float | None]
@@ -19,12 +20,14 @@ class Metric:
     Attributes:
         of: from a line of the results; None where the run has no such measure.
         digits: behind the point.
+        best: of several values; None where none is better for itself.
     """
 
     label: str
     of: Measure
     digits: int = 2
     signed: bool = False
+    best: Best | None = None
 
 
 def perplexity(line: Line, kinds: Iterable[str]) -> float | None:
@@ -49,15 +52,15 @@ def _percent(of: Callable[[Line], float]) -> Measure:
 
 
 METRICS: dict[str, Metric] = {
-    "acc": Metric("accuracy %", _percent(lambda line: line["task"]["acc"]), 1),
-    "acc_norm": Metric("acc_norm %", _percent(lambda line: line["task"]["acc_norm"]), 1),
-    "nll": Metric("NLL", lambda line: line["task"]["nll"], 3),
-    "ppl_seen": Metric("PPL, seen", lambda line: perplexity(line, line["seen"])),
-    "ppl_unseen": Metric("PPL, unseen", lambda line: perplexity(line, line["unseen"])),
-    "forgetting_seen": Metric("forgot, seen", _forgetting("seen"), 3, signed=True),
-    "forgetting_unseen": Metric("forgot, unseen", _forgetting("unseen"), 3, signed=True),
-    "seconds_record": Metric("seconds, ν", _seconds("record"), 0),
-    "seconds_tune": Metric("seconds, μ", _seconds("tune"), 0),
+    "acc": Metric("accuracy %", _percent(lambda line: line["task"]["acc"]), 1, best=max),
+    "acc_norm": Metric("acc_norm %", _percent(lambda line: line["task"]["acc_norm"]), 1, best=max),
+    "nll": Metric("NLL", lambda line: line["task"]["nll"], 3, best=min),
+    "ppl_seen": Metric("PPL, seen", lambda line: perplexity(line, line["seen"]), best=min),
+    "ppl_unseen": Metric("PPL, unseen", lambda line: perplexity(line, line["unseen"]), best=min),
+    "forgetting_seen": Metric("forgot, seen", _forgetting("seen"), 3, signed=True, best=min),
+    "forgetting_unseen": Metric("forgot, unseen", _forgetting("unseen"), 3, signed=True, best=min),
+    "seconds_record": Metric("seconds, general phase (ν)", _seconds("record"), 0),
+    "seconds_tune": Metric("seconds, domain phase (μ)", _seconds("tune"), 0),
     "importance_bytes": Metric("importance, bytes", lambda line: line.get("importance_bytes"), 0),
     "peak_bytes": Metric("peak memory, bytes", lambda line: line.get("peak_bytes"), 0),
 }

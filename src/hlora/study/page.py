@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import jinja2
 
@@ -16,25 +20,37 @@ from hlora.errors import visible
 from hlora.files import write_whole
 from hlora.run.settings import BLOCK
 from hlora.study import figures, tables
+from hlora.study.alternatives import in_words
+from hlora.study.cells import Table, as_markdown
 from hlora.study.claims import JUDGED, judge, mean_norms
 from hlora.study.cost import costs
 from hlora.study.paper import TABLE_1, TABLE_2
 from hlora.study.rows import Results, Row
-from hlora.study.tables import ABLATION, Table, as_markdown
+from hlora.study.tables import ABLATION, ACCURACY, PERPLEXITY
 
 _SAID = packaged("study", "page.yaml")
 TITLE: str = _SAID["title"]
+_THEMED = {
+    "#000000": "currentColor",
+    **{color: f"var(--c{color[1:]}, {color})" for color in ("#ffffff", *figures.COLORS)},
+}
+"""The colors of a figure that a dark page changes, by what its style sheet calls them."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A heading, and what stands under it; figures are (file stem, figure, caption)."""
+    """A heading, and what stands under it; figures are (file stem, figure, caption).
+
+    Attributes:
+        name: of its anchor and its CSV file; by default made of the title.
+    """
 
     title: str
     text: str = ""
     table: Table | None = None
     figures: list[tuple[str, Any, str]] = field(default_factory=list)
     code: str = ""
+    name: str = ""
 
 
 def parts(
@@ -44,9 +60,14 @@ def parts(
     found: list[Part] = []
 
     def add(name: str, table: Table | None = None, figure: Any = None, **named: str) -> None:
-        said = {k: v.format(**named) for k, v in _SAID[name].items()}
+        said = {k: v.format(**named) for k, v in _SAID[name].items() if isinstance(v, str)}
         drawn = [] if figure is None else [(name, figure, said["caption"])]
-        found.append(Part(said["title"], said.get("text", ""), table, drawn))
+        at = f"{name}-{named['task']}" if "task" in named else name
+        found.append(Part(said["title"], said.get("text", ""), table, drawn, name=at))
+
+    def beside(name: str, rows: Sequence[Row], paper: dict) -> None:
+        for at, metrics in ((name, PERPLEXITY), (f"{name}_acc", ACCURACY)):
+            add(at, tables.beside_the_paper(results, rows, paper, metrics))
 
     add("run", about=about(results))
     add("means", tables.means(results, results.tasks, metrics))
@@ -55,7 +76,7 @@ def parts(
         add("claims", tables.verdicts(by_row))
     if ours in by_row:
         add("evidence", tables.evidence(by_row[ours]), ours=ours.label)
-    add("table_1", tables.beside_the_paper(results, results.rows, TABLE_1))
+    beside("table_1", results.rows, TABLE_1)
     for task in results.tasks:
         add("task", tables.means(results, [task], metrics), task=task)
         if at := tables.matched(results, task):
@@ -65,7 +86,7 @@ def parts(
     adapted = [r for r in results.rows if r.method != "base"]
     add("frontier", tables.by_kind(results, adapted), figures.frontier(results))
     if ablation := [r for m in ABLATION for r in results.rows if r.method == m]:
-        add("table_2", tables.beside_the_paper(results, ablation, TABLE_2))
+        beside("table_2", ablation, TABLE_2)
     if ours:
         add("against", tables.head_to_head(results, ours), ours=ours.label)
     if ours and rival:
@@ -84,6 +105,8 @@ def parts(
         add("fig6", figure=swept)
     if ours and (norms := mean_norms(results, ours)):
         add("fig7", figure=figures.heatmap(norms), ours=ours.label)
+    words = _SAID["symbols"]["rows"]
+    add("symbols", Table(["symbol", "in words"], [[k, v] for k, v in words.items()]))
     return found
 
 
@@ -103,11 +126,11 @@ def about(results: Results) -> str:
     if trained.get("tune"):
         nu, mu = trained["record"], trained["tune"]
         general = "" if nu is None else (
-            f"Phase ν: at most {nu['max_steps'] or 'all'} steps of {nu['batch_size']} × "
+            f"General phase (ν): at most {nu['max_steps'] or 'all'} steps of {nu['batch_size']} × "
             f"{nu['block_size'] or BLOCK} tokens; "
         )  # fmt: skip
         said.append(
-            f"{general}{'phase' if general else 'Phase'} μ: {line['steps']} steps of "
+            f"{general}{'domain' if general else 'Domain'} phase (μ): {line['steps']} steps of "
             f"{mu['batch_size']} rows; r {mu['lora_rank']}, α {mu['lora_alpha']:g}, "
             f"learning rate {mu['learning_rate']:g}, {mu['dtype']}."
         )
@@ -151,22 +174,29 @@ def write(
     found: list[Part], index: Path, *, title: str = TITLE, lead: str = "", command: str = "",
     page: Path | None = None,
 ) -> list[Path]:  # fmt: skip
-    """A self-contained HTML page with the figures beside it, and a Markdown page too.
+    """An HTML page that needs no other file, and a Markdown page too.
+
+    Beside the HTML page lie the figures, and every table as `tables/NAME.csv`.
 
     Args:
         command: what made it, for the Markdown page's head.
         page: the Markdown file; the figures then lie in a folder beside it.
     """
     drawn = index.parent if page is None else page.with_suffix("")
-    svgs = {
-        stem: figures.save_both(figure, drawn / stem)
-        for part in found
-        for stem, figure, _ in part.figures
-    }
+    shown = {stem: figure for part in found for stem, figure, _ in part.figures}
+    words = {stem: in_words(figure) for stem, figure in shown.items()}
+    svgs = {stem: _themed(figures.save_both(f, drawn / stem)) for stem, f in shown.items()}
+    anchors = _anchors(found)
+    for name, part in zip(anchors, found, strict=True):
+        if part.table:
+            write_whole(index.parent / "tables" / f"{name}.csv", part.table.csv())
     command = visible(command).replace("\n", "\\n")
+    script = files("hlora.study").joinpath("report.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     said = {
-        "title": title, "lead": lead, "command": command, "parts": found, "svgs": svgs,
-        "folder": drawn.name,
+        "title": title, "lead": lead, "command": command, "svgs": svgs, "words": words,
+        "parts": list(zip(anchors, found, strict=True)),
+        "folder": drawn.name, "script": script, "digest": digest,
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)),
     }  # fmt: skip
     environment = jinja2.Environment(
@@ -179,3 +209,26 @@ def write(
         text = environment.get_template(f"report.{form}.jinja").render(said)
         write_whole(path, text.rstrip() + "\n")
     return list(written)
+
+
+def _anchors(found: list[Part]) -> list[str]:
+    """A name for each part, in letters that a link and a file can have."""
+    names: list[str] = []
+    for part in found:
+        text = normalize("NFKD", part.name or part.title).encode("ascii", "ignore").decode()
+        name = base = re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "part"
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{base}-{number}"
+        names.append(name)
+    return names
+
+
+def _themed(svg: str) -> str:
+    """A figure whose colors follow the page's, light or dark."""
+    svg = re.sub(
+        r'\bfill="(#[0-9a-f]{6})"', r'style="fill: \1"', svg
+    )  # an attribute takes no var()
+    svg = re.sub("(?<=: )#[0-9a-f]{6}", lambda of: _THEMED.get(of[0], of[0]), svg)
+    return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)

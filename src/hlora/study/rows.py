@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hlora.errors import InputError, optional
+from hlora.errors import InputError
 from hlora.run.means import mean_se
 from hlora.study.lines import Line, read_lines
 from hlora.study.methods import METHODS
@@ -70,26 +71,27 @@ class Results:
         ]  # fmt: skip
 
     @cached_property
-    def frame(self) -> Any:
-        """A pandas frame: row, task, seed, every metric, and `forgetting_KIND` by kind of text."""
-        table = optional("pandas", "Reports need", "report").DataFrame(
-            [
-                {
-                    "row": Row(line["run"]["method"], line["run"]["phi"]).label,
-                    "task": line["run"]["task"], "seed": line["run"]["seed"],
-                    **{name: metric.of(line) for name, metric in METRICS.items()},
-                    **{f"forgetting_{k}": v["nats"] for k, v in line["forgetting"].items()},
-                }
-                for line in self.lines
-            ]
-        )  # fmt: skip
-        return table.drop_duplicates(["row", "task", "seed"], keep="last").sort_values("seed")
+    def cells(self) -> dict[str, dict[int, dict[str, dict[str, float | None]]]]:
+        """By row label, seed (ascending) and task: every metric, and `forgetting_KIND` by kind."""
+        found: dict[str, dict[int, dict[str, dict[str, float | None]]]] = {}
+        for line in sorted(self.lines, key=lambda r: r["run"]["seed"]):
+            run = line["run"]
+            of = found.setdefault(Row(run["method"], run["phi"]).label, {})
+            of.setdefault(run["seed"], {})[run["task"]] = {
+                **{name: metric.of(line) for name, metric in METRICS.items()},
+                **{f"forgetting_{k}": v["nats"] for k, v in line["forgetting"].items()},
+            }
+        return found
 
     def values(self, metric: str, row: Row, *tasks: str) -> dict[int, float]:
         """By seed, the mean over these tasks, for the seeds that have them all."""
-        of = self.frame[self.frame["row"] == row.label]
-        wide = of.pivot(index="seed", columns="task", values=metric).astype(float)
-        return wide.reindex(columns=list(tasks)).dropna().mean(axis=1).to_dict()
+        found = {}
+        for seed, of in self.cells.get(row.label, {}).items():
+            told = [of.get(task, {}).get(metric) for task in tasks]
+            values = [float(v) for v in told if v is not None and not math.isnan(v)]
+            if tasks and len(values) == len(tasks):
+                found[seed] = sum(values) / len(values)
+        return found
 
     def mean(self, metric: str, row: Row, *tasks: str) -> float:
         """Over the seeds that have all these tasks."""

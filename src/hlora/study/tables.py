@@ -3,48 +3,27 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from itertools import product
 
-from hlora.errors import visible
-from hlora.files import size
+from hlora.run.means import mean_se
+from hlora.study.cells import Table
 from hlora.study.claims import MISSING, Verdict, difference, named_with_tasks
 from hlora.study.cost import Cost
 from hlora.study.matched import CONTRASTS, LORA, MARGIN, SHARES, Estimate, Matched, estimate, holm
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS
-from hlora.study.paper import COST, TASKS, Score, e_perplexity
+from hlora.study.paper import COST, TASKS, e_perplexity
 from hlora.study.rows import Results, Row
 from hlora.study.stats import independent, p_text, shown
 
 
-def as_markdown(text: str) -> str:
-    """Text in one line that Markdown shows as it is: no HTML, no links, no cells."""
-    text = re.sub(r"&(?=#?\w+;)", "&amp;", visible(text))
-    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
-    text = re.sub(r"([\\`\[\]|$])", r"\\\1", text)
-    text = text.replace("\n", " ").replace("://", r":\//")
-    return re.sub(r"(?i)\b(www)\.", r"\1\\.", text)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as they are shown. The first column is text, the others are figures."""
-
-    headings: list[str]
-    rows: list[list[str]]
-    strong: str = ""
-    """The first cell of the row to point out."""
-    prose: bool = False
-    """The first column holds sentences."""
-
-    def markdown(self) -> list[str]:
-        """Its lines: figures to the right, and all to the left where there is prose."""
-        align = ["---", *(["---" if self.prose else "---:"] * (len(self.headings) - 1))]
-        headings, *rows = ([as_markdown(c) for c in row] for row in (self.headings, *self.rows))
-        return ["| " + " | ".join(row) + " |" for row in (headings, align, *rows)]
+def no_rivals(results: Results, tasks: Sequence[str]) -> frozenset[str]:
+    """The labels of the base model, and of what has fewer runs on these tasks than another."""
+    runs = {r.label: sum(len(results.of(r, t)) for t in tasks) for r in results.rows}
+    base = METHODS["base"].label
+    most = max((n for label, n in runs.items() if label != base), default=0)
+    return frozenset({base, *(label for label, n in runs.items() if n < most)})
 
 
 PAPER_NAMES = {"ewc-original": "ewc"}
@@ -56,29 +35,37 @@ ABLATION = (
 )  # fmt: skip
 
 
-def beside_the_paper(results: Results, rows: Sequence[Row], paper: dict) -> Table:
-    """`PPL / accuracy` by task: ours on text like ν's and on unseen kinds, then the paper's.
+PERPLEXITY, ACCURACY = ("ppl_seen", "ppl_unseen"), ("acc",)
+"""What Tables 1 and 2 are made of."""
+
+
+def beside_the_paper(
+    results: Results, rows: Sequence[Row], paper: dict, metrics: Sequence[str]
+) -> Table:
+    """Perplexity or accuracy by task: ours, then the paper's.
 
     The paper's perplexities, 2 to the nats, are converted to e to the nats.
     """
-    headings = ["method", *(f"{t}: seen · unseen / acc" for t in results.tasks)]
+    ours = list(product(results.tasks, metrics))
+    headings = ["method", *(f"{t}, {METRICS[m].label}" for t, m in ours)]
     headings += [f"{model.rsplit('-', 1)[0]}, {task}" for model in paper for task in TASKS]
     cells = []
     for row in rows:
-        cells.append([row.label, *(_triple(results, row, t) for t in results.tasks)])
+        found = (results.values(m, row, t).values() for t, m in ours)
+        cells.append([row.label, *(_mean(v, METRICS[metrics[0]].digits) for v in found)])
         for scores in paper.values():
             of = scores.get(PAPER_NAMES.get(row.method, row.method))
-            cells[-1] += map(_converted, of) if of else ["–"] * len(TASKS)
-    return Table(headings, cells)
+            told = [
+                f"{s[1]:.1f}" if metrics == ACCURACY else f"{e_perplexity(s[0]):.2f}"
+                for s in of or ()
+            ]
+            cells[-1] += told or ["–"] * len(TASKS)
+    best = {i: of for i, (_, m) in enumerate(ours, 1) if (of := METRICS[m].best)}
+    return Table(headings, cells, best=best, apart=no_rivals(results, results.tasks))
 
 
-def _triple(results: Results, row: Row, task: str) -> str:
-    means = (results.mean(m, row, task) for m in ("ppl_seen", "ppl_unseen", "acc"))
-    return "{:.2f} · {:.2f} / {:.1f}".format(*means) if results.of(row, task) else "–"
-
-
-def _converted(score: Score) -> str:
-    return f"{e_perplexity(score[0]):.2f} ({score[0]:.2f}) / {score[1]:.1f}"
+def _mean(values: Collection[float], digits: int) -> str:
+    return f"{mean_se(values)[0]:.{digits}f}" if values else "–"
 
 
 def means(results: Results, tasks: Sequence[str], metrics: Sequence[str]) -> Table:
@@ -90,21 +77,31 @@ def means(results: Results, tasks: Sequence[str], metrics: Sequence[str]) -> Tab
         found = {m: results.values(m, row, *tasks) for m in metrics}
         seeds = len(results.values("nll", row, *tasks))
         cells.append([row.label, *(_shown(m, v) for m, v in found.items()), str(seeds)])
-    return Table(["method", *(METRICS[m].label for m in metrics), "seeds"], cells)
+    best = {i: of for i, m in enumerate(metrics, 1) if (of := METRICS[m].best)}
+    headings = ["method", *(METRICS[m].label for m in metrics), "seeds"]
+    return Table(headings, cells, best=best, apart=no_rivals(results, tasks))
 
 
 def _shown(metric: str, values: dict[int, float]) -> str:
     return shown(values.values(), METRICS[metric].digits, METRICS[metric].signed)
 
 
-def by_kind(results: Results, rows: Sequence[Row]) -> Table:
-    """Forgetting on each kind of text, the mean over tasks; unseen kinds carry a star."""
+def by_kind(results: Results, rows: Sequence[Row]) -> Table | None:
+    """Forgetting on each kind of text, the mean over tasks; unseen kinds carry a star.
+
+    None where no row has all tasks.
+    """
     kinds, unseen = results.lines[0]["text"], results.lines[0]["unseen"]
     cells = []
     for row in rows:
         lost = [results.values(f"forgetting_{k}", row, *results.tasks).values() for k in kinds]
-        cells.append([row.label, *(shown(v, 3, signed=True) for v in lost)])
-    return Table(["method", *(k + ("*" if k in unseen else "") for k in kinds)], cells)
+        if any(lost):
+            cells.append([row.label, *(shown(v, 3, signed=True) for v in lost)])
+    if not cells:
+        return None
+    headings = ["method", *(k + ("*" if k in unseen else "") for k in kinds)]
+    best = dict.fromkeys(range(1, len(headings)), min)
+    return Table(headings, cells, best=best, apart=no_rivals(results, results.tasks))
 
 
 def head_to_head(results: Results, ours: Row) -> Table:
@@ -147,7 +144,7 @@ def matched(results: Results, task: str) -> Table | None:
         least = [m.least(method, share) for m in found.values() for share in SHARES]
         shown_ = ["–" if d is None else _interval(estimate(d)) for d in least]
         cells.append([Row(method, None).label, *shown_])
-    return Table(["method", *headings], cells)
+    return Table(["method", *headings], cells, best=dict.fromkeys(range(1, len(headings) + 1), min))
 
 
 def _interval(of: Estimate, sign: str = "") -> str:
@@ -180,14 +177,15 @@ def contrasts(results: Results) -> Table | None:
 
 def t_tests(results: Results, ours: Row, rival: Row) -> Table:
     """Fig. 3's tests, as the paper makes them: runs as independent samples, task by task."""
-    headings = ["task, measure", ours.label, rival.label, "Welch p", "Student p", "Hedges' g", "n"]
+    headings = ["task, measure", ours.label, rival.label, "Welch p", "Student p", "Hedges' g"]
+    headings += [f"seeds, {r.label}" for r in (ours, rival)]
     cells = []
     for task, metric in product(results.tasks, ("ppl_seen", "ppl_unseen", "nll", "acc")):
         a, b = (list(results.values(metric, r, task).values()) for r in (ours, rival))
         t, of = independent(a, b), METRICS[metric]
         samples = [shown(a, of.digits), shown(b, of.digits)]
         tests = [p_text(t.welch), p_text(t.student), "–" if t.g != t.g else f"{t.g:+.2f}"]
-        cells.append([f"{task}, {of.label}", *samples, *tests, f"{t.n[0]}, {t.n[1]}"])
+        cells.append([f"{task}, {of.label}", *samples, *tests, *map(str, t.n)])
     return Table(headings, cells)
 
 
@@ -195,18 +193,20 @@ def cost(found: dict[str, Cost]) -> Table:
     """Fig. 5 as figures, with the paper's below."""
     cells = [
         [
-            label, f"{c.seconds:,.0f} s" + (" (extrapolated)" if c.extrapolated else ""),
-            f"{c.timed:,}" if c.timed else "–", size(c.bytes), str(c.seeds),
+            label, f"{c.seconds:,.0f}", "extrapolated" if c.extrapolated else "measured",
+            f"{c.timed:,}" if c.timed else "–", f"{c.bytes / 2**20:,.4g}", str(c.seeds),
         ]
         for label, c in found.items()
     ]  # fmt: skip
     for model, rows in COST.items():
         for method, (hours, gigabytes) in rows.items():
             name = "EWC-LoRA" if method.startswith("ewc") else "HLoRA"
+            seconds, size = f"{3600 * hours:,.0f}", f"{gigabytes * 1e9 / 2**20:,.0f}"
             cells.append(
-                [f"the paper, {model}, {name}", f"{hours} h (A800)", "–", f"{gigabytes} GB", "–"]
+                [f"the paper, {model}, {name}", seconds, "the paper, A800", "–", size, "–"]
             )
-    return Table(["importance", "time", "sequences or steps timed", "on disk", "runs"], cells)
+    headings = ["importance", "seconds", "from", "sequences or steps timed", "MiB on disk", "runs"]
+    return Table(headings, cells)
 
 
 def verdicts(by_row: dict[Row, list[Verdict]]) -> Table:
@@ -216,10 +216,10 @@ def verdicts(by_row: dict[Row, list[Verdict]]) -> Table:
         for claims in zip(*by_row.values(), strict=True)
         if any(v.word != MISSING for v in claims)
     ]
-    return Table(["claim", *(r.label for r in by_row)], cells, prose=True)
+    return Table(["claim", *(r.label for r in by_row)], cells)
 
 
 def evidence(judged: list[Verdict]) -> Table:
-    """The figures behind the verdicts on one row."""
-    cells = [[v.claim, v.word, v.evidence] for v in judged if v.word != MISSING]
-    return Table(["claim", "verdict", "difference ± standard error"], cells, prose=True)
+    """The figures behind the verdicts on one row, a comparison a row."""
+    cells = [[v.claim, *said] for v in judged if v.word != MISSING for said in v.evidence]
+    return Table(["claim", "compared with", "difference ± standard error", "p", "verdict"], cells)
