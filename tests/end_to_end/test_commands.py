@@ -201,7 +201,7 @@ def test_without_importance_it_is_plain_lora_from_the_base_model(place, capsys):
     assert cli.main(argv) == 0
     assert "plain LoRA" in capsys.readouterr().out
     info = json.loads((place.folder / "plain" / "tune.json").read_text())
-    assert info["penalty"] is None
+    assert info["held"] == []
     assert not any("R" in e for e in info["log"])
     place.record()
     assert place.tune("--phi", "0", "--anchor", "base") == 0

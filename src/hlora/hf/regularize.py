@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hlora.core import store
 from hlora.core.adapter_file import read_tensors
 from hlora.core.budget import Budgeted, check_budget
-from hlora.core.pairs import Group, check_held, digest, group, resized, unstack
+from hlora.core.pairs import Group, Pair, check_held, digest, group, resized, unstack
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
@@ -295,8 +295,7 @@ class Penalty(Regularization):
     def _checked(self, model: nn.Module) -> list[Group]:
         """The groups of a model that this importance can hold."""
         pairs = find_pairs(model, self.unheld)
-        ranks, merged = self.anchor == "nu", self.anchor == "merged"
-        self.stored.check(base_of(model, pairs), pairs, ranks=ranks, merged=merged)
+        self.check_pairs(model, pairs)
         self.needs_state = self.anchor != "nu" and not starts_at_base(model)
         if self.needs_state and self.forget_at_most is not None:
             raise InputError(
@@ -304,6 +303,11 @@ class Penalty(Regularization):
                 "initialization moved it."
             )
         return group(pairs)
+
+    def check_pairs(self, model: nn.Module, pairs: list[Pair]) -> None:
+        """Raise MismatchError for a model or LoRA pairs that this importance does not fit."""
+        ranks, merged = self.anchor == "nu", self.anchor == "merged"
+        self.stored.check(base_of(model, pairs), pairs, ranks=ranks, merged=merged)
 
     def start_of(self, model: nn.Module) -> str:
         """What the adapter is: `new` or `recorded`, and training starts at θ^ν; or `elsewhere`."""
