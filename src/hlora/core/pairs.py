@@ -198,7 +198,7 @@ def check_same(
     """
     here = describe(pairs)
     if here.keys() != noted.keys():
-        mine, theirs = _targets(here), _targets(noted)
+        mine, theirs = targets_of(here), targets_of(noted)
         if mine == theirs:
             mine, theirs = f"{len(here)} of them", f"{len(noted)} of them"
         raise MismatchError(
@@ -219,7 +219,8 @@ def check_same(
             )
 
 
-def _targets(names: Iterable[str]) -> str:
+def targets_of(names: Iterable[str]) -> str:
+    """The last parts of the names, each once: `q_proj, v_proj`."""
     return ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
 
 

@@ -23,7 +23,7 @@ from hlora.core.adapter_file import read_config
 from hlora.core.importance import Importance
 from hlora.core.importance.sequences import Sequences
 from hlora.core.kinds import kind_named
-from hlora.core.pairs import Pair
+from hlora.core.pairs import Pair, targets_of
 from hlora.core.presets import RecordRule
 from hlora.core.recorder import summarize_norms
 from hlora.core.regularizer import Regularizer
@@ -32,7 +32,7 @@ from hlora.data.rows import FIRST, Collate, Rows
 from hlora.data.source import Source, sources
 from hlora.data.tasks import load_task
 from hlora.data.text import block_rows, blocks, mix
-from hlora.errors import InputError
+from hlora.errors import InputError, MismatchError
 from hlora.files import check_space, publish, write_json
 from hlora.hf.distributed import is_main
 from hlora.hf.divergence import Divergence
@@ -538,7 +538,7 @@ def regularizers(settings: TuneSettings) -> list[Penalty]:
     count = len(settings.importance)
     phis, anchors = (_of_each(n, given.pop(n), count) for n in ("phi", "anchor"))
     budgets = [given.pop("forget_at_most"), *[None] * (count - 1)]  # the oldest is the base's
-    return [
+    penalties = [
         Penalty(
             folder, preset=settings.preset, phi=phi, anchor=anchor, forget_at_most=budget, **given
         )
@@ -546,6 +546,31 @@ def regularizers(settings: TuneSettings) -> list[Penalty]:
             settings.importance, phis, anchors, budgets, strict=True
         )
     ]
+    _check_together([p.stored for p in penalties])
+    return penalties
+
+
+def _check_together(held: list[store.Stored]) -> None:
+    """Refuse importances of which no model can fit all, before one is loaded.
+
+    Raises:
+        MismatchError: names two of them, and what each is of.
+    """
+
+    def of(stored: store.Stored) -> tuple[str, dict[str, tuple[float, float]]]:
+        architecture = str(stored.info["base_model"]["config"].get("model_type"))
+        return architecture, {n: (p["m"], p["n"]) for n, p in stored.info["pairs"].items()}
+
+    for other in held[1:]:
+        if of(held[0]) != of(other):
+            said = (
+                f"{s.folder} ({of(s)[0]}: {len(of(s)[1])} matrices, {targets_of(of(s)[1])})"
+                for s in (held[0], other)
+            )
+            raise MismatchError(
+                f"{' and '.join(said)} are of different target matrices or base models, so that "
+                "no model can be held to both."
+            )
 
 
 def _of_each(name: str, given: list[Any], count: int) -> list[Any]:
