@@ -277,3 +277,23 @@ def test_two_of_other_targets_are_refused_by_the_one_that_does_not_fit(domains, 
     with pytest.raises(hlora.MismatchError, match=r"LoRA targets.*/q was recorded on q_proj"):
         started(lora_model(dtype=torch.float64), hlora.Penalty(domains[0]),
                 hlora.Penalty(tmp_path / "q"))  # fmt: skip
+
+
+# ---------------------------------------------------------------- what a study of them shows
+
+
+def test_average_accuracy_and_backward_transfer_are_those_of_the_paper():
+    """Lopez-Paz & Ranzato 2017, by hand: a_ij = .5; .25 .75; 0 .5 1, of four questions each."""
+    from studies.domains import average, averaged, backward_transfer
+
+    def right(*shares):
+        return [{"right": [1.0] * round(4 * s) + [0.0] * round(4 - 4 * s)} for s in shares]
+
+    figures = [right(0.5), right(0.25, 0.75), right(0.0, 0.5, 1.0)]
+    assert average(figures, "right")[0] == pytest.approx((0 + 0.5 + 1) / 3)
+    value, error = backward_transfer(figures, "right")
+    assert value == pytest.approx((-0.5 - 0.25) / 2)
+    # Paired: changes −1 −1 0 0 and −1 0 0 0, and the mean of two of them.
+    assert error == pytest.approx(((1 / 3) / 4 + (1 / 4) / 4) ** 0.5 / 2)
+    assert str(backward_transfer(figures[:1], "right")[0]) == "nan"
+    assert averaged([figures, [*figures[:2], right(1.0, 0.5, 1.0)]])[2][0]["right"] == [0.5] * 4

@@ -5,6 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+import hlora
 from hlora.cli import main as cli
 from hlora.core import store
 from hlora.run import phases, progress
@@ -226,3 +227,59 @@ def test_in_python_one_importance_needs_no_list(shelf, monkeypatch):
     settings = TuneSettings(**common, output="py", importance="A", phi=0.1, record="P")
     assert phases.tune(settings).steps == 1
     assert store.load("P").info["held"][0]["penalty"]["phi"] == 0.1
+
+
+STUDY = """
+model: {model}
+domains:
+  a: {{train: a.jsonl, test: a.jsonl}}
+  b: {{train: b.jsonl, test: b.jsonl}}
+  c: {{train: c.jsonl, test: c.jsonl}}
+methods: {{lora: {{}}, both: {{base: 1, domains: 1e3}}}}
+seeds: [0, 1]
+text: [text.txt]
+record: {{sequences: 6, block_size: 16, batch_size: 4, dtype: fp32}}
+tune: {{max_steps: 12, batch_size: 4, learning_rate: 2e-2, dtype: fp32, save_steps: 0}}
+eval: {{block_size: 32, dtype: fp32}}
+work: work
+"""
+
+
+def test_the_study_shows_what_is_left_of_each_domain(place, monkeypatch, capsys):
+    from studies import domains
+
+    for name in MARKS:  # choices, so that there is an accuracy
+        marks = MARKS[name]
+        rows = [
+            {
+                "prompt": f"{marks[i % 3]}{marks[i // 3 % 3]}",
+                "choices": list(marks),
+                "answer": i % 3,
+            }
+            for i in range(9)
+        ]
+        write_rows(place.folder / f"{name}.jsonl", rows)
+    write_text(place.folder / "text.txt")
+    (place.folder / "s.yaml").write_text(STUDY.format(model=place.model))
+    domains.main(["s.yaml", "--page", "page.md"])
+    page = (place.folder / "page.md").read_text()
+    assert page.startswith("a → b → c, 2 seed(s).")
+    lines = [line.split(" | ") for line in page.splitlines() if line.startswith("|")]
+    head = lines[0]
+    assert head[0] == "| method"
+    assert [h.split(",")[0] for h in head[1:3]] == ["average accuracy %", "backward transfer"]
+    assert {line[0] for line in lines} >= {"| lora", "| both", "| lora, after b", "| both, after c"}
+    plan = domains.Plan.read(place.folder / "s.yaml")
+    runs = {m: domains.averaged([[s["domains"] for s in domains.chain(plan, m, seed)]
+                                 for seed in (0, 1)]) for m in plan.methods}  # fmt: skip
+    lost = {m: domains.backward_transfer(of, "nll")[0] for m, of in runs.items()}
+    assert lost["both"] < lost["lora"]  # which forgets the letters of a and b
+    again = [p.stat().st_mtime_ns for p in sorted(place.folder.glob("work/**/*.safetensors"))]
+    domains.main(["s.yaml"])
+    assert again == [
+        p.stat().st_mtime_ns for p in sorted(place.folder.glob("work/**/*.safetensors"))
+    ]
+    assert page in capsys.readouterr().out
+    (place.folder / "s.yaml").write_text("model: m\ndomain: {}\n")
+    with pytest.raises(hlora.InputError, match="domains"):
+        domains.main(["s.yaml"])
