@@ -205,7 +205,7 @@ def page(plan: Plan, base: dict[str, Any], runs: dict[str, list[list[dict[str, A
             row.append(said((sum(means) / len(means), last[0][1]), "+.3f"))
     lines = [f"{order}, {len(plan.seeds)} seed(s).", "", *Table(headings, rows).markdown()]
     for what, word, form, times in whats:
-        lines += ["", f"{word.capitalize()} of each domain after each:", ""]
+        lines += ["", f"{word[0].upper()}{word[1:]} of each domain after each:", ""]
         rows = [["base model", *(said(mean_se(d[what]), form, times) for d in base["domains"])]]
         rows += [
             [f"{m}, after {names[i]}", *(said(mean_se(d[what]), form, times) for d in row),

@@ -8,7 +8,7 @@ import hlora
 from hlora.core import store
 from hlora.core.steps import steps_of
 from hlora.hf.peft import find_pairs
-from tests.conftest import base_model, lora_model, make_trainer, perturb, token_rows
+from tests.conftest import VOCAB, base_model, lora_model, make_trainer, perturb, token_rows
 from tests.test_record import Spy, expected_omega
 
 
@@ -266,9 +266,27 @@ def test_several_are_held_on_a_model_that_all_were_merged_into(domains, tmp_path
     learn(tmp_path, 3, hlora.Penalty(a, phi=1.0, anchor="merged"),
           hlora.Penalty(b, phi=1.0, anchor="merged"), hlora.Record(tmp_path / "c", quiet=True),
           model=model)  # fmt: skip
-    then = lora_model(dtype=torch.float64)
+    then = lora_model(dtype=torch.float64, r=3)
     with pytest.raises(hlora.MismatchError, match="other weights"):
         started(then, hlora.Penalty(tmp_path / "c"))
+
+
+def test_importance_holds_a_model_whose_vocabulary_was_resized(domains, tmp_path):
+    def resized(**config):
+        model = base_model()
+        model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+        config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], **config}
+        return get_peft_model(model, LoraConfig(**config)).double()
+
+    model = resized()
+    started(model, *(parts := [hlora.Penalty(d) for d in domains]))
+    assert float(parts[1].value()) == 0.0
+    for p in find_pairs(model):
+        torch.testing.assert_close(change(p, domains[1]), torch.zeros_like(p.B @ p.A))
+    targets = {"target_modules": ["q_proj", "lm_head"]}
+    learn(tmp_path, 4, hlora.Record(tmp_path / "head", quiet=True), model=lora_model(**targets))
+    with pytest.raises(hlora.MismatchError, match="output size of lm_head"):
+        started(resized(**targets), hlora.Penalty(tmp_path / "head"))
 
 
 def test_two_of_other_targets_are_refused_by_the_one_that_does_not_fit(domains, tmp_path):

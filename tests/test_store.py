@@ -143,9 +143,9 @@ def test_other_targets_and_smaller_ranks_are_refused_by_both_values(nu):
     check(nu, lora_model(r=3, lora_alpha=7))
 
 
-def test_a_resized_vocabulary_is_not_another_model_where_weights_can_be_compared(nu):
+def test_a_resized_vocabulary_is_not_another_model(nu, caplog):
     def resized(model):
-        model.get_base_model().resize_token_embeddings(VOCAB + 8)
+        model.get_base_model().resize_token_embeddings(VOCAB + 8, mean_resizing=False)
         return model
 
     check(nu, resized(lora_model()))
@@ -153,9 +153,9 @@ def test_a_resized_vocabulary_is_not_another_model_where_weights_can_be_compared
         check(nu, resized(lora_model(seed=7)))
     pairs = find_pairs(resized(model := lora_model()))
     unknown = {**base_of(model, pairs), "samples": {}}  # as of a quantized model
-    with pytest.raises(hlora.MismatchError, match=r"vocabulary.* 72 .* 64 "):
-        store.load(nu).check(unknown, pairs)
-    store.load(nu).check(unknown, pairs, merged=True)
+    assert "vocabulary has" not in caplog.text
+    store.load(nu).check(unknown, pairs)
+    assert "vocabulary has 72 tokens here and 64 in" in caplog.text
 
 
 def test_rounding_the_base_to_bf16_is_not_another_model(nu):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -28,6 +29,8 @@ from hlora.core.pairs import Pair, check_same, describe
 from hlora.core.recorder import describe_summary
 from hlora.errors import DivergedError, HloraError, MismatchError, StoreError, one_line
 from hlora.files import checksum, publish, sha256, write_json
+
+logger = logging.getLogger(__name__)
 
 VOCABULARY = "vocabulary size"
 """What may change of a base model: rows are added for new tokens."""
@@ -58,12 +61,17 @@ class Stored:
         if merged:  # only that it is of the same architecture
             config = {k: v for k, v in base["config"].items() if k != VOCABULARY}
             base = {**base, "config": config, "samples": {}}
+        where, noted = str(self.folder), self.info["pairs"]
+        alike = {p.name for p in pairs} == noted.keys()
+        if alike:  # shapes that differ say more than the weights in them
+            check_same(pairs, noted, where, ranks=ranks)
         check_base(
-            base, self.info["base_model"], str(self.folder),
+            base, self.info["base_model"], where,
             advice=" If adapters were merged into them since, give anchor='merged' (--anchor "
             "merged).",
         )  # fmt: skip
-        check_same(pairs, self.info["pairs"], str(self.folder), ranks=ranks)
+        if not alike:
+            check_same(pairs, noted, where, ranks=ranks)
 
 
 def about(base: dict[str, Any], pairs: list[Pair]) -> dict[str, Any]:
@@ -188,7 +196,7 @@ def _edited(folder: Path, info: dict[str, Any]) -> list[str] | None:
 def check_base(here: dict[str, Any], noted: dict[str, Any], where: str, advice: str = "") -> None:
     """Refuse another base model. Rounding to another float type is not another model.
 
-    Another size of the vocabulary is none either, where weights can be compared.
+    Another size of the vocabulary is none either; where no weights can be compared, it is told.
 
     Args:
         advice: what else to do about other weights.
@@ -208,7 +216,16 @@ def _check_base(here: dict[str, Any], noted: dict[str, Any], where: str, advice:
     compared = here["samples"].keys() & noted["samples"].keys()
     for what, value in here["config"].items():
         there = noted["config"].get(what, value)
-        if value != there and not (what == VOCABULARY and compared):
+        if value == there:
+            continue
+        if what == VOCABULARY:
+            if not compared:
+                logger.warning(
+                    "The vocabulary has %s tokens here and %s in %s. The weights are quantized, so "
+                    "that it is not known whether it is the same model, resized.",
+                    value, there, where,
+                )  # fmt: skip
+        else:
             raise MismatchError(
                 f"The base model differs: its {what} is {value} here and {there} in {where} "
                 f"(recorded on {noted['name'] or 'an unnamed model'})."
