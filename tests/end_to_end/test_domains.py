@@ -176,6 +176,18 @@ def test_what_was_merged_is_held_in_the_merged_model(place, capsys):
     assert "B was recorded on" in capsys.readouterr().err
 
 
+def test_a_finished_run_whose_settings_are_no_lists_is_known_again(place):
+    """As they were noted before there could be several."""
+    words = ["--importance", "A", "--phi", "0.3"]
+    assert place.tune("a", "--record", "A", steps="1") == 0
+    assert place.tune("b", *words, steps="1") == 0
+    info = place.info("mu-b")
+    info["settings"] |= {"importance": "A", "phi": 0.3, "anchor": None}
+    (place.folder / "mu-b" / "tune.json").write_text(json.dumps(info))
+    assert place.tune("b", *words, "--resume", steps="1") == 0
+    assert place.tune("b", *words[:3], "0.4", "--resume", steps="1") == 2
+
+
 BAD = [
     (["--kind", "dense"], "--record"),
     (["--record", "X", "--kind", "blend"], "blend"),

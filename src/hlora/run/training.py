@@ -33,7 +33,7 @@ from hlora.hf.distributed import is_main, refuse_sharded, wait_for_all
 from hlora.hf.hub import located
 from hlora.run.models import pick_device, pick_dtype
 from hlora.run.progress import Interruptible, Progress, bar
-from hlora.run.settings import TrainSettings, listed
+from hlora.run.settings import OF_EACH, TrainSettings, listed
 from hlora.run.trainer import make_trainer
 
 logger = logging.getLogger(__name__)
@@ -311,7 +311,11 @@ def _changed(settings: TrainSettings, noted: dict[str, Any]) -> dict[str, tuple[
         return {k: (None, v) for k, v in now.items()}
     if "anchor" in now:  # not given is nu; one value may stand for a list
         before, now = (
-            {**d, "phi": listed(d.get("phi")), "anchor": listed(d.get("anchor")) or ["nu"]}
+            {
+                **d,
+                **{k: listed(d.get(k)) for k in OF_EACH},
+                "anchor": listed(d.get("anchor")) or ["nu"],
+            }
             for d in (before, now)
         )
     return {
