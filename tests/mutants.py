@@ -40,6 +40,7 @@ BAD_STEPS, CHECKPOINTS = "tests/test_badsteps.py", "tests/test_checkpoints.py"
 ENCODING = "tests/test_data_encoding.py"
 OPS, RECORD, FACTORED = "tests/test_ops.py", "tests/test_record.py", "tests/test_factored.py"
 PENALTY, STORE, FISHER = "tests/test_penalty.py", "tests/test_store.py", "tests/test_fisher.py"
+DOMAINS = "tests/test_domains.py"
 STORAGE, REGULARIZER, PAIRS = (
     "tests/test_storage.py", "tests/test_regularizer.py", "tests/test_pairs.py"
 )  # fmt: skip
@@ -48,14 +49,14 @@ C, I, H = "core/", "core/importance/", "hf/"
 
 MUTANTS = [
     # Trainers
-    Mutant("the reference is a new adapter", H + "peft.py", "    take_over(model, recorded, name)",
-           "    pass", "tests/test_trl.py"),
+    Mutant("the reference is a new adapter", H + "peft.py",
+           "    take_over(model, recorded, noted, name)", "    pass", "tests/test_trl.py"),
     Mutant("a new magnitude is not that of the start", H + "peft.py",
            "old.copy_(magnitudes[adapter].weight)", "pass", "tests/test_unheld.py"),
     Mutant("the recorded head is left behind", H + "regularize.py",
-           "take_over(model, read_tensors(self.stored.folder))",
-           "take_over(model, {k: v for k, v in read_tensors(self.stored.folder).items() "
-           "if 'lora_' in k})", "tests/test_unheld.py"),
+           "take_over(model, read_tensors(folder), noted)",
+           "take_over(model, {k: v for k, v in read_tensors(folder).items() if 'lora_' in k}, "
+           "noted)", "tests/test_unheld.py"),
     Mutant("what text never reached is not told", H + "record.py",
            "    parts = unreached(importance.norms())", "    parts = []", "tests/test_unheld.py"),
     # Eq. 10-12
@@ -192,7 +193,15 @@ MUTANTS = [
     Mutant("another base model is accepted", C + "store.py",
            "differs = (a - b).abs() > 0.008", "differs = (a - b).abs() > 800.0", STORE),
     Mutant("another rank is accepted", C + "pairs.py",
-           '("m", "n", "r", "s") if ranks else ("m", "n")', '("m", "n")', STORE),
+           'if ranks and values["r"] < noted[name]["r"]:', "if False:", STORE),
+    Mutant("a larger rank never learns", H + "peft.py", 'A[int(of["r"]) :] = here', "_ = here",
+           DOMAINS),
+    Mutant("the recorded scaling is taken for this one", C + "pairs.py",
+           'B * (noted["s"] / s)', "B", DOMAINS),
+    Mutant("the first of several importances leads", H + "attach.py",
+           "penalty is starts[-1]", "penalty is starts[0]", DOMAINS),
+    Mutant("what a merged model holds is not asked", H + "regularize.py",
+           'self.anchor == "merged"\n', 'self.anchor != "nu"\n', DOMAINS),
     Mutant("a changed file is accepted", C + "store.py", 'if sha256(path) != noted["sha256"]:',
            "if False:", STORE),
     Mutant("negative importance is accepted", I + "dense.py", "(not codes and (values < 0).any())",

@@ -78,9 +78,9 @@ def test_importance_and_adapters_go_up_and_come_back(hub, place, capsys):
     assert place.tune("--importance", "me/nu", "--push-to-hub", "me/mu", "--public") == 0
     assert not hub.private["me/mu"]
     noted = json.loads((place.folder / "mu" / "tune.json").read_text())["settings"]
-    assert noted["importance"] == f"me/nu@{hub.sha('me/nu', 'main')}"
+    assert noted["importance"] == [f"me/nu@{hub.sha('me/nu', 'main')}"]
     card = hub.files("me/mu")["README.md"].decode()
-    assert noted["importance"] in card
+    assert noted["importance"][0] in card
     assert place.tune("--importance", str(place.folder / "nu"), output="same") == 0
     same = [f / "adapter_model.safetensors" for f in (place.folder / n for n in ("mu", "same"))]
     assert same[0].read_bytes() == same[1].read_bytes()

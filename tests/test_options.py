@@ -95,7 +95,9 @@ def test_a_missing_setting_is_explained():
 
 def test_python_takes_the_same_values_with_the_same_checks():
     s = build(config.TuneSettings, {"model": "m", "importance": "i", "task": "t", "output": "o"})
-    assert s.phi is None
+    assert (s.importance, s.phi, s.anchor) == (["i"], [], [])
+    s = config.TuneSettings(model="m", task="t", output="o", importance="i", phi=0.0)
+    assert (s.importance, s.phi) == (["i"], [0.0])
     with pytest.raises(hlora.InputError, match=r"phy.*phi"):
         build(config.TuneSettings, {"phy": 1})
 

@@ -12,7 +12,7 @@ import hlora
 from hlora.core import store
 from hlora.files import sha256
 from hlora.hf.peft import base_of, find_pairs
-from tests.conftest import base_model, lora_model, make_trainer
+from tests.conftest import VOCAB, base_model, lora_model, make_trainer
 
 WITHOUT_HLORA = """
 import sys
@@ -134,14 +134,28 @@ def test_another_model_is_refused_by_what_differs(nu):
         check(nu, lora_model(seed=7))
 
 
-def test_other_targets_ranks_and_scales_are_refused_by_both_values(nu):
+def test_other_targets_and_smaller_ranks_are_refused_by_both_values(nu):
     with pytest.raises(hlora.MismatchError, match=r"q_proj, .*q_proj, v_proj"):
         check(nu, lora_model(target_modules=["q_proj"]))
-    with pytest.raises(hlora.MismatchError, match=r"rank of .*_proj.* 3 .* 2 "):
-        check(nu, lora_model(r=3, lora_alpha=6))
-    with pytest.raises(hlora.MismatchError, match=r"scaling .*_proj.* 3 .* 2 "):
-        check(nu, lora_model(lora_alpha=6))
-    check(nu, lora_model(r=3, lora_alpha=6), ranks=False)
+    with pytest.raises(hlora.MismatchError, match=r"rank of .*_proj is 1 .* rank is 2"):
+        check(nu, lora_model(r=1))
+    check(nu, lora_model(r=1), ranks=False)
+    check(nu, lora_model(r=3, lora_alpha=7))
+
+
+def test_a_resized_vocabulary_is_not_another_model(nu, caplog):
+    def resized(model):
+        model.get_base_model().resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+        return model
+
+    check(nu, resized(lora_model()))
+    with pytest.raises(hlora.MismatchError, match="other weights"):
+        check(nu, resized(lora_model(seed=7)))
+    pairs = find_pairs(resized(model := lora_model()))
+    unknown = {**base_of(model, pairs), "samples": {}}  # as of a quantized model
+    assert "vocabulary has" not in caplog.text
+    store.load(nu).check(unknown, pairs)
+    assert "vocabulary has 72 tokens here and 64 in" in caplog.text
 
 
 def test_rounding_the_base_to_bf16_is_not_another_model(nu):

@@ -48,8 +48,8 @@ def of_trl(name):
 
 
 def lora(**settings):
-    settings = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings}
-    return LoraConfig(r=2, lora_alpha=4, **settings)
+    settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], **settings}
+    return LoraConfig(lora_alpha=4, task_type="CAUSAL_LM", **settings)
 
 
 def chat():
@@ -299,6 +299,22 @@ def test_held_to_the_base_model_that_is_the_reference(kind, tiny, base, tmp_path
     trainer = make(kind, tiny, tmp_path, hlora.Penalty(base))
     assert first(trainer, kind) == pytest.approx(START[kind][1], abs=6e-5)
     assert list(trainer.model.peft_config) == ["default"]
+
+
+def test_the_reference_is_the_start_of_the_last_of_several_at_a_larger_rank(tiny, nu, tmp_path):
+    second = tmp_path / "second"
+    held = hlora.Penalty(nu, phi=0.1), hlora.Record(second, quiet=True)
+    make("SFT", tiny, tmp_path / "run", *held, learning_rate=5e-2).train()
+    both = hlora.Penalty(nu, phi=0.1), hlora.Penalty(second, phi=0.1)
+    trainer = make("DPO", tiny, tmp_path / "a", *both, config=lora(r=3))
+    assert first(trainer, "DPO") == pytest.approx(START["DPO"][1], abs=6e-5)
+    of = store.load(second).factors
+    for pair in find_pairs(trainer.model):
+        layer, (B, A) = pair.layer, of[pair.name]
+        torch.testing.assert_close(
+            layer.scaling["ref"] * layer.lora_B["ref"].weight @ layer.lora_A["ref"].weight,
+            2 * B @ A,
+        )
 
 
 def test_without_a_reference_no_adapter_is_added(tiny, nu, tmp_path):

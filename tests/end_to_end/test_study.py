@@ -67,7 +67,7 @@ def test_every_method_runs_and_shares_phase_nu(place, capsys):
     assert (
         found["hlora", 0.01]["importance_bytes"] > found["hlora-factored", 0.01]["importance_bytes"]
     )
-    assert found["lora-nu-mu", None]["settings"]["tune"]["phi"] == 0
+    assert found["lora-nu-mu", None]["settings"]["tune"]["phi"] == [0]
     whole, half = (found[row] for row in (("lora-mu", None), ("lora-rewound", 0.5)))
     assert half["log"] == whole["log"]
     for kind, of in half["text"].items():

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hlora.cli.screen import say
+from hlora.core.recorder import describe_summary
+from hlora.hf.regularize import Penalty
 from hlora.run.phases import DomainPhase
 from hlora.run.settings import TuneSettings
+
+
+def _said(penalty: Penalty) -> str:
+    budget = penalty.forget_at_most
+    how = f"φ {penalty.phi:g}" if budget is None else f"forgetting at most {budget:g}"
+    return f"{how}, anchored at {penalty.anchor}"
 
 
 def run(settings: TuneSettings) -> None:
@@ -13,12 +23,12 @@ def run(settings: TuneSettings) -> None:
     if settings.dry_run:
         say(phase.plan())
         return
-    budget = settings.forget_at_most
-    how = f"forgetting at most {budget:g}" if budget else "φ {0.phi:g}, anchored at {0.anchor}"
-    held = [how.format(p) for p in phase.regularizers]
+    held = [_said(p) for p in phase.regularizers]
+    if len(held) > 1:
+        held = [f"{Path(i).name}: {h}" for i, h in zip(settings.importance, held, strict=True)]
     say(
         f"Tuning on {len(phase.rows):,} rows of {phase.task.name} ({phase.rows.tokens}), "
-        f"{held[0] if held else 'plain LoRA'}."
+        f"{'; '.join(held) or 'plain LoRA'}."
     )
     trained = phase.run()
     last = trained.log[-1] if trained.log else {}
@@ -27,6 +37,9 @@ def run(settings: TuneSettings) -> None:
         + (f" Last loss {last['loss']:.4g}" if last else "")
         + (f", R {last['R']:.4g}, penalty {last['penalty']:.4g}." if "R" in last else "")
     )
+    if phase.recorder and phase.recorder.summary:
+        summary = describe_summary(phase.recorder.kind, phase.recorder.summary)
+        say(f"{summary}\nIts importance is in {settings.record}.")
     if lost := trained.forgetting:
         scaled = f"; scaled by {lost['share']:.3f} to {lost['kept']:.4f}"
         say(

@@ -28,6 +28,10 @@ _TRAINED = (
 )  # fmt: skip
 """Settings that say how it was trained; the others name places, or say nothing of the result."""
 ADAPTER, IMPORTANCE, MERGED = "adapter", "importance", "merged"
+_ANCHORS = {
+    "nu": "the adapter recorded with it", "base": "the base model",
+    "merged": "the base model, into which earlier adapters were merged",
+}  # fmt: skip
 _GATHERED = ("sequences", "block_size", "lora_rank", "targets", "dtype", "seed")
 _MEASURED = ("block_size", "text_blocks", "dtype")
 
@@ -116,9 +120,11 @@ def recorded(info: Mapping[str, Any]) -> str:
     stored = (info.get("recording") or {}).get("storage")
     form = info["kind"] + (f", stored as {stored}" if stored not in (None, "fp32") else "")
     bytes_ = sum(f["bytes"] for f in info["files"].values())
+    task = info.get("task")
+    read += [f"{code(task)}, {info['rows']:,} rows"] if task else []
     lines = [
-        f"How much each weight matters for general text: importance of the form {code(form)}, of "
-        f"{len(info['pairs'])} matrices, {size(bytes_)}.",
+        f"How much each weight matters for {code(task) if task else 'general text'}: importance of "
+        f"the form {code(form)}, of {len(info['pairs'])} matrices, {size(bytes_)}.",
         f"From {'; '.join(read) or 'general text'}.",
     ]
     previous, gathered = info.get("previous"), "own_text" in summary
@@ -127,12 +133,13 @@ def recorded(info: Mapping[str, Any]) -> str:
         lines.append(f"Gathered without training, at {at}.")
     else:
         lines.append(
-            "Gathered while the adapter beside it was trained on that text. A domain starts from "
-            "this adapter."
+            f"Gathered while the adapter beside it was trained on {'it' if task else 'that text'}. "
+            "A domain starts from this adapter."
         )
         lines += [f"It adds to {_named(previous)}."] if previous else []
     shown = _GATHERED if gathered else _TRAINED
-    return _page(info, "importance of its weights", {"What it is": lines}, shown, IMPORTANCE)
+    parts = {"What it is": lines} | ({"What it was held by": _held(info)} if task else {})
+    return _page(info, "importance of its weights", parts, shown, IMPORTANCE)
 
 
 def _page(
@@ -189,19 +196,15 @@ def _loading(base: str | None, what_for: str) -> list[str]:
 
 
 def _held(info: Mapping[str, Any]) -> list[str]:
-    s, rule = info["settings"], info["penalty"]
-    lines = []
-    if s["importance"]:
-        budget = s["forget_at_most"]
-        how = (
-            f"a budget of {budget:g} nats per token, which steers φ"
-            if budget
-            else f"φ {rule['phi']:g}"
-        )
-        to = "the base model" if info["anchor"] == "base" else "the recorded adapter"
+    s, lines = info["settings"], []
+    budget = s["forget_at_most"]
+    for of in info["held"]:
+        how = f"φ {of['penalty']['phi']:g}"
+        if budget:
+            how, budget = f"a budget of {budget:g} nats per token, which steers φ", None
         lines.append(
-            f"{info['kind'].capitalize()} importance, {_named(s['importance'])}"
-            f", with {how}; it pulls towards {to}."
+            f"{of['kind'].capitalize()} importance, {_named(of['importance'])}"
+            f", with {how}; it pulls towards {_ANCHORS[of['anchor']]}."
         )
     if s["kl"]:
         lines.append(

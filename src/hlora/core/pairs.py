@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hlora.errors import MismatchError, UnsupportedModelError
@@ -164,6 +165,18 @@ def unstack(
     }
 
 
+def resized(
+    B: Tensor, A: Tensor, noted: Mapping[str, float], r: int, s: float
+) -> tuple[Tensor, Tensor]:
+    """The same s·B·A at a rank r that is no smaller, and another s: further columns of B are zero.
+
+    Args:
+        noted: `r` and `s` of B (m, r) and A (r, n), as `describe` gives them.
+    """
+    more = (0, r - A.shape[0])
+    return F.pad(B * (noted["s"] / s), more), F.pad(A, (0, 0, *more))
+
+
 def describe(pairs: Iterable[Pair]) -> dict[str, dict[str, float]]:
     """What an importance folder notes of each pair: m, n, r and s."""
     return {p.name: {"m": p.shape[0], "n": p.shape[1], "r": p.shape[2], "s": p.s} for p in pairs}
@@ -177,30 +190,37 @@ def check_same(
     Args:
         noted: `describe` of the model that was recorded.
         where: the folder, for the message.
-        ranks: also compare r and s. The importance itself does not depend on them.
+        ranks: also refuse a rank that is smaller, in which the recorded adapter has no room. The
+            importance itself does not depend on r and s.
 
     Raises:
         MismatchError: names the two values that differ.
     """
     here = describe(pairs)
     if here.keys() != noted.keys():
-        mine, theirs = _targets(here), _targets(noted)
+        mine, theirs = targets_of(here), targets_of(noted)
         if mine == theirs:
             mine, theirs = f"{len(here)} of them", f"{len(noted)} of them"
         raise MismatchError(
             f"The LoRA targets differ: this model has {mine}, {where} was recorded on {theirs}."
         )
-    words = {"m": "output size", "n": "input size", "r": "rank", "s": "scaling (alpha/rank)"}
     for name, values in here.items():
-        for key in ("m", "n", "r", "s") if ranks else ("m", "n"):
-            if abs(values[key] - noted[name][key]) > 1e-6 * abs(noted[name][key]):
+        for key, word in (("m", "output size"), ("n", "input size")):
+            if values[key] != noted[name][key]:
                 raise MismatchError(
-                    f"The {words[key]} of {name} differs: {values[key]:g} in this model, "
+                    f"The {word} of {name} differs: {values[key]:g} in this model, "
                     f"{noted[name][key]:g} in {where}."
                 )
+        if ranks and values["r"] < noted[name]["r"]:
+            raise MismatchError(
+                f"The rank of {name} is {values['r']:g} and training starts from the adapter in "
+                f"{where}, whose rank is {noted[name]['r']:g}: give that or a larger one, or merge "
+                "that adapter into the base model first (anchor='merged')."
+            )
 
 
-def _targets(names: Iterable[str]) -> str:
+def targets_of(names: Iterable[str]) -> str:
+    """The last parts of the names, each once: `q_proj, v_proj`."""
     return ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -29,6 +30,11 @@ from hlora.core.recorder import describe_summary
 from hlora.errors import DivergedError, HloraError, MismatchError, StoreError, one_line
 from hlora.files import checksum, publish, sha256, write_json
 
+logger = logging.getLogger(__name__)
+
+VOCABULARY = "vocabulary size"
+"""What may change of a base model: rows are added for new tokens."""
+
 
 @dataclass
 class Stored:
@@ -39,18 +45,33 @@ class Stored:
     importance: Importance
     factors: dict[str, tuple[Tensor, Tensor]]
 
-    def check(self, base: dict[str, Any], pairs: list[Pair], *, ranks: bool = True) -> None:
+    def check(
+        self, base: dict[str, Any], pairs: list[Pair], *, ranks: bool = True, merged: bool = False
+    ) -> None:
         """Refuse a model that this importance does not belong to.
 
         Args:
             base: what identifies the model, from `hlora.hf.peft.base_of`.
-            ranks: also compare ranks and scalings.
+            ranks: also refuse smaller ranks than the recorded adapter's.
+            merged: the weights may be others, since adapters were merged into them.
 
         Raises:
             MismatchError: names both values.
         """
-        check_base(base, self.info["base_model"], str(self.folder))
-        check_same(pairs, self.info["pairs"], str(self.folder), ranks=ranks)
+        if merged:  # only that it is of the same architecture
+            config = {k: v for k, v in base["config"].items() if k != VOCABULARY}
+            base = {**base, "config": config, "samples": {}}
+        where, noted = str(self.folder), self.info["pairs"]
+        alike = {p.name for p in pairs} == noted.keys()
+        if alike:  # shapes that differ say more than the weights in them
+            check_same(pairs, noted, where, ranks=ranks)
+        check_base(
+            base, self.info["base_model"], where,
+            advice=" If adapters were merged into them since, give anchor='merged' (--anchor "
+            "merged).",
+        )  # fmt: skip
+        if not alike:
+            check_same(pairs, noted, where, ranks=ranks)
 
 
 def about(base: dict[str, Any], pairs: list[Pair]) -> dict[str, Any]:
@@ -172,29 +193,44 @@ def _edited(folder: Path, info: dict[str, Any]) -> list[str] | None:
     return sorted(k for k in here.keys() | noted.keys() if here.get(k) != noted.get(k))
 
 
-def check_base(here: dict[str, Any], noted: dict[str, Any], where: str) -> None:
+def check_base(here: dict[str, Any], noted: dict[str, Any], where: str, advice: str = "") -> None:
     """Refuse another base model. Rounding to another float type is not another model.
+
+    Another size of the vocabulary is none either; where no weights can be compared, it is told.
+
+    Args:
+        advice: what else to do about other weights.
 
     Raises:
         MismatchError: names what differs.
         StoreError: what was noted is damaged.
     """
     try:
-        _check_base(here, noted, where)
+        _check_base(here, noted, where, advice)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         said = one_line(error) or type(error).__name__
         raise StoreError(f"What {where} says of its base model is damaged ({said}).") from None
 
 
-def _check_base(here: dict[str, Any], noted: dict[str, Any], where: str) -> None:
+def _check_base(here: dict[str, Any], noted: dict[str, Any], where: str, advice: str) -> None:
+    compared = here["samples"].keys() & noted["samples"].keys()
     for what, value in here["config"].items():
         there = noted["config"].get(what, value)
-        if value != there:
+        if value == there:
+            continue
+        if what == VOCABULARY:
+            if not compared:
+                logger.warning(
+                    "The vocabulary has %s tokens here and %s in %s. The weights are quantized, so "
+                    "that it is not known whether it is the same model, resized.",
+                    value, there, where,
+                )  # fmt: skip
+        else:
             raise MismatchError(
                 f"The base model differs: its {what} is {value} here and {there} in {where} "
                 f"(recorded on {noted['name'] or 'an unnamed model'})."
             )
-    for name in here["samples"].keys() & noted["samples"].keys():
+    for name in compared:
         a, b = torch.tensor(here["samples"][name]), torch.tensor(noted["samples"][name])
         if a.shape != b.shape:
             raise ValueError(f"there are not {len(a)} samples of {name}")
@@ -205,5 +241,5 @@ def _check_base(here: dict[str, Any], noted: dict[str, Any], where: str) -> None
             raise MismatchError(
                 f"The base model has other weights than the one that {where} was recorded on: an "
                 f"entry of {name} is {a[i]:.6g} here and {b[i]:.6g} there "
-                f"({here['name'] or 'unnamed'} and {noted['name'] or 'unnamed'})."
+                f"({here['name'] or 'unnamed'} and {noted['name'] or 'unnamed'}).{advice}"
             )

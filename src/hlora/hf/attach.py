@@ -36,7 +36,8 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer, unheld: str | No
 
     Args:
         trainer: not yet trained.
-        parts: `hlora.Record`, `hlora.Penalty`, or a `Regularizer` of your own.
+        parts: `hlora.Record`, `hlora.Penalty`, or a `Regularizer` of your own. Of several
+            penalties that hold to recorded adapters, training starts at the last one's.
         unheld: in place of the parts' own: `refuse` whatever is trained beside the LoRA matrices,
             or `warn` and leave it free.
 
@@ -55,6 +56,10 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer, unheld: str | No
     _refuse_layer_wise(trainer.args)
     handler = trainer.callback_handler
     names = {c.name for c in handler.callbacks if isinstance(c, Regularization)}
+    penalties = [p for p in (*handler.callbacks, *parts) if isinstance(p, Penalty)]
+    starts = [p for p in penalties if p.anchor == "nu"]
+    for penalty in starts:
+        penalty.leads = penalty is starts[-1]
     callbacks: list[TrainerCallback] = []
     for part in parts:
         callback = Regularization(part) if isinstance(part, Regularizer) else part
@@ -82,9 +87,8 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer, unheld: str | No
         callbacks.append(BadSteps())
     # What counts bad steps comes first: it keeps the others from writing what diverged.
     callbacks.sort(key=lambda c: not isinstance(c, BadSteps))
-    penalty = next((c for c in callbacks if isinstance(c, Penalty)), None)
-    if penalty is not None and trainer.model is not None:
-        refer_to_start(trainer, penalty)
+    if starts and trainer.model is not None:
+        refer_to_start(trainer, starts[-1])
     handler.callbacks[:0] = callbacks
     if not any(isinstance(c, Seal) for c in handler.callbacks):
         handler.callbacks += [Seal(), Panels(trainer)]

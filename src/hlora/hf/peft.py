@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hlora.core.adapter_file import ADAPTER_FILES
-from hlora.core.pairs import Pair
+from hlora.core.pairs import Pair, resized
 from hlora.errors import DivergedError, StoreError, UnsupportedModelError, one_line, one_of
 
 UNHELD = ("refuse", "warn")
@@ -45,6 +46,8 @@ _CONFIG_KEYS = {
     "hidden size": ("hidden_size", "n_embd"),
     "number of layers": ("num_hidden_layers", "n_layer"),
 }
+
+Noted = Mapping[str, Mapping[str, float]]
 
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations that take B₀A₀ out of the base weights, so that B = 0 is not the base model."""
@@ -257,15 +260,16 @@ def _check_what_is_trained(model: nn.Module, pairs: list[Pair], config: Any, unh
 
 @torch.no_grad()
 def take_over(
-    model: nn.Module, recorded: dict[str, Tensor], adapter: str | None = None
+    model: nn.Module, recorded: dict[str, Tensor], noted: Noted, adapter: str | None = None
 ) -> list[str]:
-    """Put a recorded adapter into one of the same settings: where the general phase ended.
+    """Put a recorded adapter into one of no smaller rank: where the earlier phase ended.
 
-    What only this one has, a new head say, stays as it is; a magnitude of DoRA is set so that it
-    changes nothing.
+    What only this one has, a new head say, or more rows of A, stays as it is; a magnitude of DoRA
+    is set so that it changes nothing.
 
     Args:
         recorded: the tensors of its file, as PEFT names them.
+        noted: `r` and `s` of its pairs by name.
         adapter: the active one by default.
 
     Returns:
@@ -278,6 +282,14 @@ def take_over(
     adapter = adapter or adapter_config(model)[0]
     here = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     taken = {k: v for k, v in recorded.items() if k in here and here[k].shape == v.shape}
+    for path, module in model.named_modules():
+        of = noted.get(path.removeprefix("base_model.model."))
+        keys = [f"{path}.lora_{which}.weight" for which in "BA"]
+        if of and isinstance(module, LoraLayer) and all(k in recorded and k in here for k in keys):
+            r, s = module.r[adapter], module.scaling[adapter]
+            B, A = resized(recorded[keys[0]], recorded[keys[1]], of, r, s)
+            A[int(of["r"]) :] = here[keys[1]][int(of["r"]) :]  # zero too, they would never learn
+            taken |= dict(zip(keys, (B, A), strict=True))
     set_peft_model_state_dict(model, {**here, **taken}, adapter_name=adapter)
     for path, module in model.named_modules():
         magnitudes = getattr(module, "lora_magnitude_vector", {})
@@ -295,7 +307,7 @@ def take_over(
 
 
 @torch.no_grad()
-def add_reference(model: nn.Module, name: str, recorded: dict[str, Tensor]) -> None:
+def add_reference(model: nn.Module, name: str, recorded: dict[str, Tensor], noted: Noted) -> None:
     """A frozen adapter beside the active one that holds a recorded one, for TRL's reference."""
     model = unwrap(model)
     adapter, config = adapter_config(model)
@@ -308,7 +320,7 @@ def add_reference(model: nn.Module, name: str, recorded: dict[str, Tensor]) -> N
         same = re.sub(rf"\.{re.escape(adapter)}(?=\.|$)", f".{name}", of)
         if same != of and same in parameters:
             parameters[same].data = p.data.clone()
-    take_over(model, recorded, name)
+    take_over(model, recorded, noted, name)
 
 
 def starts_at_base(model: nn.Module) -> bool:

@@ -59,6 +59,8 @@ class Record(Attached):
         summary: after training, what was found: the share of negative ω, the largest and
             smallest ‖Ω_l‖₂, the effective number of layers under Eq. 15.
         notes: join `importance.json`.
+        deferred: leave the writing to the caller, who does `write(model, found)`.
+        found: the importance after training, where it is deferred.
 
     Raises:
         InputError: an unusable setting; when training starts, an output that holds a result.
@@ -97,6 +99,8 @@ class Record(Attached):
             )
         self.summary: dict[str, Any] = {}
         self.notes: dict[str, Any] = {}
+        self.deferred = False
+        self.found: Importance | None = None
         self._recorder: Recorder | None = None
         self._earlier: store.Stored | None = None
         self._wrote = False  # a second train() replaces the first one's result
@@ -236,6 +240,9 @@ class Record(Attached):
         self.notes["log"] = [e for e in state.log_history if "loss" in e]
         self.check_reached(args, state)
         importance = self.collect()
+        if self.deferred:
+            self.found = importance
+            return
         if state.is_world_process_zero:
             self.write(model, importance)
         wait_for_all()

@@ -65,7 +65,8 @@ def refer_to_start(trainer: Any, penalty: Penalty) -> None:
             f"adapter in {folder}: upgrade with pip install -U 'trl>=0.27', or hold to the base "
             f"model with hlora.Penalty({folder!r}, anchor='base')."
         )
-    add_reference(trainer.model, REF, read_tensors(penalty.stored.folder))
+    recorded, noted = read_tensors(penalty.stored.folder), penalty.stored.info["pairs"]
+    add_reference(trainer.model, REF, recorded, noted)
     callbacks = trainer.callback_handler.callbacks
     if not any(isinstance(c, _Unsaved) for c in callbacks):
         callbacks.append(_Unsaved())

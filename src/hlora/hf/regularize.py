@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hlora.core import store
 from hlora.core.adapter_file import read_tensors
 from hlora.core.budget import Budgeted, check_budget
-from hlora.core.pairs import Group, check_held, digest, group, unstack
+from hlora.core.pairs import Group, Pair, check_held, digest, group, resized, unstack
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
@@ -29,7 +29,7 @@ from hlora.hf.record import warn_of_unreached
 
 logger = logging.getLogger(__name__)
 
-ANCHORS = ("nu", "base")
+ANCHORS = ("nu", "base", "merged")
 NATURAL_PHI = 1.0
 """φ where R is in nats per token: one of general text counts as much as one of the domain."""
 WEAK = 1e-3
@@ -192,6 +192,7 @@ class Penalty(Regularization):
 
     The penalty does not depend on the batch, so its gradient is added once per optimizer step, in
     closed form, after accumulation and clipping: the same for SFT and DPO and on every rank.
+    Several add up, each with its own anchor; training starts at the last one's.
 
     Args:
         importance: an importance folder, or its name on the hub, `owner/name[@revision]`.
@@ -203,8 +204,10 @@ class Penalty(Regularization):
             at the end is taken back by scaling the adapter.
         preset: `default`, `paper` (Eq. 14-16 to the letter) or `official` (the authors' code).
         anchor: `nu` starts from the recorded adapter and holds θ to it; `base` starts from the
-            base model and holds θ to that, the recorded adapter serving for its importance only. By
-            default where the importance was gathered.
+            base model and holds θ to that, the recorded adapter serving for its importance only;
+            `merged` does the same for a base model whose weights have become others since, by
+            merging the recorded adapter or later ones. By default where the importance was
+            gathered.
         unheld: `refuse` whatever is trained beside the LoRA matrices (DoRA's magnitudes, biases,
             embeddings, other modules), or `warn` and leave it free: no importance covers it.
         rule: fields of `hlora.core.presets.PenaltyRule` in place of the preset's:
@@ -214,6 +217,7 @@ class Penalty(Regularization):
         predicted: after training on a budget, the forgetting on that text before anything was taken
             back; as the importance predicts it, where it was gathered without that text.
         left, share: the same after, and what the adapter was scaled by.
+        leads: training starts at its θ^ν; `attach` leaves it to the last of several.
 
     Raises:
         InputError, StoreError: an unusable setting or importance folder.
@@ -251,13 +255,14 @@ class Penalty(Regularization):
         self.forget_at_most = forget_at_most
         self._planned = 0
         self._first: tuple[weakref.ref[nn.Module], Anchor] | None = None
+        self.leads = True
         self.predicted: float | None = None
         self.left, self.share = 0.0, 1.0
         if forget_at_most is not None:
             check_budget(forget_at_most)
             if phi is not None:
                 raise InputError("Give phi or forget_at_most, which steers phi: not both.")
-            if not (at_base and self.anchor == "base"):
+            if not at_base or self.anchor == "nu":
                 raise InputError(
                     f"forget_at_most needs importance gathered at the base model, which predicts "
                     f"forgetting: record with --kind blend, not {held.kind}."
@@ -284,13 +289,14 @@ class Penalty(Regularization):
 
     def check(self, model: nn.Module, args: Any) -> None:
         self._checked(model)
-        self.start_of(model)
+        if self.leads:
+            self.start_of(model)
 
     def _checked(self, model: nn.Module) -> list[Group]:
         """The groups of a model that this importance can hold."""
         pairs = find_pairs(model, self.unheld)
-        self.stored.check(base_of(model, pairs), pairs, ranks=self.anchor == "nu")
-        self.needs_state = self.anchor == "base" and not starts_at_base(model)
+        self.check_pairs(model, pairs)
+        self.needs_state = self.anchor != "nu" and not starts_at_base(model)
         if self.needs_state and self.forget_at_most is not None:
             raise InputError(
                 "forget_at_most needs an adapter that starts at the base model: this one's "
@@ -298,20 +304,21 @@ class Penalty(Regularization):
             )
         return group(pairs)
 
+    def check_pairs(self, model: nn.Module, pairs: list[Pair]) -> None:
+        """Raise MismatchError for a model or LoRA pairs that this importance does not fit."""
+        ranks, merged = self.anchor == "nu", self.anchor == "merged"
+        self.stored.check(base_of(model, pairs), pairs, ranks=ranks, merged=merged)
+
     def start_of(self, model: nn.Module) -> str:
         """What the adapter is: `new` or `recorded`, and training starts at θ^ν; or `elsewhere`."""
-        if self.anchor == "base":
+        if self.anchor != "nu":
             return "elsewhere"
         return self._start_of(model, group(find_pairs(model, self.unheld)))
 
     def _start_of(self, model: nn.Module, groups: list[Group]) -> str:
         if not any(g.factors()[0].any() for g in groups):
             return "new"
-        if all(
-            torch.equal(here, noted)
-            for g in groups
-            for here, noted in zip(g.factors(), g.stack_both(self.stored.factors), strict=True)
-        ):
+        if all(self._is_recorded(g) for g in groups):
             return "recorded"
         if (init := init_of(model)) is not None:
             raise UnsupportedModelError(
@@ -320,6 +327,19 @@ class Penalty(Regularization):
                 f"PeftModel.from_pretrained(model, {str(self.stored.folder)!r}, is_trainable=True)."
             )
         return "elsewhere"
+
+    def _is_recorded(self, g: Group) -> bool:
+        """Whether a group is at θ^ν. A row of A does not matter where its column of B is zero."""
+        (B, A), (B_nu, A_nu) = g.factors(), self._recorded(g)
+        acts = B_nu.any(dim=1).unsqueeze(2)
+        return torch.equal(B, B_nu) and torch.equal(A * acts, A_nu * acts)
+
+    def _recorded(self, g: Group) -> tuple[Tensor, Tensor]:
+        """B (L, m, r) and A (L, r, n) of θ^ν in the rank and scaling that a group has here."""
+        factors, noted = self.stored.factors, self.stored.info["pairs"]
+        return g.stack_both(
+            {p.name: resized(*factors[p.name], noted[p.name], g.r, p.s) for p in g.pairs}
+        )
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
         self._planned = state.max_steps
@@ -334,7 +354,7 @@ class Penalty(Regularization):
 
     def _find_anchor(self, model: nn.Module, groups: list[Group], *, fresh: bool) -> Anchor:
         """B and A of the anchor by group; for `nu` a new adapter becomes the recorded one."""
-        if self.anchor == "base":
+        if self.anchor != "nu":
             here = {g.names: g.factors() for g in groups}
             if not self.needs_state:
                 return {names: (torch.zeros_like(B), A) for names, (B, A) in here.items()}
@@ -342,23 +362,24 @@ class Penalty(Regularization):
             if self._first is None or self._first[0]() is not model:
                 self._first = weakref.ref(model), here
             return self._first[1]
-        start = self._start_of(model, groups) if fresh else None
-        if start == "new" and (left := take_over(model, read_tensors(self.stored.folder))):
+        start = self._start_of(model, groups) if fresh and self.leads else None
+        folder, noted = self.stored.folder, self.stored.info["pairs"]
+        if start == "new" and (left := take_over(model, read_tensors(folder), noted)):
             logger.warning(
                 "The adapter in %s also holds %s, which this one has not: training does not start "
-                "just where the general phase ended.", self.stored.folder, in_short(left),
+                "just where the general phase ended.", folder, in_short(left),
             )  # fmt: skip
         if start == "elsewhere":
             logger.warning(
                 "The adapter is neither new nor the one in %s: training starts where it is and is "
                 "pulled towards θ^ν. Start from a new adapter, or from that folder.",
-                self.stored.folder,
+                folder,
             )
-        return {g.names: g.stack_both(self.stored.factors) for g in groups}
+        return {g.names: self._recorded(g) for g in groups}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """θ^ν is in its folder; a base that the initialization moved is nowhere else."""
-        if self.anchor != "base":
+        if self.anchor == "nu":
             return {}
         assert isinstance(self.regularizer, Quadratic)
         found = self.regularizer.state()

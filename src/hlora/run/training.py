@@ -33,7 +33,7 @@ from hlora.hf.distributed import is_main, refuse_sharded, wait_for_all
 from hlora.hf.hub import located
 from hlora.run.models import pick_device, pick_dtype
 from hlora.run.progress import Interruptible, Progress, bar
-from hlora.run.settings import TrainSettings
+from hlora.run.settings import OF_EACH, TrainSettings, listed
 from hlora.run.trainer import make_trainer
 
 logger = logging.getLogger(__name__)
@@ -309,8 +309,15 @@ def _changed(settings: TrainSettings, noted: dict[str, Any]) -> dict[str, tuple[
     before, now = noted.get("settings"), asdict(settings)
     if not isinstance(before, dict):
         return {k: (None, v) for k, v in now.items()}
-    if "anchor" in now:  # not given is nu
-        before, now = ({**d, "anchor": d.get("anchor") or "nu"} for d in (before, now))
+    if "anchor" in now:  # not given is nu; one value may stand for a list
+        before, now = (
+            {
+                **d,
+                **{k: listed(d.get(k)) for k in OF_EACH},
+                "anchor": listed(d.get("anchor")) or ["nu"],
+            }
+            for d in (before, now)
+        )
     return {
         k: (before[k], v) for k, v in now.items() if k not in _MAY_DIFFER and before.get(k, v) != v
     }
@@ -329,10 +336,10 @@ def begin_run(
     Raises:
         InputError: the run to be resumed read something else.
     """
-    nu = getattr(settings, "importance", None)
+    held_to = [located(nu) for nu in listed(getattr(settings, "importance", None))]
     content = {
         "base model": _digest([base["config"], base["samples"]]),
-        "importance": nu and _digest(store.read_info(located(nu))["files"]),
+        "importance": ",".join(_digest(store.read_info(nu)["files"]) for nu in held_to) or None,
         "data": _digest(rows.content()),
         "general text": _digest([t.tolist() for t in also]),
     }
