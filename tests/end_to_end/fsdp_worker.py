@@ -1,15 +1,21 @@
 """Run by torchrun in test_fsdp.py: both phases, on one process or sharded by FSDP2 on several."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch import distributed
 from torch.distributed.fsdp import fully_shard
+from transformers import Trainer, TrainingArguments
 
 import hlora
 from hlora.core.kinds import kind_named
-from hlora.hf.distributed import leave_together
+from hlora.core.sharded import local
+from hlora.hf.distributed import is_main, leave_together
 from hlora.hf.peft import find_pairs, save_adapter, whole_adapter
 from hlora.hf.record import save_importance
 from tests.conftest import lora_model, token_rows
@@ -19,58 +25,100 @@ ADAPTER = {"r": 3, "rank_pattern": {"v_proj": 1}, "dtype": torch.float64}
 
 
 def sharded(model):
-    if torch.distributed.get_world_size() > 1:
+    if distributed.get_world_size() > 1:
         for layer in model.get_base_model().model.layers:
             fully_shard(layer)
         fully_shard(model)
     return model
 
 
-def loop(model, start, seed: int):
-    """Four steps of eight rows, each process with its share. Yields after each."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+def loop(part, seed: int, result):
+    """Four steps of eight rows, each process with its share; what `result` says after each."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    model = sharded(lora_model(**ADAPTER))
     rows = torch.tensor([row["input_ids"] for row in token_rows(seed=seed)])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
     model(input_ids=rows[:1])  # leaves FSDP2 gathered
-    start(model, optimizer)
-    for batch in rows.split(8):
+    part.start(model, optimizer)
+    found = []
+    for step, batch in enumerate(rows.split(8)):
         mine = batch.chunk(world)[rank]
         model(input_ids=mine, labels=mine).loss.backward()
+        if step == 2 and rank == world - 1:  # bad on one process, skipped by all
+            local(trained[1].grad).fill_(math.nan)
         optimizer.step()
         optimizer.zero_grad()
-        yield
+        found.append(result(model))
+    part.finish(*([model] if isinstance(part, hlora.Record) else []))
+    return model, found
 
 
-def both_phases(folder: Path, kind: str) -> None:
-    nu = folder / "nu"
+def by_loop(nu: Path, mu: Path, kind: str) -> list[float]:
     if kind_named(kind).trained:
-        record = hlora.Record(nu, kind=kind)
-        model = sharded(lora_model(**ADAPTER))
-        for _ in loop(model, record.start, seed=0):
-            pass
-        record.finish(model)
-    else:
-        model = lora_model(**ADAPTER)
-        pairs, rows = find_pairs(model), torch.tensor([r["input_ids"] for r in token_rows()])
-        found, _ = kind_named(kind).gather(model, pairs, rows)
-        save_importance(nu, model, pairs, found, {"summary": {}})
-        torch.distributed.barrier()
-    model = sharded(lora_model(**ADAPTER))
+        loop(hlora.Record(nu, kind=kind), 0, lambda model: None)
     penalty = hlora.Penalty(nu, phi=5.0)
-    values = [float(penalty.value()) for _ in loop(model, penalty.start, seed=2)]
-    penalty.finish()
+    model, found = loop(penalty, 2, lambda model: float(penalty.value()))
     adapter = whole_adapter(model)
-    if torch.distributed.get_rank() == 0:
-        save_adapter(model, folder / "mu", adapter)
-        (folder / "R.json").write_text(json.dumps(values), "utf-8")
+    if is_main():
+        save_adapter(model, mu, adapter)
+    return found
 
 
-def main(folder: Path) -> None:
-    torch.distributed.init_process_group("gloo")
+def trainer_with(folder: Path, part, seed: int):
+    """accelerate shards on a GPU only, and trains with DDP on a CPU whatever it is asked for. Told
+    that this is one, it takes its own way through FSDP2.
+    """
+    world = distributed.get_world_size()
+    settings = {
+        "per_device_train_batch_size": 8 // world, "max_steps": 4, "learning_rate": 1e-2,
+        "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "report_to": [],
+        "seed": 0, "disable_tqdm": True, "use_cpu": True, "ddp_backend": "gloo",
+    }  # fmt: skip
+    if world > 1:
+        layers = ["LlamaDecoderLayer"]
+        settings["fsdp"] = "full_shard auto_wrap"
+        settings["fsdp_config"] = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": layers}
+    args = TrainingArguments(output_dir=str(folder), **settings)
+    if world > 1 and args.device.type == "cpu":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = Trainer(lora_model(**ADAPTER), args, train_dataset=token_rows(seed=seed))
+    hlora.attach(trainer, part)
+    return trainer
+
+
+def by_trainer(nu: Path, mu: Path, kind: str) -> list[float]:
+    """Sharded, each phase is resumed in its middle; on one process it is not."""
+    resumes = [False, "checkpoint-2"] if distributed.get_world_size() > 1 else [False]
+    if kind_named(kind).trained:
+        for checkpoint in resumes:
+            record = hlora.Record(nu, kind=kind, quiet=True, overwrite=True)
+            trainer = trainer_with(nu.parent / "run-nu", record, 0)
+            trainer.train(checkpoint and str(nu.parent / "run-nu" / checkpoint))
+    for checkpoint in resumes:
+        how = {"phi": 5.0} if kind_named(kind).trained else {"forget_at_most": 1e-5}
+        trainer = trainer_with(nu.parent / "run-mu", hlora.Penalty(nu, **how), 2)
+        trainer.train(checkpoint and str(nu.parent / "run-mu" / checkpoint))
+    assert (distributed.get_world_size() > 1) == hasattr(trainer.model, "reshard")
+    trainer.save_model(str(mu))
+    return [e["R"] for e in trainer.state.log_history if "R" in e]
+
+
+def main(folder: Path, how: str) -> None:
+    distributed.init_process_group("gloo")
     for kind in ("dense", "factored", "blend"):
-        both_phases(folder / kind, kind)
+        nu, mu = folder / kind / "nu", folder / kind / "mu"
+        if not kind_named(kind).trained:
+            model = lora_model(**ADAPTER)
+            pairs, rows = find_pairs(model), torch.tensor([r["input_ids"] for r in token_rows()])
+            found, _ = kind_named(kind).gather(model, pairs, rows)
+            save_importance(nu, model, pairs, found, {"summary": {}})
+            distributed.barrier()
+        values = {"loop": by_loop, "trainer": by_trainer}[how](nu, mu, kind)
+        if is_main():
+            (folder / kind / "R.json").write_text(json.dumps(values), "utf-8")
     leave_together()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
