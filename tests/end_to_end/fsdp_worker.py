@@ -1,4 +1,4 @@
-"""Run by torchrun in test_fsdp.py: both phases, on one process or sharded by FSDP2 on several."""
+"""Run by test_fsdp.py: both phases, on one process or sharded by FSDP2 on several."""
 
 import json
 import math
@@ -66,23 +66,22 @@ def by_loop(nu: Path, mu: Path, kind: str) -> list[float]:
 
 
 def trainer_with(folder: Path, part, seed: int):
-    """accelerate shards on a GPU only, and trains with DDP on a CPU whatever it is asked for. Told
-    that this is one, it takes its own way through FSDP2.
+    """accelerate shards on a GPU only: on a CPU it trains with DDP, whatever it is asked for. Told
+    that this is one, it goes its own way through FSDP2, as configs/accelerate/fsdp2.yaml says.
     """
     world = distributed.get_world_size()
-    settings = {
-        "per_device_train_batch_size": 8 // world, "max_steps": 4, "learning_rate": 1e-2,
-        "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "report_to": [],
-        "seed": 0, "disable_tqdm": True, "use_cpu": True, "ddp_backend": "gloo",
-    }  # fmt: skip
-    if world > 1:
-        layers = ["LlamaDecoderLayer"]
-        settings["fsdp"] = "full_shard auto_wrap"
-        settings["fsdp_config"] = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": layers}
-    args = TrainingArguments(output_dir=str(folder), **settings)
+    args = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=8 // world, max_steps=4,
+        learning_rate=1e-2, logging_steps=1, save_strategy="steps", save_steps=2, report_to=[],
+        seed=0, disable_tqdm=True, use_cpu=True, ddp_backend="gloo",
+    )  # fmt: skip
     if world > 1 and args.device.type == "cpu":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = Trainer(lora_model(**ADAPTER), args, train_dataset=token_rows(seed=seed))
+    model = lora_model(**ADAPTER)
+    if not is_main():  # by fsdp_cpu_ram_efficient_loading rank 0 alone has read them
+        for p in model.get_base_model().parameters():
+            p.data.zero_()
+    trainer = Trainer(model, args, train_dataset=token_rows(seed=seed))
     hlora.attach(trainer, part)
     return trainer
 
@@ -95,18 +94,20 @@ def by_trainer(nu: Path, mu: Path, kind: str) -> list[float]:
             record = hlora.Record(nu, kind=kind, quiet=True, overwrite=True)
             trainer = trainer_with(nu.parent / "run-nu", record, 0)
             trainer.train(checkpoint and str(nu.parent / "run-nu" / checkpoint))
+    how = {"phi": 5.0} if kind_named(kind).trained else {"forget_at_most": 1e-5}
     for checkpoint in resumes:
-        how = {"phi": 5.0} if kind_named(kind).trained else {"forget_at_most": 1e-5}
-        trainer = trainer_with(nu.parent / "run-mu", hlora.Penalty(nu, **how), 2)
+        penalty = hlora.Penalty(nu, **how)
+        trainer = trainer_with(nu.parent / "run-mu", penalty, 2)
         trainer.train(checkpoint and str(nu.parent / "run-mu" / checkpoint))
+    assert penalty.predicted is None or penalty.predicted > 1e-5  # so that it is scaled down
     assert (distributed.get_world_size() > 1) == hasattr(trainer.model, "reshard")
     trainer.save_model(str(mu))
     return [e["R"] for e in trainer.state.log_history if "R" in e]
 
 
-def main(folder: Path, how: str) -> None:
+def main(folder: Path, how: str, kinds: list[str]) -> None:
     distributed.init_process_group("gloo")
-    for kind in ("dense", "factored", "blend"):
+    for kind in kinds:
         nu, mu = folder / kind / "nu", folder / kind / "mu"
         if not kind_named(kind).trained:
             model = lora_model(**ADAPTER)
@@ -121,4 +122,4 @@ def main(folder: Path, how: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

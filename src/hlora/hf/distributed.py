@@ -58,6 +58,12 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"  # torchrun's
 
 
+def weights_to_come() -> bool:
+    """Whether only rank 0 has read the base model, and sends the others their parts later."""
+    flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return not is_main() and all(os.environ.get(f, "").lower() in ("1", "true") for f in flags)
+
+
 def wait_for_all() -> None:
     """Until every process is here: what rank 0 has written is there for all."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

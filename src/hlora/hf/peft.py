@@ -15,6 +15,7 @@ from hlora.core.adapter_file import ADAPTER_FILES
 from hlora.core.pairs import Pair
 from hlora.core.sharded import is_sharded, placed, whole
 from hlora.errors import DivergedError, StoreError, UnsupportedModelError, one_line, one_of
+from hlora.hf.distributed import weights_to_come
 
 UNHELD = ("refuse", "warn")
 """What to do about trained parameters that no importance covers."""
@@ -397,7 +398,8 @@ def save_adapter(model: nn.Module, folder: Path, state: dict[str, Any] | None = 
 def base_of(model: nn.Module, pairs: list[Pair]) -> dict[str, Any]:
     """What identifies the base model: a few numbers of its config and of its weights.
 
-    Every process calls it, where the model is held in parts.
+    Every process calls it, where the model is held in parts. A quantized weight has no entries to
+    compare, nor has one that is yet to be sent.
     """
     config = unwrap(model).config
     values = {}
@@ -407,9 +409,10 @@ def base_of(model: nn.Module, pairs: list[Pair]) -> dict[str, Any]:
                 values[what] = getattr(config, key)
                 break
     samples: dict[str, list[float]] = {}
-    for pair in (pairs[0], pairs[-1]):
+    here = is_sharded(pairs[0].B) or not weights_to_come()
+    for pair in (pairs[0], pairs[-1]) if here else ():
         w = whole(pair.weight.detach())
-        if w.is_floating_point():  # a quantized weight has no entries to compare
+        if w.is_floating_point():
             index = torch.linspace(0, w.numel() - 1, _FINGERPRINT_ENTRIES).long().to(w.device)
             samples[pair.name] = [float(f"{v:.6g}") for v in w.flatten()[index].float().tolist()]
     return {
