@@ -237,14 +237,3 @@ def test_an_optimizer_that_steps_during_backward_ends_with_an_error(tmp_path, nu
     trainer.create_optimizer_and_scheduler(6)
     with pytest.raises(hlora.UnsupportedModelError, match="never took a step"):
         trainer.train()
-
-
-@pytest.mark.parametrize("plan", ["FSDP", "DEEPSPEED"])
-def test_a_plan_that_accelerate_chose_is_refused(tmp_path, nu, plan, monkeypatch):
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
-    trainer = make_trainer(lora_model(), tmp_path)
-    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType(plan))
-    with pytest.raises(hlora.UnsupportedModelError, match="(?i)" + plan):
-        hlora.attach(trainer, hlora.Penalty(nu))

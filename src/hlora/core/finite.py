@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hlora.core.sharded import local
 from hlora.errors import DivergedError
 
 
 def broken_weight(model: nn.Module) -> str | None:
-    """The first parameter, but for an adapter's, that is not finite; None if all are."""
+    """The first parameter, but for an adapter's, that is not finite; None if all are.
+
+    Of a matrix that is held in parts, the part held here.
+    """
     for name, p in model.named_parameters():
-        if "lora_" not in name and not torch.isfinite(p).all():
+        if "lora_" not in name and not torch.isfinite(local(p)).all():
             return name
     return None
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hlora.core.sharded import is_sharded, local, placed, whole
 from hlora.errors import MismatchError, UnsupportedModelError
 
 
@@ -54,7 +55,8 @@ class Group:
     """All pairs of one shape on one device, so that each operation runs once for all of them.
 
     Their factors are stacked when they are asked for: B (L, m, r) and A (L, r, n), in float32
-    or, for float64 parameters, in float64.
+    or, for float64 parameters, in float64. Where processes hold parts of them (FSDP2), all ask
+    together, and each is given the whole.
     """
 
     def __init__(self, pairs: list[Pair]) -> None:
@@ -76,14 +78,14 @@ class Group:
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
         """Copies of B (L, m, r) and A (L, r, n) as they are now."""
-        B, A = (torch.stack(factors).to(self.dtype) for factors in self._parameters)
+        B, A = (whole(torch.stack(factors)).to(self.dtype) for factors in self._parameters)
         return B, A
 
     @torch.no_grad()
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Copies of g^B (L, m, r) and g^A (L, r, n); zero where a factor is frozen."""
         gB, gA = (
-            torch.stack([torch.zeros_like(f) if f.grad is None else f.grad for f in factors])
+            whole(torch.stack([torch.zeros_like(f) if f.grad is None else f.grad for f in factors]))
             for factors in self._parameters
         )
         return gB.to(self.dtype), gA.to(self.dtype)
@@ -94,9 +96,12 @@ class Group:
         gradients, added = [], []
         for factors, more in zip(self._parameters, (dB, dA), strict=True):
             if factors[0].requires_grad:
-                for f, d in zip(factors, more.to(factors[0].dtype), strict=True):
+                more = more.to(factors[0].dtype)
+                if is_sharded(factors[0]):
+                    more = local(placed(more, torch.stack(factors)))
+                for f, d in zip(factors, more, strict=True):
                     f.grad = torch.zeros_like(f) if f.grad is None else f.grad
-                    gradients.append(f.grad)
+                    gradients.append(local(f.grad))
                     added.append(d)
         if gradients:
             torch._foreach_add_(gradients, added)  # one launch for many small matrices
@@ -105,8 +110,8 @@ class Group:
     def set_factors(self, B: Tensor, A: Tensor) -> None:
         """Write (L, m, r) and (L, r, n) into the parameters."""
         for pair, b, a in zip(self.pairs, B, A, strict=True):
-            pair.B.copy_(b)
-            pair.A.copy_(a)
+            pair.B.copy_(placed(b, pair.B))
+            pair.A.copy_(placed(a, pair.A))
 
     def stack(self, by_name: Mapping[str, Tensor], key: str = "{}") -> Tensor:
         """Tensors kept by name as one stack in this group's order, on its device.
@@ -147,10 +152,13 @@ def check_held(optimizer: Any, groups: Iterable[Group]) -> None:
 
 
 def digest(groups: Iterable[Group]) -> str:
-    """Of the factors' bits: which weights a state beside a checkpoint belongs to."""
+    """Of the factors' bits: which weights a state beside a checkpoint belongs to.
+
+    Every process calls it.
+    """
     found = hashlib.sha256()
     for factor in (f for g in groups for p in g.pairs for f in (p.B, p.A)):
-        found.update(factor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(whole(factor.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

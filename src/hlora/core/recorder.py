@@ -16,7 +16,7 @@ from hlora.core.importance import Importance, Trace
 from hlora.core.kinds import kind_named
 from hlora.core.layers import effective_number, layer_weights
 from hlora.core.lowrank import LowRank
-from hlora.core.pairs import Group, digest, unstack
+from hlora.core.pairs import Group, unstack
 from hlora.core.presets import RecordRule
 from hlora.core.statefile import pack, read
 from hlora.core.steps import Steps, pending_scale
@@ -169,8 +169,12 @@ class Recorder:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def state(self) -> bytes:
-        """Everything that a resumed recording needs, as a safetensors file."""
+    def state(self, weights: str) -> bytes:
+        """Everything that a resumed recording needs, as a safetensors file.
+
+        Args:
+            weights: `digest` of the groups.
+        """
         tensors = dict(self.trace.state())
         for names, both in self._start.items():
             tensors |= unstack(names, both, ("B0.{}", "A0.{}"))
@@ -180,7 +184,7 @@ class Recorder:
             "pending": self._pending,
             "seconds": self._elapsed(),
             "rule": asdict(self.rule),
-            "weights": digest(self.groups),
+            "weights": weights,
         }
         return pack(tensors, notes)
 

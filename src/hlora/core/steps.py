@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from hlora.core.pairs import Group
 from hlora.core.regularizer import Regularizer
+from hlora.core.sharded import anywhere, anywhere_held, local
 
 Watcher = Callable[[Optimizer], None]
 
@@ -83,12 +84,15 @@ class Steps:
 
     def moved(self) -> bool:
         """Whether any weight has changed since the first good step; True if there was none."""
-        return self._first is None or not all(map(torch.equal, *self._first))
+        if self._first is None:
+            return True
+        trained, before = self._first
+        return anywhere_held(trained, not all(map(torch.equal, map(local, trained), before)))
 
     def finite(self) -> bool:
         """Whether what the last good step trained is finite now."""
         trained = self._good[0] if self._good else []
-        return all(bool(p.isfinite().all()) for p in trained)
+        return not anywhere_held(trained, not all(bool(local(p).isfinite().all()) for p in trained))
 
     def note_loss(self, loss: Tensor) -> None:
         """The loss of a micro-batch of the coming step: one that is not finite skips the step."""
@@ -105,19 +109,20 @@ class Steps:
         """Whether this step is bad: without gradients an optimizer then leaves all as it is."""
         trained = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self.seen += bool(trained)
-        largest = torch._foreach_norm([p.grad for p in trained], torch.inf) if trained else []
+        parts = [local(p.grad) for p in trained]
+        if any(part.numel() for part in parts):
+            largest = list(torch._foreach_norm([p for p in parts if p.numel()], torch.inf))
+        else:  # a process that holds nothing of any still answers the others
+            largest = [part.new_zeros(()) for part in parts[:1]]
         flags = [~t.isfinite() for t in largest] + (
             [] if self._bad_now is None else [self._bad_now]
         )
         self._bad_now = None
         if not flags:
             return False
-        bad = torch.stack([f.to(flags[0].device) for f in flags]).any()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            everywhere = bad.float()  # a loss is its process's own
-            torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MAX)
-            bad = everywhere > 0
-        if bool(bad):
+        # A loss is its process's own.
+        bad = bool(anywhere(torch.stack([f.to(flags[0].device) for f in flags]).any()))
+        if bad:
             self.bad += 1
             self.forward = []
             for p in trained:
@@ -125,18 +130,19 @@ class Steps:
         elif not trained:
             pass
         elif self._good is None or [*map(id, self._good[0])] != [*map(id, trained)]:
-            self._good = (list(trained), [p.detach().clone() for p in trained])
+            self._good = (list(trained), [local(p.detach()).clone() for p in trained])
             self._first = self._first or (list(trained), [p.clone() for p in self._good[1]])
         else:
-            torch._foreach_copy_(self._good[1], trained)
-        return bool(bad)
+            torch._foreach_copy_(self._good[1], [*map(local, trained)])
+        return bad
 
     @torch.no_grad()
     def restore(self) -> bool:
         """Back to the weights of the last good step, before it; False if there was none."""
         if self._good is None:
             return False
-        torch._foreach_copy_(*self._good)
+        trained, good = self._good
+        torch._foreach_copy_([*map(local, trained)], good)
         for undo in list(self.undo):
             undo()
         return True

@@ -12,7 +12,7 @@ from hlora.errors import InputError, UnsupportedModelError, one_of
 from hlora.hf.badsteps import BadSteps
 from hlora.hf.callbacks import Attached
 from hlora.hf.checkpoints import Seal, join_train
-from hlora.hf.distributed import refuse_sharded
+from hlora.hf.distributed import refuse_plan
 from hlora.hf.panels import Panels
 from hlora.hf.peft import UNHELD, unwrap
 from hlora.hf.reference import refer_to_start
@@ -52,7 +52,7 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer, unheld: str | No
             f"attach takes a Trainer of transformers or TRL, not {type(trainer).__name__}: in a "
             "loop of your own call Record.start or Penalty.start."
         )
-    refuse_sharded(trainer.args)
+    refuse_plan(trainer.args)
     _refuse_layer_wise(trainer.args)
     handler = trainer.callback_handler
     names = {c.name for c in handler.callbacks if isinstance(c, Regularization)}

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from hlora.core.pairs import Group, Pair, digest
 from hlora.core.steps import Steps, steps_of
 from hlora.errors import StoreError, UnsupportedModelError, in_short
-from hlora.hf.distributed import refuse_sharded
+from hlora.hf.distributed import refuse_plan
 from hlora.hf.peft import unheld_names
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Attached(TrainerCallback):
 
     def begin(self, args: Any, state: Any) -> bool:
         """Refuse what cannot work; whether training starts from the beginning."""
-        refuse_sharded(args)
+        refuse_plan(args)
         self._from = state.global_step
         return state.global_step == 0
 

@@ -12,40 +12,56 @@ from hlora.errors import UnsupportedModelError
 
 _WHY = {
     "DEEPSPEED": "DeepSpeed is not supported: it takes the optimizer's step inside backward",
-    "FSDP": "FSDP is not supported: it shards the LoRA matrices",
+    "FSDP": "FSDP1 is not supported: it makes one flat parameter of the LoRA matrices",
     "MEGATRON_LM": "Megatron-LM is not supported: it shards the LoRA matrices",
 }
 
 
-def refuse_sharded(args: Any = None) -> None:
-    """Refuse DeepSpeed and FSDP. Every process must see whole pairs and their gradients.
+def refuse_plan(args: Any = None, *, fsdp2: bool = True) -> None:
+    """Refuse ways to train on several processes that the callbacks cannot follow.
 
-    Both what TrainingArguments ask for and what accelerate has in force are looked at:
-    `accelerate launch` chooses them by its environment, without an argument.
+    What accelerate has in force is looked at: `accelerate launch` chooses it by its environment,
+    without an argument, and on a CPU it never shards, whatever the arguments say.
+
+    Args:
+        args: TrainingArguments, of which DeepSpeed's are in force as they are.
+        fsdp2: whether the caller can train with it.
 
     Raises:
         UnsupportedModelError: names the plan, and what to use instead.
     """
-    for field, plan in (("deepspeed", "DEEPSPEED"), ("fsdp", "FSDP")):
-        if getattr(args, field, None):
-            _refuse(f"TrainingArguments({field}=...)", plan)
     from accelerate.state import AcceleratorState
 
-    kind = AcceleratorState._shared_state.get("distributed_type")
-    if kind is not None and kind.name in _WHY:
-        _refuse("accelerate's configuration", kind.name)
-
-
-def _refuse(where: str, plan: str) -> None:
-    raise UnsupportedModelError(
-        f"{_WHY[plan]} (chosen by {where}). Train with DistributedDataParallel: torchrun, without "
-        "that setting."
-    )
+    in_force = AcceleratorState._shared_state
+    plan = getattr(in_force.get("distributed_type"), "name", None)
+    where = "accelerate's configuration"
+    if getattr(args, "deepspeed", None):
+        plan, where = "DEEPSPEED", "TrainingArguments(deepspeed=...)"
+    if not fsdp2 and (plan == "FSDP" or getattr(args, "fsdp", None)):
+        raise UnsupportedModelError(
+            "The commands do not shard the model (fsdp): train in a script of your own, with "
+            "hlora.attach, or with DistributedDataParallel: torchrun, without that setting."
+        )
+    if plan == "FSDP" and getattr(in_force.get("fsdp_plugin"), "fsdp_version", 1) == 2:
+        return
+    if plan in _WHY:
+        raise UnsupportedModelError(
+            f"{_WHY[plan]} (chosen by {where}). Shard with FSDP2 (fsdp_version: 2), or train with "
+            "DistributedDataParallel: torchrun, without that setting."
+        )
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes (torchrun's rank 0)."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is the one that prints and writes, rank 0."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"  # torchrun's
+
+
+def weights_to_come() -> bool:
+    """Whether only rank 0 has read the base model, and sends the others their parts later."""
+    flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return not is_main() and all(os.environ.get(f, "").lower() in ("1", "true") for f in flags)
 
 
 def wait_for_all() -> None:

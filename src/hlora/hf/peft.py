@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from hlora.core.adapter_file import ADAPTER_FILES
 from hlora.core.pairs import Pair, resized
+from hlora.core.sharded import is_sharded, placed, whole
 from hlora.errors import DivergedError, StoreError, UnsupportedModelError, one_line, one_of
+from hlora.hf.distributed import weights_to_come
 
 UNHELD = ("refuse", "warn")
 """What to do about trained parameters that no importance covers."""
@@ -113,6 +115,9 @@ def find_pairs(model: nn.Module, unheld: str = "refuse") -> list[Pair]:
     model = unwrap(model)
     adapter, config = adapter_config(model)
     _check_settings(config, unheld)
+    for module in model.modules():  # a forward pass without a backward leaves FSDP2 gathered
+        if callable(reshard := getattr(module, "reshard", None)):
+            reshard()
     pairs: list[Pair] = []
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
@@ -228,10 +233,10 @@ def _check_settings(config: Any, unheld: str) -> None:
 
 
 def _check_factors(name: str, A: Tensor, B: Tensor) -> None:
-    if type(A).__name__ == "DTensor" or A.ndim == 1 or B.ndim == 1:
+    if A.ndim == 1 or B.ndim == 1:
         raise UnsupportedModelError(
-            f"The LoRA matrices of {name} are sharded (FSDP): train with DistributedDataParallel, "
-            "or on one process."
+            f"The LoRA matrices of {name} are parts of a flat parameter (FSDP1): shard with FSDP2 "
+            "(fully_shard), or train with DistributedDataParallel."
         )
     if A.ndim != 2 or B.ndim != 2:
         raise UnsupportedModelError(
@@ -288,9 +293,10 @@ def take_over(
         if of and isinstance(module, LoraLayer) and all(k in recorded and k in here for k in keys):
             r, s = module.r[adapter], module.scaling[adapter]
             B, A = resized(recorded[keys[0]], recorded[keys[1]], of, r, s)
-            A[int(of["r"]) :] = here[keys[1]][int(of["r"]) :]  # zero too, they would never learn
+            A[int(of["r"]) :] = whole(here[keys[1]])[int(of["r"]) :]  # zero would never learn
             taken |= dict(zip(keys, (B, A), strict=True))
-    set_peft_model_state_dict(model, {**here, **taken}, adapter_name=adapter)
+    kept = {**here, **{k: placed(v.to(here[k].device), here[k]) for k, v in taken.items()}}
+    set_peft_model_state_dict(model, kept, adapter_name=adapter)
     for path, module in model.named_modules():
         magnitudes = getattr(module, "lora_magnitude_vector", {})
         if not isinstance(module, LoraLayer) or adapter not in magnitudes:
@@ -355,15 +361,34 @@ def check_loaded(model: nn.Module, folder: Path) -> None:
         )
 
 
-def save_adapter(model: nn.Module, folder: Path) -> None:
+def whole_adapter(model: nn.Module) -> dict[str, Any] | None:
+    """The model's state with the active adapter gathered; None where nothing is in parts.
+
+    Every process calls it.
+    """
+    model = unwrap(model)
+    adapter, _ = adapter_config(model)
+    if not any(map(is_sharded, model.parameters())):
+        return None
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    return {
+        n: whole(v) if n in trained or adapter in n.split(".") else v
+        for n, v in model.state_dict().items()
+    }
+
+
+def save_adapter(model: nn.Module, folder: Path, state: dict[str, Any] | None = None) -> None:
     """Write the active adapter in PEFT's own format, so that it loads without hlora.
+
+    Args:
+        state: from `whole_adapter`, where the model is held in parts.
 
     Raises:
         DivergedError: its weights are not finite, or too large for float32 to square.
     """
     model = unwrap(model)
     adapter, _ = adapter_config(model)
-    for name, p in model.named_parameters():
+    for name, p in (state or dict(model.named_parameters())).items():
         if "lora_" in name and not torch.linalg.vector_norm(p.detach().float()).isfinite():
             raise DivergedError(
                 f"The adapter is not written: {name} is not finite, or far too large. Likely "
@@ -372,6 +397,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     model.save_pretrained(  # type: ignore[operator]
         str(folder),
         selected_adapters=[adapter],
+        state_dict=state,
         safe_serialization=True,
         save_embedding_layers=False,
     )
@@ -382,7 +408,11 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def base_of(model: nn.Module, pairs: list[Pair]) -> dict[str, Any]:
-    """What identifies the base model: a few numbers of its config and of its weights."""
+    """What identifies the base model: a few numbers of its config and of its weights.
+
+    Every process calls it, where the model is held in parts. A quantized weight has no entries to
+    compare, nor has one that is yet to be sent.
+    """
     config = unwrap(model).config
     values = {}
     for what, keys in _CONFIG_KEYS.items():
@@ -391,9 +421,10 @@ def base_of(model: nn.Module, pairs: list[Pair]) -> dict[str, Any]:
                 values[what] = getattr(config, key)
                 break
     samples: dict[str, list[float]] = {}
-    for pair in (pairs[0], pairs[-1]):
-        w = pair.weight.detach()
-        if w.is_floating_point():  # a quantized weight has no entries to compare
+    here = is_sharded(pairs[0].B) or not weights_to_come()
+    for pair in (pairs[0], pairs[-1]) if here else ():
+        w = whole(pair.weight.detach())
+        if w.is_floating_point():
             index = torch.linspace(0, w.numel() - 1, _FINGERPRINT_ENTRIES).long().to(w.device)
             samples[pair.name] = [float(f"{v:.6g}") for v in w.flatten()[index].float().tolist()]
     return {

@@ -13,15 +13,15 @@ from hlora.core import store
 from hlora.core.importance import Importance
 from hlora.core.kinds import kind_named
 from hlora.core.layers import unreached
-from hlora.core.pairs import Pair, check_held, group
+from hlora.core.pairs import Pair, check_held, digest, group
 from hlora.core.presets import RECORD_PRESETS, RecordRule, choose
 from hlora.core.recorder import Recorder, describe_summary
 from hlora.errors import InputError, in_short, one_of
 from hlora.files import publish, refuse_result, write_whole
 from hlora.hf.callbacks import Attached
-from hlora.hf.distributed import wait_for_all
+from hlora.hf.distributed import is_main, wait_for_all
 from hlora.hf.hub import located
-from hlora.hf.peft import UNHELD, base_of, find_pairs, save_adapter
+from hlora.hf.peft import UNHELD, base_of, find_pairs, save_adapter, whole_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,10 @@ class Record(Attached):
         return importance.stored_as(self.storage)
 
     def write(self, model: nn.Module, importance: Importance) -> None:
-        """Write the folder: the adapter as it is now, and the importance. One process calls it."""
+        """Write the folder: the adapter as it is now, and the importance.
+
+        Every process calls it, and the first one writes.
+        """
         rule = {k: v for k, v in vars(self.rule).items() if k != "kind"}
         recording = {"preset": self.preset, "storage": self.storage, **rule}
         notes = {
@@ -192,8 +195,9 @@ class Record(Attached):
         self._wrote = True
 
     def finish(self, model: nn.Module) -> dict[str, Any]:
-        """End a loop of one process: collect, write, and return the summary."""
+        """End a loop: collect, write, and return the summary. Every process calls it."""
         self.write(model, self.collect())
+        wait_for_all()
         return self.summary
 
     # ---------------------------------------------------------------- under a Trainer
@@ -229,8 +233,11 @@ class Record(Attached):
             self._recorder.consolidate()
 
     def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if self._recorder is not None and state.is_world_process_zero:
-            write_whole(self.written_to(args, state) / RECORD_STATE, self._recorder.state())
+        if self._recorder is None:
+            return
+        weights = digest(self._recorder.groups)  # every process
+        if state.is_world_process_zero:
+            write_whole(self.written_to(args, state) / RECORD_STATE, self._recorder.state(weights))
 
     def on_train_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
         if self._recorder is None:
@@ -243,8 +250,7 @@ class Record(Attached):
         if self.deferred:
             self.found = importance
             return
-        if state.is_world_process_zero:
-            self.write(model, importance)
+        self.write(model, importance)
         wait_for_all()
         if state.is_world_process_zero and not self.quiet:
             print(f"{describe_summary(importance.kind, self.summary)}\nWritten to {self.output}.")
@@ -266,9 +272,13 @@ def save_importance(
 ) -> dict[str, Any]:
     """Write the model's adapter with an importance of it. Returns what `importance.json` holds.
 
-    What the general text never reached is named in a warning.
+    Every process calls it, and the first one writes: to it this is returned. What the general text
+    never reached is named in a warning.
     """
+    adapter, base = whole_adapter(model), base_of(model, pairs)
+    if not is_main():
+        return {}
     warn_of_unreached(importance)
     with publish(folder, store.MARKER) as aside:
-        save_adapter(model, aside)
-        return store.write(aside, importance, store.about(base_of(model, pairs), pairs) | notes)
+        save_adapter(model, aside, adapter)
+        return store.write(aside, importance, store.about(base, pairs) | notes)

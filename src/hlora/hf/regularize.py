@@ -139,8 +139,11 @@ class Regularization(Attached):
             state.log_history[-1].update(entry)
 
     def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if self.steps is not None and state.is_world_process_zero:
-            notes = {"phi": float(self.phi), "weights": digest(self._groups)}
+        if self.steps is None:
+            return
+        weights = digest(self._groups)  # every process
+        if state.is_world_process_zero:
+            notes = {"phi": float(self.phi), "weights": weights}
             content = pack(self.state_tensors(), notes)
             write_whole(self.written_to(args, state) / self._state_file, content)
 

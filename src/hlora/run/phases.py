@@ -315,8 +315,7 @@ class GeneralPhase(_Phase[Recorded]):
             },
             "previous": self.settings.importance, "summary": summary,
         }  # fmt: skip
-        if is_main():
-            save_importance(self.output, self.model, self.pairs, importance, notes)
+        save_importance(self.output, self.model, self.pairs, importance, notes)
         return summary
 
 

@@ -29,7 +29,7 @@ from hlora.files import fault, refuse_result, write_json
 from hlora.hf.attach import attach
 from hlora.hf.badsteps import BadSteps
 from hlora.hf.checkpoints import newest_whole
-from hlora.hf.distributed import is_main, refuse_sharded, wait_for_all
+from hlora.hf.distributed import is_main, refuse_plan, wait_for_all
 from hlora.hf.hub import located
 from hlora.run.models import pick_device, pick_dtype
 from hlora.run.progress import Interruptible, Progress, bar
@@ -122,7 +122,7 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
             raise InputError(
                 f"TrainingArguments has no field {name!r}" + suggest(name, known, ".", 0.5)
             )
-    refuse_sharded(SimpleNamespace(**settings.training))
+    refuse_plan(SimpleNamespace(**settings.training), fsdp2=False)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     values = {
@@ -190,6 +190,7 @@ def train(
         model.enable_input_require_grads()  # type: ignore[operator]
     stop = Interruptible(resume_with or "Continue with --resume.")
     trainer = make_trainer(model, args, data, collate)
+    refuse_plan(fsdp2=False)
     attach(trainer, *parts, BadSteps(settings.max_bad_steps), unheld=settings.unheld)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(what))
