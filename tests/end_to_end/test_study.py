@@ -298,7 +298,7 @@ def test_a_study_and_its_report(place, capsys):
     assert cli.main(argv) == 0
     assert "HLoRA, φ 0.01" in capsys.readouterr().out
     page = (place / "r.md").read_text()
-    for part in ("Table 1", "Fig. 3", "Fig. 4", "Fig. 5", "Fig. 6", "Fig. 7", "(extrapolated)"):
+    for part in ("Table 1", "Fig. 3", "Fig. 4", "Fig. 5", "Fig. 6", "Fig. 7", "| extrapolated |"):
         assert part in page, part
 
 
