@@ -194,7 +194,7 @@ MUTANTS = [
            "differs = (a - b).abs() > 0.008", "differs = (a - b).abs() > 800.0", STORE),
     Mutant("another rank is accepted", C + "pairs.py",
            'if ranks and values["r"] < noted[name]["r"]:', "if False:", STORE),
-    Mutant("a larger rank never learns", H + "peft.py", 'A[int(of["r"]) :] = here', "_ = here",
+    Mutant("a larger rank never learns", H + "peft.py", 'A[int(of["r"]) :] = whole', "_ = whole",
            DOMAINS),
     Mutant("the recorded scaling is taken for this one", C + "pairs.py",
            'B * (noted["s"] / s)', "B", DOMAINS),
@@ -209,7 +209,7 @@ MUTANTS = [
     Mutant("a trained bias is accepted", H + "peft.py",
            'if getattr(config, "bias", "none") != "none":', "if False:", PAIRS),
     # Right, or refused
-    Mutant("a step that is not finite is taken", C + "steps.py", "if bool(bad):", "if False:",
+    Mutant("a step that is not finite is taken", C + "steps.py", "  if bad:", "  if False:",
            BAD_STEPS),
     Mutant("the weights of an earlier step are restored", C + "steps.py",
            "[*map(id, self._good[0])] != [*map(id, trained)]",

@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 
 import hlora
 from hlora.core.sharded import local, placed, whole
+from hlora.core.steps import steps_of
 from hlora.hf.distributed import refuse_plan
 from hlora.hf.peft import base_of, find_pairs
 from tests.conftest import lora_model, make_trainer
@@ -60,6 +61,19 @@ def test_weights_that_are_yet_to_be_sent_are_not_compared(monkeypatch):
     assert not base_of(model, pairs)["samples"]
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
     assert base_of(model, pairs)["samples"]
+
+
+def test_a_process_that_holds_nothing_still_answers_the_others(monkeypatch):
+    """As where A alone is trained and there are more processes than ranks."""
+    asked = []
+    monkeypatch.setattr("hlora.core.steps.anywhere", lambda flag: asked.append(bool(flag)) or flag)
+    empty = torch.nn.Parameter(torch.zeros(0, 4))
+    empty.grad = torch.zeros(0, 4)
+    optimizer = torch.optim.SGD([empty], lr=0.1)
+    steps = steps_of(optimizer)
+    optimizer.step()
+    assert asked == [False]
+    assert (steps.seen, steps.bad) == (1, 0)
 
 
 def test_a_whole_matrix_is_its_own_part():

@@ -24,22 +24,16 @@ from tests.conftest import lora_model, token_rows
 ADAPTER = {"r": 3, "rank_pattern": {"v_proj": 1}, "dtype": torch.float64}
 
 
-def sharded(model):
-    if distributed.get_world_size() > 1:
-        for layer in model.get_base_model().model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-    return model
-
-
 def loop(part, seed: int, result):
     """Four steps of eight rows, each process with its share; what `result` says after each."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    model = sharded(lora_model(**ADAPTER))
+    model = lora_model(**ADAPTER)
+    if world > 1:
+        fully_shard(model)
     rows = torch.tensor([row["input_ids"] for row in token_rows(seed=seed)])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    model(input_ids=rows[:1])  # leaves FSDP2 gathered
+    model(input_ids=rows[:1])  # leaves FSDP2's root gathered
     part.start(model, optimizer)
     found = []
     for step, batch in enumerate(rows.split(8)):
