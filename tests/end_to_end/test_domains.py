@@ -1,6 +1,7 @@
 """A domain after another, as commands: held to all that came before, and recorded on the way."""
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -281,6 +282,7 @@ def test_the_study_shows_what_is_left_of_each_domain(place, monkeypatch, capsys)
     assert head[0] == "| method"
     assert [h.split(",")[0] for h in head[1:3]] == ["average accuracy %", "backward transfer"]
     assert {line[0] for line in lines} >= {"| lora", "| both", "| lora, after b", "| both, after c"}
+    assert len(domains.Plan.read(Path(domains.__file__).with_suffix(".yaml")).domains) == 3
     plan = domains.Plan.read(place.folder / "s.yaml")
     runs = {m: domains.averaged([[s["domains"] for s in domains.chain(plan, m, seed)]
                                  for seed in (0, 1)]) for m in plan.methods}  # fmt: skip
