@@ -1,6 +1,7 @@
 """A domain after another, as commands: held to all that came before, and recorded on the way."""
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -188,6 +189,18 @@ def test_a_finished_run_whose_settings_are_no_lists_is_known_again(place):
     assert place.tune("b", *words[:3], "0.4", "--resume", steps="1") == 2
 
 
+def test_the_notes_of_a_domain_are_told_where_they_are_damaged(place, capsys):
+    assert place.tune("a", "--record", "A", steps="1") == 0
+    assert cli.main(["convert", "A", "--to", "ones", "--output", "ones"]) == 0
+    assert "How much each weight matters for `a`" in card(place, "ones")
+    path = place.folder / "A" / store.MARKER
+    noted = json.loads(path.read_text())
+    for damage in ({"rows": "x"}, {"task": 3}, {"held": [{}]}, {"held": 1}, {"text": 3}):
+        path.write_text(json.dumps({**noted, **damage}))
+        assert cli.main(["convert", "A", "--to", "ones", "--output", "again"]) == 2
+        assert "says of its recording is damaged" in capsys.readouterr().err
+
+
 BAD = [
     (["--kind", "dense"], "--record"),
     (["--record", "X", "--kind", "blend"], "blend"),
@@ -281,6 +294,7 @@ def test_the_study_shows_what_is_left_of_each_domain(place, monkeypatch, capsys)
     assert head[0] == "| method"
     assert [h.split(",")[0] for h in head[1:3]] == ["average accuracy %", "backward transfer"]
     assert {line[0] for line in lines} >= {"| lora", "| both", "| lora, after b", "| both, after c"}
+    assert len(domains.Plan.read(Path(domains.__file__).with_suffix(".yaml")).domains) == 3
     plan = domains.Plan.read(place.folder / "s.yaml")
     runs = {m: domains.averaged([[s["domains"] for s in domains.chain(plan, m, seed)]
                                  for seed in (0, 1)]) for m in plan.methods}  # fmt: skip

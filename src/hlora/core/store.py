@@ -91,6 +91,7 @@ def write(aside: Path, importance: Importance, info: dict[str, Any]) -> dict[str
 
     Raises:
         DivergedError: the importance is not finite.
+        StoreError: what was noted of another one, from which this is made, is damaged.
     """
     try:
         importance.check()
@@ -108,7 +109,13 @@ def write(aside: Path, importance: Importance, info: dict[str, Any]) -> dict[str
         "files": {f: checksum(aside / f) for f in (*ADAPTER_FILES, TENSORS)},
     }
     write_json(aside / MARKER, info)
-    card.write_card(aside, card.recorded(info))
+    try:
+        text = card.recorded(info)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # of what was read
+        raise StoreError(
+            f"What {MARKER} says of its recording is damaged ({one_line(error)}): record again."
+        ) from None
+    card.write_card(aside, text)
     return info
 
 
