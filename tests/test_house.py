@@ -129,7 +129,7 @@ def test_a_command_imports_what_it_uses(command, unused):
 def test_a_report_is_made_without_torch(tmp_path):
     lines = SOURCE.parents[1] / "results" / "forgetting.jsonl"
     code = "import sys\nfrom hlora.cli.main import main\n"
-    code += f"main(['report', {str(lines)!r}, '--output', {str(tmp_path)!r}])\n"
+    code += f"main(['report', {str(lines)!r}, '--mixed', '--output', {str(tmp_path)!r}])\n"
     assert run(code + "print('torch' in sys.modules)").splitlines()[-1] == "False"
 
 

@@ -259,11 +259,13 @@ def test_the_report_of_a_study_cut_short(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("lines", "page"), [("smollm2", "results.md"), ("forgetting", "forgetting.md")]
+    ("lines", "page", "more"),
+    [("smollm2", "results.md", []), ("forgetting", "forgetting.md", ["--mixed"])],
 )
-def test_the_page_in_the_docs_is_that_of_the_results_in_the_repository(lines, page, tmp_path):
+def test_the_page_in_the_docs_is_that_of_the_results_in_the_repository(lines, page, more, tmp_path):
     root = Path(__file__).parents[1]
-    argv = ["report", str(root / "results" / f"{lines}.jsonl"), "--output", str(tmp_path / "r")]
+    results = str(root / "results" / f"{lines}.jsonl")
+    argv = ["report", results, "--output", str(tmp_path / "r"), *more]
     assert cli.main([*argv, "--page", str(tmp_path / page)]) == 0
     made, kept = (
         [line for line in path.read_text("utf-8").splitlines() if not line.startswith("hlora ")]
