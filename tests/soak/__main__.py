@@ -43,7 +43,7 @@ PAGE = """# What was tried to break it
 Made by `make soak`, {when}, in {minutes:.0f} minutes on {cores} processes. Commands on a tiny model
 were killed before each of their file operations and at random times, and started again; every file
 that is read was damaged, and signed again where a checksum would stop it; hostile files were read;
-disks were full. The commands: `record`, `tune` and `study`.
+disks were full. The commands: `record`, `tune`, `tune --record` ("domain") and `study`.
 
 """
 

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from tests.soak.place import COMMANDS, Command
+from tests.soak.place import COMMANDS, Command, recorded
 from tests.soak.runs import KILLED, Ended, run
 
 
@@ -73,6 +73,6 @@ def prepared() -> list[Kills]:
 
 
 def clear(output: str) -> None:
-    for path in (Path(output), Path(f"{output}-work")):
+    for path in (output, f"{output}-work", recorded(output)):
         shutil.rmtree(path, ignore_errors=True)
     Path(f"{output}.jsonl").unlink(missing_ok=True)

@@ -38,7 +38,7 @@ class Command:
     """A command that makes something of its own name.
 
     Attributes:
-        name: `record`, `tune` or `study`.
+        name: `record`, `tune`, `domain` (a `tune` that also records) or `study`.
     """
 
     name: str
@@ -47,10 +47,12 @@ class Command:
         if self.name == "study":
             Path(f"{output}.yaml").write_text(STUDY.replace("NAME", output), "utf-8")
             return ["study", f"{output}.yaml", "--results", f"{output}.jsonl"]
-        given = [self.name, *MODEL, *TRAINING, "--output", output]
+        given = [*MODEL, *TRAINING, "--output", output]
         if self.name == "record":
-            return [*given, "--kind", "factored", "--text", "a.txt", "--block-size", "32"]
-        return [*given, "--task", "t.jsonl", "--importance", "record"]
+            text = ["--kind", "factored", "--text", "a.txt", "--block-size", "32"]
+            return ["record", *given, *text]
+        more = ["--record", recorded(output)] if self.name == "domain" else []
+        return ["tune", *given, "--task", "t.jsonl", "--importance", "record", *more]
 
     def again(self, output: str) -> list[str]:
         return [*self.argv(output), *([] if self.name == "study" else ["--resume"])]
@@ -58,20 +60,29 @@ class Command:
     def found(self, output: str) -> Any:
         """What it made, to be compared; None if that is nothing whole."""
         try:
-            return list(_lines(output) if self.name == "study" else _tensors(Path(output)))
+            if self.name == "study":
+                return list(_lines(output))
+            places = [output, recorded(output)] if self.name == "domain" else [output]
+            return [made for place in places for made in _tensors(Path(place))]
         except (OSError, SafetensorError, ValueError, KeyError):
             return None
 
     def left(self, output: str) -> list[str]:
         """What should not be there when it is done."""
-        folders = [Path(f"{output}-work") if self.name == "study" else Path(output)]
+        folders = [Path(f"{output}-work")] if self.name == "study" else [Path(output)]
+        folders.append(Path(recorded(output)))
         return [
             str(p) for folder in folders for p in folder.rglob("*")
             if p.name.startswith((".incoming-", ".ready-", "checkpoint")) or p.suffix == ".tmp"
         ]  # fmt: skip
 
 
-COMMANDS = [Command("record"), Command("tune"), Command("study")]
+COMMANDS = [Command(name) for name in ("record", "tune", "domain", "study")]
+
+
+def recorded(output: str) -> str:
+    """The folder of the importance that a `domain` records."""
+    return f"{output}-recorded"
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, str, bytes]]:
