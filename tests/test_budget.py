@@ -113,6 +113,13 @@ def test_a_gauge_is_the_divergence_from_the_base():
     assert float(gauge(slice(1, None, 2))) == pytest.approx(odd, rel=1e-5)
 
 
+def test_a_gauge_looks_inside_wrappers():
+    model = lora_model()
+    perturb(model)
+    wrapped = Gauge(torch.nn.DataParallel(model), WATCHED)
+    assert float(wrapped()) == float(Gauge(model, WATCHED)()) > 0
+
+
 def test_looking_changes_nothing():
     model = lora_model().train()
     model.base_model.eval()
@@ -136,7 +143,7 @@ def test_kept_text_is_read_back_and_damage_is_refused(watching):
     kept = hlora.load(watching).importance.watched
     assert torch.equal(kept, WATCHED.int())
     importance = Blend.gather(lora_model(), find_pairs(lora_model()), WATCHED)[0]
-    for wrong in (WATCHED - 1000, WATCHED[0], WATCHED[:0]):
+    for wrong in (WATCHED - 1000, WATCHED[0], WATCHED[:0], WATCHED[:1], WATCHED[:, :1]):
         with pytest.raises(ValueError, match="watched"):
             importance.watching(wrong).check()
 

@@ -17,6 +17,14 @@ def divergences(before: Tensor, after: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+def by_row(before: Tensor, after: Tensor) -> Tensor:
+    """The mean of each row, (N,), from logits (N, T, V).
+
+    Row by row: a batch's log-softmax over a large vocabulary takes gigabytes.
+    """
+    return torch.stack([divergences(b, a).mean() for b, a in zip(before, after, strict=True)])
+
+
 class Divergence(Regularizer):
     """φ · KL(base ‖ model) on rows of general text, nats per token.
 

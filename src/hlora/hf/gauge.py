@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from hlora.core.evaluating import evaluating
 from hlora.errors import MismatchError
-from hlora.hf.divergence import divergences
+from hlora.hf.divergence import by_row
+from hlora.hf.peft import unwrap
 
 BATCH = 4
 
@@ -20,7 +21,7 @@ class Gauge:
     nobody had looked.
 
     Args:
-        model: a PEFT model.
+        model: a PEFT model, also inside DistributedDataParallel.
         rows: (N, T) tokens.
 
     Raises:
@@ -28,12 +29,12 @@ class Gauge:
     """
 
     def __init__(self, model: nn.Module, rows: Tensor) -> None:
-        self.model, self.rows = model, rows
-        known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        if int(rows.max()) >= known:
+        self.model, self.rows = unwrap(model), rows
+        known = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        if (largest := int(rows.max())) >= known:
             raise MismatchError(
-                f"The importance keeps text with token {int(rows.max())}, and the model knows "
-                f"{known}: gather it again on this model."
+                f"The importance keeps text with token {largest}, and the model knows {known}: "
+                "gather it again on this model."
             )
 
     def __call__(self, part: slice = slice(None)) -> Tensor:
@@ -46,6 +47,4 @@ class Gauge:
         ids = rows[:, :-1].long().to(next(self.model.parameters()).device)
         with self.model.disable_adapter():  # type: ignore[operator]
             before = self.model(input_ids=ids, use_cache=False).logits
-        after = self.model(input_ids=ids, use_cache=False).logits
-        # Row by row: in float32 the predictions of a batch would be the largest thing there is.
-        return torch.stack([divergences(b, a).mean() for b, a in zip(before, after, strict=True)])
+        return by_row(before, self.model(input_ids=ids, use_cache=False).logits)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hlora.core.evaluating import evaluating
 from hlora.data.answers import encode_pair
 from hlora.data.tasks import Task, batches
-from hlora.hf.divergence import divergences
+from hlora.hf.divergence import by_row
 from hlora.run.means import exp, mean_se
 from hlora.run.models import context, vocabulary
 
@@ -133,10 +133,7 @@ def score_text(
             if divergence:
                 with model.disable_adapter():  # type: ignore[operator]
                     before = model(input_ids=ids[:, :-1]).logits
-                # Row by row: a batch's log-softmax over a large vocabulary takes gigabytes.
-                found += [
-                    float(divergences(b, a).mean()) for b, a in zip(before, logits, strict=True)
-                ]
+                found += by_row(before, logits).tolist()
             if tick:
                 tick(part.stop - part.start)
     per_block = blocks.shape[1] - 1

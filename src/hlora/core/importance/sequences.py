@@ -148,10 +148,10 @@ class Sequences(Importance):
     def check(self) -> None:
         watched = self.watched
         if watched is not None and not (
-            watched.dim() == 2 and watched.numel() and not watched.is_floating_point()
+            watched.dim() == 2 and min(watched.shape) >= 2 and not watched.is_floating_point()
             and int(watched.min()) >= 0
         ):  # fmt: skip
-            raise ValueError(f"{WATCHED} holds no tokens")
+            raise ValueError(f"{WATCHED} holds no rows of tokens to measure two halves of")
         for name, t in self._tensors.items():
             if t.is_floating_point() and not t.isfinite().all():
                 raise ValueError(f"{name} is not finite")
