@@ -41,7 +41,7 @@ class Budgeted(Quadratic):
 
     Dual ascent on log φ, with a proportional term that damps it. What the importance predicts costs
     next to nothing and is asked at every step, but a training that it pulls soon leaves the
-    directions that it knows (on SmolLM2 it then predicted a tenth of what was true). So every
+    directions that it knows (on SmolLM2 it then predicted an eighth of what was true). So every
     1/`LOOKS` of the run forgetting is measured, and κ, what was measured over what was predicted,
     corrects the prediction.
 
