@@ -74,6 +74,16 @@ def test_a_gain_that_is_not_reached_is_said():
     assert table.rows[-1][1] == "not reached"
 
 
+def test_a_rewound_method_begins_where_that_method_ended():
+    """And not at plain LoRA: no line leads from there to it."""
+    found = results(
+        a_run("lora-mu", nll=1.0, kl=0.2), a_run("blend", phi=0.3, nll=1.1, kl=0.1),
+        a_run("blend-rewound", phi=0.5, nll=1.5, kl=0.02),
+    )  # fmt: skip
+    points = Matched.of(found, "a").curve("blend-rewound")[0]
+    assert [lost[0] for _, lost in points] == pytest.approx([0.2, 0.04])
+
+
 def test_differences_are_paired_over_documents():
     """That documents differ, which all methods share, is no error of a difference."""
     found = results(

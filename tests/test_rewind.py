@@ -4,14 +4,17 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 
 import hlora
 from hlora.cli import main as cli
 from hlora.core.rewind import costs, scales
+from hlora.hf.peft import find_pairs, save_adapter, scale_from
 from hlora.run.evaluate import divergence
 from hlora.run.models import load, load_adapter
 from hlora.run.rewind import OWN, rewind
 from hlora.run.settings import RewindSettings
+from tests.conftest import base_model, lora_model, perturb, token_rows
 from tests.tiny import write_text
 
 
@@ -145,3 +148,26 @@ def test_what_cannot_be_used_is_named(tiny, made, tmp_path, wrong, named):
 def test_the_adapter_itself_is_not_overwritten(tiny, made):
     with pytest.raises(hlora.InputError, match="own folder"):
         rewind(settings(tiny, made, made / "lora"))
+
+
+@pytest.mark.parametrize("ranks", [(2, 2), (3, 2)])
+def test_a_change_from_another_adapter_is_scaled_as_products(ranks, tmp_path):
+    """θ_start + φ (θ − θ_start), not of the factors, also where ranks and scalings differ."""
+    folders, changes = [tmp_path / "a", tmp_path / "b"], []
+    for seed, (r, folder) in enumerate(zip(ranks, folders, strict=True)):
+        model = lora_model(r=r, use_rslora=bool(seed))
+        perturb(model, seed, size=0.5)
+        changes.append({p.name: p.s * (p.B @ p.A).detach() for p in find_pairs(model)})
+        save_adapter(model, folder)
+    expected = base_model()
+    modules = dict(expected.named_modules())
+    for name in changes[0]:
+        modules[name].weight.data += 0.7 * changes[0][name] + 0.3 * changes[1][name]
+    here = PeftModel.from_pretrained(base_model(), str(folders[0]))
+    scale_from(here, folders[1], 0.7)
+    ids = torch.tensor([r["input_ids"] for r in token_rows(4)])
+    with torch.no_grad():
+        torch.testing.assert_close(here(input_ids=ids).logits, expected(input_ids=ids).logits)
+        with here.disable_adapter():  # the base model is still there to compare with
+            before = here(input_ids=ids).logits
+        torch.testing.assert_close(before, base_model()(input_ids=ids).logits)

@@ -181,6 +181,26 @@ def scale_adapter(model: nn.Module, factor: float) -> None:
             module.scale_layer(factor)
 
 
+def scale_from(model: nn.Module, start: Path, factor: float) -> None:
+    """Multiply the active adapter's change from another one: θ = θ_start + factor (θ − θ_start).
+
+    Exact, of any two ranks: both adapters act, each with its share. To evaluate, not to train.
+
+    Args:
+        start: the other adapter's folder.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    model = unwrap(model)
+    adapter, _ = adapter_config(model)
+    model.load_adapter(str(start), adapter_name="start")  # type: ignore[operator]
+    model.base_model.set_adapter([adapter, "start"])  # type: ignore[operator, union-attr]
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale(adapter, factor)
+            module.set_scale("start", 1 - factor)
+
+
 def merge_adapter(model: nn.Module) -> nn.Module:
     """The base model with the active adapter added to its weights, as a model without PEFT.
 

@@ -1,7 +1,7 @@
 """How little does a method forget for a given part of what LoRA learns?
 
 A method is the curve of its strengths, with plain LoRA (after the general phase, if it has one) as
-strength zero. At a share of LoRA's gain
+strength zero; of a rewound one, what was rewound is. At a share of LoRA's gain
 (base NLL minus NLL, on the task) it is read where it forgets least: at a point, or on the line
 between two. Errors are of a paired bootstrap over seeds, documents (within their kind) and
 questions: all methods see the same draws. The contrasts are named beforehand (`contrasts.yaml`).
@@ -116,7 +116,10 @@ class Matched:
     def curve(self, method: str) -> dict[int, list[tuple[Any, Any]]]:
         """By seed: (share of LoRA's gain, forgetting) of each strength, by draw; LoRA first."""
         nll, _ = self._point(self._base)
-        start = LORA if METHODS[method].from_base else AFTER_NU
+        of = METHODS[method]
+        start = LORA if of.from_base else AFTER_NU
+        if of.rewinds:
+            start = Row(of.rewinds, of.at)
         rows = [start, *(r for r in self.results.rows if r.method == method)]
         found: dict[int, list[tuple[Any, Any]]] = {}
         for seed, (plain, _) in self._plain.items():

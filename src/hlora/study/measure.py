@@ -15,7 +15,7 @@ from hlora.core import store
 from hlora.core.adapter_file import ADAPTER_FILES
 from hlora.errors import HloraError, visible
 from hlora.files import write_json
-from hlora.hf.peft import scale_adapter
+from hlora.hf.peft import scale_adapter, scale_from
 from hlora.run import machine
 from hlora.run.convert import convert
 from hlora.run.evaluate import TextScore, best, figures_of, pooled_forgetting
@@ -79,7 +79,7 @@ def _measured(study: Study, run: Run) -> dict[str, Any]:
         adapter = nu
     else:
         machine.reset_peak()
-        adapter = phase_mu(study, spec.whole(study, run))
+        adapter = phase_mu(study, spec.whole(run))
         tuned = json.loads((adapter / TUNED).read_text("utf-8"))
         tuned["peak"] = machine.peak_bytes()
     recorded = store.read_info(nu) if nu else {"settings": None, "summary": {}, "norms": {}}
@@ -95,7 +95,11 @@ def _measured(study: Study, run: Run) -> dict[str, Any]:
         "norms": {k: _short(v) for k, v in recorded["norms"].items()},
         **_summary(
             study, base,
-            _scores(study, run.task, adapter, (run.phi or 1.0) if method.rewinds else 1.0),
+            _scores(
+                study, run.task, adapter,
+                1.0 if run.phi is None or not method.rewinds else run.phi,
+                nu if method.back_to_nu else None,
+            ),
         ),
     }  # fmt: skip
 
@@ -143,13 +147,23 @@ def base_scores(study: Study, task: str) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
-def _scores(study: Study, task: str, adapter: Path | None, scale: float = 1.0) -> dict[str, Any]:
-    """Scores as plain values, those of each block of text and of each question included."""
+def _scores(
+    study: Study, task: str, adapter: Path | None, scale: float = 1.0, start: Path | None = None
+) -> dict[str, Any]:
+    """Scores as plain values, those of each block of text and of each question included.
+
+    Args:
+        scale: what the adapter's change is multiplied by.
+        start: an adapter that the change begins at; the base model without one.
+    """
     settings = spec.eval_settings(study, task)
     model, tokenizer, kinds, tasks = prepare(settings)
     if adapter is not None:
         model = load_adapter(model, adapter)
-        scale_adapter(model, scale)
+        if start is None:
+            scale_adapter(model, scale)
+        else:
+            scale_from(model, start, scale)
     scores = score(model, tokenizer, kinds, tasks, settings.batch_size, adapter is not None)
     of_task, *others = scores["task"].values()
     return {

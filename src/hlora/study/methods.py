@@ -30,6 +30,9 @@ class Method:
         swept: the setting of `hlora tune` that takes them.
         keeps: the setting of `hlora tune` that takes the general text, where phase μ needs it too.
         rewinds: in place of a phase μ, the adapter of this method, its change times φ.
+        at: the strength of the method that is rewound, where it sweeps.
+        back_to_nu: the change is that from θ^ν, not from the base model: φ is the share of an
+            average of the two ends.
         after_nu: the importance is gathered at the weights that the plain phase ν ended with.
         source: the paper, the baseline's paper, or this project.
     """
@@ -42,6 +45,8 @@ class Method:
     swept: str = "phi"
     keeps: str = ""
     rewinds: str = ""
+    at: float | None = None
+    back_to_nu: bool = False
     after_nu: bool = False
     source: str = "the paper"
 

@@ -87,7 +87,7 @@ def _stages(study: Study, todo: list[Run]) -> list[list[Call]]:
         folder = nu_folder(study, run.method, run.seed)
         phases[stage].setdefault(folder, (phase_nu, study, run.method, run.seed))
     # An adapter that is rewound is made once, and found by the run that is of it.
-    wholes = [whole(study, r) for r in todo if METHODS[r.method].rewinds]
+    wholes = [whole(r) for r in todo if METHODS[r.method].rewinds]
     adapters: list[Call] = [
         (phase_mu, study, run) for run in {mu_folder(study, w): w for w in wholes}.values()
     ]

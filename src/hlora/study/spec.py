@@ -152,7 +152,7 @@ def read_study(path: Path) -> Study:
             record_settings(study, run.method, run.seed)
         if METHODS[run.method].tune is not None:
             nu = None if METHODS[run.method].record is None else Path("nu")
-            tune_settings(study, whole(study, run), nu)
+            tune_settings(study, whole(run), nu)
         eval_settings(study, run.task)
     return study
 
@@ -175,8 +175,9 @@ def key_of(study: Study, run: Run) -> str:
     read = {*study.general.values(), *study.held_out.values(), *study.others.values()}
     read |= set(task.values())
     method = asdict(METHODS[run.method])
-    if not method["rewinds"]:
-        del method["rewinds"]  # as the keys of earlier results were made
+    for name in ("rewinds", "at", "back_to_nu"):
+        if not method[name]:
+            del method[name]  # as the keys of earlier results were made
     what = {
         **study.settings(), **asdict(run), "task_files": task, "method_settings": method,
         "digests": {k: v for k, v in study.digests.items() if k in read},
@@ -211,15 +212,15 @@ def record_settings(study: Study, method: str, seed: int) -> RecordSettings:
     return build(RecordSettings, values)
 
 
-def whole(study: Study, run: Run) -> Run:
+def whole(run: Run) -> Run:
     """The run whose adapter a rewound one scales; itself where nothing is rewound."""
-    rewound = METHODS[run.method].rewinds
-    return replace(run, method=rewound, phi=study.phis(rewound)[0]) if rewound else run
+    of = METHODS[run.method]
+    return replace(run, method=of.rewinds, phi=of.at) if of.rewinds else run
 
 
 def mu_folder(study: Study, run: Run) -> Path:
     """Where the adapter of a run is."""
-    return Path(study.work) / "mu" / key_of(study, whole(study, run))
+    return Path(study.work) / "mu" / key_of(study, whole(run))
 
 
 def tune_settings(study: Study, run: Run, nu: Path | None) -> TuneSettings:
