@@ -1,4 +1,4 @@
-"""What needs general text while tuning: KL to the base model, and replay."""
+"""What looks at text while tuning: KL to the base model, and replay."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 
 import hlora
 from hlora.cli import main as cli
-from hlora.hf.divergence import Divergence
+from hlora.hf.divergence import Divergence, OnPrompts
 from hlora.run import phases
 from hlora.run.evaluate import divergence
 from hlora.run.phases import DomainPhase
@@ -153,3 +153,93 @@ def test_both_go_through_the_command(tiny, tmp_path, capsys):
     argv += ["--replay", str(text), "--replay-share", "1.5", "--output", str(tmp_path / "p")]
     assert cli.main(argv) == 2
     assert "--replay-share" in capsys.readouterr().err
+
+
+def prompted(count=8, seed=3):
+    """Rows whose first tokens are a prompt, of several lengths, padded on the right."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 60, (count, 10), generator=draw)
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    for i in range(count):
+        labels[i, : 2 + i % 5] = -100
+        labels[i, 10 - i % 3 :], mask[i, 10 - i % 3 :] = -100, 0
+    return [
+        {"input_ids": i.tolist(), "labels": lab.tolist(), "attention_mask": m.tolist()}
+        for i, lab, m in zip(ids, labels, mask, strict=True)
+    ]
+
+
+def test_on_prompts_it_is_the_divergence_where_nothing_is_learned():
+    model = lora_model(dtype=torch.float64)
+    perturb(model, size=0.5)
+    inputs = {k: torch.tensor([r[k] for r in prompted()]) for k in prompted()[0]}
+    outputs = model(**inputs)
+    R = OnPrompts().on_forward(model, inputs, outputs)
+    with torch.no_grad(), model.disable_adapter():
+        base = model(**inputs).logits.log_softmax(-1)
+    here, rows = outputs.logits.log_softmax(-1), []
+    for i in range(len(base)):  # the prompt has 2 + i % 5 tokens; the first is predicted by nothing
+        at = slice(0, 1 + i % 5)
+        rows.append(kl_div(here[i, at], base[i, at], reduction="batchmean", log_target=True))
+    expected = torch.stack(rows).mean()
+    assert expected > 1e-4
+    torch.testing.assert_close(R.double(), expected, rtol=1e-4, atol=1e-8)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    both = (torch.autograd.grad(v, trained, retain_graph=True) for v in (R, expected))
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
+    inputs["labels"] = inputs["input_ids"]  # without a prompt there is nothing to hold
+    assert OnPrompts().on_forward(model, inputs, outputs) == 0
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_on_prompts_micro_batches_add_up_to_the_batch(every, tmp_path):
+    """Only the task's loss differs, which counts tokens: its part is taken out."""
+    found = []
+    for size, steps in ((8, 1), (2, 4)):
+        grads = []
+        for phi in (0.0, 5.0):
+            torch.manual_seed(0)
+            model = lora_model()
+            perturb(model, size=0.5)
+            trainer = make_trainer(
+                model, tmp_path / "t", rows=prompted(), max_steps=1, learning_rate=1.0,
+                per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+                optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant",
+            )  # fmt: skip
+            before = [p.detach().clone() for p in model.parameters()]
+            hlora.attach(trainer, OnPrompts(phi, every))
+            trainer.train()
+            grads.append([b - p.detach() for b, p in zip(before, model.parameters(), strict=True)])
+        found.append([held - free for free, held in zip(*grads, strict=True)])
+    if every == 1:
+        assert max(float(g.abs().max()) for g in found[0]) > 1e-2
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    else:  # one batch is not looked at; of four, two count twice
+        assert all(float(g.abs().max()) < 1e-6 for g in found[0])
+        assert max(float(g.abs().max()) for g in found[1]) > 1e-2
+
+
+def test_on_prompts_label_smoothing_is_refused(tiny, tmp_path):
+    phase = DomainPhase(
+        settings(
+            tiny, tmp_path, kl=["task"], kl_every=1, max_steps=1,
+            training={"label_smoothing_factor": 0.1},
+        )
+    )  # fmt: skip
+    with pytest.raises(hlora.InputError, match="label smoothing"):
+        phase.run()
+
+
+def test_on_prompts_the_command_needs_no_text(tiny, tmp_path):
+    phase = DomainPhase(
+        settings(tiny, tmp_path, kl=["task"], kl_weight=2.0, kl_every=1, max_steps=3,
+                 learning_rate=0.02, logging_steps=3)
+    )  # fmt: skip
+    (part,) = phase.parts
+    assert isinstance(part, OnPrompts)
+    assert (part.phi, part.every, phase.unwritten) == (2.0, 1, [])
+    (entry,) = phase.run().log
+    assert entry["penalty"] == pytest.approx(2 * entry["R"])
+    assert entry["R"] > 0

@@ -1,4 +1,4 @@
-"""KL to the base model on general text while tuning: the peer that needs general text."""
+"""KL to the base model while tuning: on general text, or on the prompts of the task itself."""
 
 from __future__ import annotations
 
@@ -25,11 +25,40 @@ def by_row(before: Tensor, after: Tensor) -> Tensor:
     return torch.stack([divergences(b, a).mean() for b, a in zip(before, after, strict=True)])
 
 
-class Divergence(Regularizer):
+_NOT_LEARNED = -100
+
+
+class _Seldom(Regularizer):
+    """Looks at one micro-batch in `every`, which counts `every` times.
+
+    So φ means the same however seldom it is looked at.
+    """
+
+    def __init__(self, phi: float, every: int) -> None:
+        if every < 1:
+            raise InputError(f"{type(self).__name__} needs every >= 1, not {every}.")
+        self.phi, self.every, self.seen = phi, every, 0
+
+    def on_forward(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor | None:
+        self.seen += 1
+        if self.seen % self.every:
+            return None
+        return self.every * self.look(model, inputs, outputs)
+
+    def look(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor:
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        return {"seen": torch.tensor([self.seen])}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.seen = int(tensors["seen"])
+
+
+class Divergence(_Seldom):
     """φ · KL(base ‖ model) on rows of general text, nats per token.
 
-    A micro-batch in `every` takes the next rows, forward once with the adapter and once without,
-    and counts `every` times, so that φ means the same however seldom it is looked at.
+    A micro-batch in `every` takes the next rows, forward once with the adapter and once without.
 
     Args:
         rows: (N, T) tokens.
@@ -42,24 +71,54 @@ class Divergence(Regularizer):
     """
 
     def __init__(self, rows: Tensor, phi: float = 1.0, batch: int = 4, every: int = 4) -> None:
-        if not len(rows) or batch < 1 or every < 1:
-            raise InputError("Divergence needs rows of text, batch >= 1 and every >= 1.")
-        self.rows, self.phi, self.batch, self.every = rows, phi, batch, every
-        self.seen = 0
+        super().__init__(phi, every)
+        if not len(rows) or batch < 1:
+            raise InputError("Divergence needs rows of text and batch >= 1.")
+        self.rows, self.batch = rows, batch
 
-    def on_forward(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor | None:
-        self.seen += 1
-        if self.seen % self.every:
-            return None
+    def look(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor:
         start = (self.seen // self.every - 1) * self.batch
         index = torch.arange(start, start + self.batch) % len(self.rows)
         ids = self.rows[index].to(next(model.parameters()).device)
         with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
             before = model(input_ids=ids).logits
-        return self.every * divergences(before, model(input_ids=ids).logits).mean()
+        return divergences(before, model(input_ids=ids).logits).mean()
 
-    def state(self) -> dict[str, Tensor]:
-        return {"seen": torch.tensor([self.seen])}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.seen = int(tensors["seen"])
+class OnPrompts(_Seldom):
+    """φ · KL(base ‖ model) on the prompts of the rows that are trained on, nats per token.
+
+    Where a token that is not learned is predicted; the answers are left out, and no other text is
+    needed. The mean over the prompt of each row, then over the rows, so that it is the same in one
+    micro-batch and in several of as many rows each; a row without a prompt counts as zero. One
+    forward pass without the adapter: the other is the task's own.
+
+    Args:
+        phi: its weight.
+        every: micro-batches from one look to the next.
+
+    Raises:
+        InputError: `every` below one; while training, a trainer that hands out no labels.
+    """
+
+    def __init__(self, phi: float = 1.0, every: int = 1) -> None:
+        super().__init__(phi, every)
+
+    def look(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor:
+        if "labels" not in inputs:
+            raise InputError(
+                "KL on the prompts needs the labels beside the logits, and this trainer takes them "
+                "away (label smoothing does): leave that out, or give general text."
+            )
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        prompt = inputs["labels"][:, 1:] == _NOT_LEARNED
+        if mask is not None:
+            prompt = prompt & mask[:, 1:].bool()
+        with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
+            before = model(input_ids=ids, attention_mask=mask).logits
+        return torch.stack(
+            [
+                divergences(b[here], a[here]).sum() / here.sum().clamp(min=1)
+                for b, a, here in zip(before[:, :-1], outputs.logits[:, :-1], prompt, strict=True)
+            ]
+        ).mean()

@@ -35,7 +35,7 @@ from hlora.data.text import block_rows, blocks, mix
 from hlora.errors import InputError, MismatchError
 from hlora.files import check_space, publish, write_json
 from hlora.hf.distributed import is_main
-from hlora.hf.divergence import Divergence
+from hlora.hf.divergence import Divergence, OnPrompts
 from hlora.hf.hub import check_name, pinned, push
 from hlora.hf.peft import base_of, find_pairs, save_adapter
 from hlora.hf.record import Record, save_importance
@@ -87,6 +87,8 @@ WATCHED, OTHER_SEED = 16, 1 << 20
 """Rows that an importance keeps for measuring, and how their seed differs from the others'."""
 OWN, OWN_BLOCKS = "own", 128
 """The general text that the model writes itself while tuning, and its rows."""
+ITS_PROMPTS = "task"
+"""In place of general text for KL: the prompts of the task's own rows."""
 MOST_REPLAY = 0.99
 """Beyond it a task's rows are few among thousands."""
 TUNED = "tune.json"
@@ -415,9 +417,11 @@ class DomainPhase(_Phase[Trained]):
             self.parts.insert(0, self.recorder)
             shapes = [p.shape[:2] for p in self.pairs]
             self.held += kind_named(self.recorder.kind).bytes(shapes)
-        if settings.kl:
-            rows = self._general(settings.kl, HUB_BLOCKS)
+        if text := [t for t in settings.kl if t != ITS_PROMPTS]:
+            rows = self._general(text, HUB_BLOCKS)
             self.parts.append(Divergence(rows, settings.kl_weight, every=settings.kl_every))
+        if ITS_PROMPTS in settings.kl:
+            self.parts.append(OnPrompts(settings.kl_weight, settings.kl_every))
         check_space(self.output, 64 << 20)
 
     def _run(self) -> Trained:

@@ -271,7 +271,8 @@ class TuneSettings(TrainSettings):
     )  # fmt: skip
     kl: list[str] = setting(
         "general text on which the predictions are held to the base model's while tuning (KL); "
-        "own: text that the model writes itself", [], metavar="TEXT", more=True,
+        "own: text that the model writes itself; task: the prompts of the task's own rows", [],
+        metavar="TEXT", more=True,
     )  # fmt: skip
     kl_weight: float = setting("weight of the KL (nats per token)", 1.0, more=True, least=0)
     kl_every: int = setting("compute the KL once in N micro-batches", 4, more=True, least=1)
