@@ -60,16 +60,22 @@ def test_an_unknown_kind_is_named_with_the_nearest():
         kind_named("factord")
 
 
-@pytest.mark.parametrize("kind", ["dense", "factored", "fisher"])  # others: test_sequences
+@pytest.mark.parametrize(
+    "kind", ["dense", "factored", "fisher", "entries", "laplace"]
+)  # others: test_sequences
 def test_each_kind_sizes_itself_as_its_tensors_are(kind):
-    shapes = {"a": (5, 7), "b": (3, 9)}
+    shapes = {"a": (5, 7, 2), "b": (3, 9, 2)}
     of = kind_named(kind)
     if kind == "factored":
         tensors = {}
-        for name, (m, n) in shapes.items():
+        for name, (m, n, _) in shapes.items():
             tensors |= {f"{name}.rows": torch.rand(m), f"{name}.columns": torch.rand(n)}
+    elif of.of_factors:
+        tensors = {}
+        for name, (m, n, r) in shapes.items():
+            tensors |= {f"{name}.B": torch.rand(m, r), f"{name}.A": torch.rand(r, n)}
     else:
-        tensors = {name: torch.rand(s) for name, s in shapes.items()}
+        tensors = {name: torch.rand(s[:2]) for name, s in shapes.items()}
     importance = of.from_tensors(tensors)
     importance.check()
     for storage in of.storages:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 KINDS = {
     "dense": "hlora.core.importance.dense:Dense",
     "factored": "hlora.core.importance.factored:Factored",
+    "entries": "hlora.core.importance.entries:Entries",
     "fisher": "hlora.core.importance.fisher:Fisher",
+    "laplace": "hlora.core.importance.entries:Laplace",
     "kronecker": "hlora.core.importance.kronecker:Kronecker",
     "sketch": "hlora.core.importance.sketch:Sketch",
     "blend": "hlora.core.importance.blend:Blend",

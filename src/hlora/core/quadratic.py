@@ -97,8 +97,7 @@ class Quadratic(Regularizer):
             )  # fmt: skip
         scale = 1.0
         if rule.normalize:
-            elements = sum(g.m * g.n * len(g.pairs) for g in groups)
-            mean = sum(weights[n] * totals[n] for n in weights) / elements
+            mean = sum(weights[n] * totals[n] for n in weights) / self.importance.elements(groups)
             if not mean > 0:
                 raise StoreError(
                     "The importance is zero everywhere: the general phase trained nothing. Record "

@@ -149,7 +149,8 @@ class Recorder:
             self.consolidate(last=True)
         importance = self.trace.importance()
         recorded = int(self._counts["recorded"])
-        negative = float(self._counts["negative"]) / self._elements() / self._consolidations
+        elements = importance.elements(self.groups) * self._consolidations
+        negative = float(self._counts["negative"]) / elements
         return importance, {
             "steps": recorded,
             "seconds": round(self._elapsed(), 1),

@@ -255,6 +255,11 @@ class Penalty(Regularization):
             self.rule = replace(self.rule, phi=NATURAL_PHI if phi is None else phi)
         at_base = held.natural and not any(B.any() for B, _ in self.stored.factors.values())
         self.anchor = anchor or ("base" if at_base else "nu")
+        if held.of_factors and self.anchor != "nu":
+            raise InputError(
+                f"{held.kind.capitalize()} importance is of the entries of A and B, so training "
+                f"must start at those that it was gathered at: leave out anchor {self.anchor!r}."
+            )
         self.forget_at_most = forget_at_most
         self._planned = 0
         self._first: tuple[weakref.ref[nn.Module], Anchor] | None = None

@@ -259,7 +259,7 @@ class GeneralPhase(_Phase[Recorded]):
         else:
             self.model = new_adapter(self.model, settings)
         self.pairs = find_pairs(self.model, settings.unheld)
-        shapes = [p.shape[:2] for p in self.pairs]
+        shapes = [p.shape for p in self.pairs]
         self.held = self.of.bytes(shapes, settings.storage, len(tokens))
         running = self.of.bytes(shapes)
         check_space(self.output, self.held + (4 * running if settings.save_steps else 0))
@@ -415,7 +415,7 @@ class DomainPhase(_Phase[Trained]):
         self.parts: list[TrainerCallback | Regularizer] = [*self.regularizers]
         if self.recorder:  # first: what a budget takes back at the end is not of the path
             self.parts.insert(0, self.recorder)
-            shapes = [p.shape[:2] for p in self.pairs]
+            shapes = [p.shape for p in self.pairs]
             self.held += kind_named(self.recorder.kind).bytes(shapes)
         if text := [t for t in settings.kl if t != ITS_PROMPTS]:
             rows = self._general(text, HUB_BLOCKS)

@@ -197,9 +197,10 @@ class RecordSettings(TrainSettings):
     )  # fmt: skip
     kind: str | None = setting(
         "form of the importance. Gathered at the base without training: blend (the default), the "
-        "sum of kronecker and sketch; fisher, as in EWC. Recorded while training: dense, one value "
-        "per weight (the paper; the default with its presets, --storage, --estimator or --xi); "
-        "factored, row and column sums", None, choices=KINDS,
+        "sum of kronecker and sketch; fisher, as in EWC; laplace, that of the entries of A and B. "
+        "Recorded while training: dense, one value per weight (the paper; the default with its "
+        "presets, --storage, --estimator or --xi); "
+        "factored, row and column sums; entries, SI on A and B", None, choices=KINDS,
     )  # fmt: skip
     storage: str = setting(
         "file format of dense importance; int8 stores logarithms", "fp32",
@@ -247,8 +248,8 @@ class TuneSettings(TrainSettings):
         "to it", None, metavar="DIR",
     )  # fmt: skip
     kind: str | None = setting(
-        "form of the importance that --record writes: factored (the default) or dense", None,
-        choices=KINDS, more=True,
+        "form of the importance that --record writes: factored (the default), dense, entries",
+        None, choices=KINDS, more=True,
     )  # fmt: skip
     task: str = setting(
         "sciq, piqa, medmcqa, openbookqa, arc_easy, arc_challenge (from the hub), another data "

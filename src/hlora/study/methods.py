@@ -13,7 +13,7 @@ from typing import Any
 
 from hlora.data.parse import packaged
 
-_ALONG_TRAINING = (None, "dense", "factored")
+_ALONG_TRAINING = (None, "dense", "factored", "entries")
 """The `trained` kinds, by name: their classes would bring torch into every report."""
 
 

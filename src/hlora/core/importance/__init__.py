@@ -21,7 +21,7 @@ from hlora.errors import InputError, one_of
 Groups = Sequence[Group]
 Changes = Sequence[LowRank]
 Tensors = Sequence[Tensor]
-Shapes = Iterable[tuple[int, int]]
+Shapes = Iterable[tuple[int, int, int]]
 Pulled = tuple[list[Weighed], Tensor | None]
 
 
@@ -37,6 +37,7 @@ class Importance(ABC):
         natural: R is in nats per token as it is: neither Eq. 15's layer weights nor a normalization
             apply.
         own_text: gathered from text that the model writes, half of it where text is given.
+        of_factors: of the entries of A and B: training must start at those that were looked at.
         watched: (N, T) tokens of such text that was not gathered from, to measure forgetting on;
             None where there are none.
     """
@@ -47,6 +48,7 @@ class Importance(ABC):
     conversions: ClassVar[tuple[str, ...]] = ()
     natural: ClassVar[bool] = False
     own_text: ClassVar[bool] = False
+    of_factors: ClassVar[bool] = False
     watched: Tensor | None = None
 
     # ---------------------------------------------------------------- gathered
@@ -95,7 +97,7 @@ class Importance(ABC):
     @classmethod
     @abstractmethod
     def bytes(cls, shapes: Shapes, storage: str = "fp32", sequences: int = 0) -> int:
-        """Size for matrices of the shapes (m, n), in the domain phase and on disk."""
+        """Size for matrices of the shapes (m, n, r), in the domain phase and on disk."""
 
     def stored_as(self, storage: str) -> Importance:
         """In one of `storages`."""
@@ -143,6 +145,10 @@ class Importance(ABC):
     @abstractmethod
     def totals(self) -> dict[str, float]:
         """Σ_i Ω_i by layer; of the diagonal, where Ω is a full matrix."""
+
+    def elements(self, groups: Iterable[Group]) -> int:
+        """How many Ω_i there are, for their mean."""
+        return sum(len(g.pairs) * g.m * g.n for g in groups)
 
     @abstractmethod
     def pull(self, group: Group, change: LowRank, left: Tensor, right: Tensor) -> Weighed:

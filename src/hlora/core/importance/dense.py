@@ -63,7 +63,7 @@ class Dense(Importance):
     def bytes(cls, shapes: Shapes, storage: str = "fp32", sequences: int = 0) -> int:
         each = {"fp32": 4, "bf16": 2, "int8": 1}[storage]
         scales = 8 if storage == "int8" else 0
-        return sum(m * (each * n + scales) for m, n in shapes)
+        return sum(m * (each * n + scales) for m, n, _ in shapes)
 
     @property
     def names(self) -> set[str]:

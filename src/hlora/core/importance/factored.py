@@ -75,7 +75,7 @@ class Factored(Importance):
 
     @classmethod
     def bytes(cls, shapes: Shapes, storage: str = "fp32", sequences: int = 0) -> int:
-        return sum(4 * (m + n) for m, n in shapes)
+        return sum(4 * (m + n) for m, n, _ in shapes)
 
     def converted(self, to: str) -> Importance:
         if to == "factored":

@@ -170,7 +170,7 @@ class Sequences(Importance):
     def bytes(cls, shapes: Shapes, storage: str = "fp32", sequences: int = 0) -> int:
         return sum(
             prod(shape) * width
-            for m, n in shapes
+            for m, n, _ in shapes
             for part, (shape, width) in cls.sizes(m, n, sequences or SEQUENCES).items()
             if part in cls.parts
         )
