@@ -419,7 +419,8 @@ class DomainPhase(_Phase[Trained]):
             self.held += kind_named(self.recorder.kind).bytes(shapes)
         if text := [t for t in settings.kl if t != ITS_PROMPTS]:
             rows = self._general(text, HUB_BLOCKS)
-            self.parts.append(Divergence(rows, settings.kl_weight, every=settings.kl_every))
+            of = (settings.kl_weight, settings.kl_rows, settings.kl_every)
+            self.parts.append(Divergence(rows, *of))
         if ITS_PROMPTS in settings.kl:
             self.parts.append(OnPrompts(settings.kl_weight, settings.kl_every))
         check_space(self.output, 64 << 20)
