@@ -19,14 +19,14 @@ WATCHED = torch.tensor([r["input_ids"] for r in token_rows(9, seed=6)])
 TRAINING = {"max_steps": 40, "learning_rate": 2e-2, "logging_steps": 10}
 
 
-def gathered(folder, watched=None):
+def gathered(folder, watched=None, written=None):
     """A blend at the tiny LLaMA."""
     model = lora_model()
     pairs = find_pairs(model)
     rows = torch.tensor([r["input_ids"] for r in token_rows(32, seed=5)])
     importance, summary = Blend.gather(model, pairs, rows)
     if watched is not None:
-        importance = importance.watching(watched)
+        importance = importance.watching(watched, written)
     notes = {"recording": {"storage": "fp32"}, "summary": summary, "settings": {}}
     save_importance(folder, model, pairs, importance, notes)
     return folder

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hlora.core.importance import Importance
 from hlora.core.layers import effective_number, layer_weights
+from hlora.core.looks import Looks
 from hlora.core.lowrank import LowRank
 from hlora.core.pairs import Group
 from hlora.core.presets import PenaltyRule
@@ -45,6 +46,7 @@ class Quadratic(Regularizer):
     ) -> None:
         self.importance, self.anchor, self.rule = importance, anchor, rule
         self.phi: float | Tensor = rule.phi
+        self.looks: Looks | None = None
         importance.arrange(groups)
         self._coefficients = self._layer_coefficients(groups)
 
@@ -64,6 +66,8 @@ class Quadratic(Regularizer):
             values.append(c @ R)
             gradients.append((weight * GA, weight * BG))
         R = torch.stack([v.double().to(values[0].device) for v in values]).sum()
+        if self.looks is not None:
+            gradients = self.looks.correct(groups, gradients, self.phi)
         return Pull(R, gradients, forgetting)
 
     def predict(self, groups: list[Group]) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hlora.core.evaluating import evaluating
+from hlora.core.pairs import Group
 from hlora.errors import MismatchError
 from hlora.hf.divergence import by_row
 from hlora.hf.peft import unwrap
@@ -43,8 +44,25 @@ class Gauge:
             found = [self._of(rows) for rows in self.rows[part].split(BATCH)]
         return torch.cat(found).mean()
 
+    def pull(self, rows: Tensor, groups: list[Group]) -> list[tuple[Tensor, Tensor]]:
+        """The gradients of the same on some rows by B (L, m, r) and A (L, r, n), a pair a group.
+
+        The parameters' own gradients stay as they are.
+        """
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        before = [p.grad for p in trained]
+        with torch.enable_grad(), evaluating(self.model):
+            found = torch.autograd.grad(self._of(rows).mean(), trained, allow_unused=True)
+        try:
+            for p, found_of in zip(trained, found, strict=True):
+                p.grad = found_of
+            return [g.gradients() for g in groups]
+        finally:
+            for p, own in zip(trained, before, strict=True):
+                p.grad = own
+
     def _of(self, rows: Tensor) -> Tensor:
         ids = rows[:, :-1].long().to(next(self.model.parameters()).device)
-        with self.model.disable_adapter():  # type: ignore[operator]
+        with torch.no_grad(), self.model.disable_adapter():  # type: ignore[operator]
             before = self.model(input_ids=ids, use_cache=False).logits
         return by_row(before, self.model(input_ids=ids, use_cache=False).logits)

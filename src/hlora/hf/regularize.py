@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hlora.core import store
 from hlora.core.adapter_file import read_tensors
 from hlora.core.budget import Budgeted, check_budget
+from hlora.core.looks import Looks
 from hlora.core.pairs import Group, Pair, check_held, digest, group, resized, unstack
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
@@ -236,9 +237,11 @@ class Penalty(Regularization):
         preset: str | None = None,
         anchor: str | None = None,
         unheld: str = "refuse",
+        look_every: int | None = None,
         **rule: Any,
     ) -> None:
         super().__init__()
+        self.look_every = look_every
         one_of("unheld", unheld, UNHELD)
         self.unheld = unheld
         one_of("anchor", anchor or "nu", ANCHORS)
@@ -290,9 +293,13 @@ class Penalty(Regularization):
             rows = self.stored.importance.watched
             gauge = None if rows is None else Gauge(model, rows)
             self.regularizer = Budgeted(self.forget_at_most, self._planned, gauge, *of)
-            return groups
-        self.regularizer = Quadratic(*of)
-        self.regularizer.phi = phi
+        else:
+            self.regularizer = Quadratic(*of)
+            self.regularizer.phi = phi
+        rows = self.stored.importance.written
+        if self.look_every and rows is not None:
+            look = Gauge(model, rows)
+            self.regularizer.looks = Looks(look.pull, rows, self.look_every)
         return groups
 
     def check(self, model: nn.Module, args: Any) -> None:

@@ -294,9 +294,10 @@ class GeneralPhase(_Phase[Recorded]):
         """An importance that needs no training: sequences forward and backward."""
         options = _options(self.settings)
         given = {k: v for k, v in options.items() if v and k != "sequences"}
-        began = time.monotonic()
+        began, written = time.monotonic(), None
         if self.own:
-            self.tokens[-self.own :] = self._write_own(self.own, self.tokens.shape[1])
+            written = self._write_own(self.own, self.tokens.shape[1])
+            self.tokens[-self.own :] = written
             order = torch.Generator().manual_seed(self.settings.seed)
             self.tokens = self.tokens[torch.randperm(len(self.tokens), generator=order)]
         with bar(f"{self.of.kind} importance", len(self.tokens)) as shown:
@@ -305,7 +306,8 @@ class GeneralPhase(_Phase[Recorded]):
                 seed=self.settings.seed, tick=shown.update, **given,
             )  # fmt: skip
         if isinstance(found, Sequences):
-            found = found.watching(self._write_own(WATCHED, self.tokens.shape[1], OTHER_SEED))
+            watched = self._write_own(WATCHED, self.tokens.shape[1], OTHER_SEED)
+            found = found.watching(watched, written)
         importance: Importance = found.stored_as(self.settings.storage)
         summary["own_text"] = self.own
         summary["seconds"] = round(time.monotonic() - began, 1)
@@ -520,7 +522,9 @@ class DomainPhase(_Phase[Trained]):
             card.write_card(aside, card.tuned(info))
 
 
-_OF_A_PENALTY = ("phi", "forget_at_most", "anchor", "layer_weights", "normalize")
+_OF_A_PENALTY = (
+    "phi", "forget_at_most", "anchor", "layer_weights", "normalize", "look_every",
+)  # fmt: skip
 
 
 def regularizers(settings: TuneSettings) -> list[Penalty]:

@@ -270,6 +270,10 @@ class TuneSettings(TrainSettings):
         "general text that --forget-at-most is checked on after training, as for `hlora record` "
         "(default: python-docs@test)", [], metavar="TEXT", more=True,
     )  # fmt: skip
+    look_every: int | None = setting(
+        "once in N steps also look at the predictions, on text that the importance keeps, and "
+        "correct what it pulls", None, more=True, least=1,
+    )  # fmt: skip
     kl: list[str] = setting(
         "general text on which the predictions are held to the base model's while tuning (KL); "
         "own: text that the model writes itself; task: the prompts of the task's own rows", [],

@@ -40,6 +40,7 @@ class Importance(ABC):
         of_factors: of the entries of A and B: training must start at those that were looked at.
         watched: (N, T) tokens of such text that was not gathered from, to measure forgetting on;
             None where there are none.
+        written: (N, T) tokens of such text to look at while training, or None.
     """
 
     kind: ClassVar[str]
@@ -50,6 +51,7 @@ class Importance(ABC):
     own_text: ClassVar[bool] = False
     of_factors: ClassVar[bool] = False
     watched: Tensor | None = None
+    written: Tensor | None = None
 
     # ---------------------------------------------------------------- gathered
 

@@ -37,8 +37,9 @@ COLUMNS = 4
 """Columns of V that a sequence of its own is seen in."""
 PILOT = 4
 """One sequence in so many finds U and V."""
-TOKENS, WATCHED = "tokens", "watched"
-"""The tensors that hold T, and text to measure forgetting on."""
+TOKENS, WATCHED, WRITTEN = "tokens", "watched", "written"
+"""The tensors that hold T, text to measure forgetting on, and text to look at while training."""
+TEXTS = (WATCHED, WRITTEN)
 
 Self = TypeVar("Self", bound="Sequences")
 
@@ -75,18 +76,20 @@ class Sequences(Importance):
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
         self._tokens = int(tensors[TOKENS])
-        self.watched = tensors.get(WATCHED)
+        self.watched, self.written = (tensors.get(text) for text in TEXTS)
 
     @classmethod
     def from_tensors(cls: type[Self], tensors: dict[str, Tensor]) -> Self:
         wanted = {TOKENS, *(f"{n}.{p}" for n in _names(tensors) for p in cls.parts)}
-        if wrong := (tensors.keys() - {WATCHED}) ^ wanted:
+        if wrong := (tensors.keys() - {*TEXTS}) ^ wanted:
             raise ValueError(f"{min(wrong)} is missing or unexpected")
         return cls(tensors)
 
-    def watching(self, rows: Tensor) -> Sequences:
-        """The same, with text to measure forgetting on."""
-        return type(self)({**self._tensors, WATCHED: rows.int()})
+    def watching(self, watched: Tensor, written: Tensor | None = None) -> Sequences:
+        """The same, with text to measure forgetting on, and text to look at while training."""
+        texts = zip(TEXTS, (watched, written), strict=True)
+        kept = {name: rows.int() for name, rows in texts if rows is not None}
+        return type(self)({**self._tensors, **kept})
 
     def tensors(self) -> dict[str, Tensor]:
         return self._tensors
@@ -146,12 +149,13 @@ class Sequences(Importance):
         ]
 
     def check(self) -> None:
-        watched = self.watched
-        if watched is not None and not (
-            watched.dim() == 2 and min(watched.shape) >= 2 and not watched.is_floating_point()
-            and int(watched.min()) >= 0
-        ):  # fmt: skip
-            raise ValueError(f"{WATCHED} holds no rows of tokens to measure two halves of")
+        for name in TEXTS:
+            rows = self._tensors.get(name)
+            if rows is not None and not (
+                rows.dim() == 2 and min(rows.shape) >= 2 and not rows.is_floating_point()
+                and int(rows.min()) >= 0
+            ):  # fmt: skip
+                raise ValueError(f"{name} does not hold two rows of tokens or more")
         for name, t in self._tensors.items():
             if t.is_floating_point() and not t.isfinite().all():
                 raise ValueError(f"{name} is not finite")
