@@ -40,6 +40,7 @@ from hlora.hf.hub import check_name, pinned, push
 from hlora.hf.peft import base_of, find_pairs, save_adapter
 from hlora.hf.record import Record, save_importance
 from hlora.hf.regularize import Penalty
+from hlora.hf.slow import ToSlow
 from hlora.run import dry_run, machine
 from hlora.run.build import default_of
 from hlora.run.inputs import bits, check_apart
@@ -378,6 +379,13 @@ class DomainPhase(_Phase[Trained]):
         check_apart(settings.output, settings.importance, settings.record)
         if settings.text and settings.forget_at_most is None:
             raise InputError("--text is only used with --forget-at-most: give both.")
+        if settings.peft and (settings.importance or settings.record or settings.kl):
+            raise InputError(
+                "--peft is another adapter than LoRA, on which nothing is held or recorded: leave "
+                "out --importance, --record and --kl."
+            )
+        if settings.slow and set(settings.kl) <= {ITS_PROMPTS}:
+            raise InputError("--slow needs general text to look at: give --kl TEXT, or --kl own.")
         self.regularizers = regularizers(settings)
         self.recorder = _domain_recorder(settings)
         started = [p.stored.folder for p in self.regularizers if p.anchor == "nu"][-1:]
@@ -394,7 +402,7 @@ class DomainPhase(_Phase[Trained]):
             self.model = load_adapter(self.model, started[0], trainable=True)
         else:  # of a larger rank, it takes the recorded one over when training begins
             self.model = new_adapter(self.model, settings)
-        self.pairs = find_pairs(self.model, settings.unheld)
+        self.pairs = [] if settings.peft else find_pairs(self.model, settings.unheld)
         self.unwritten: list[tuple[Tensor, Tensor]] = []  # rows, and which the model will write
         self.held = 0
         for penalty in self.regularizers:
@@ -419,7 +427,12 @@ class DomainPhase(_Phase[Trained]):
             self.held += kind_named(self.recorder.kind).bytes(shapes)
         if text := [t for t in settings.kl if t != ITS_PROMPTS]:
             rows = self._general(text, HUB_BLOCKS)
-            self.parts.append(Divergence(rows, settings.kl_weight, every=settings.kl_every))
+            phi, every, decay = settings.kl_weight, settings.kl_every, settings.slow
+            self.parts.append(
+                ToSlow(rows, phi, decay, every=every)
+                if decay
+                else Divergence(rows, phi, every=every)
+            )
         if ITS_PROMPTS in settings.kl:
             self.parts.append(OnPrompts(settings.kl_weight, settings.kl_every))
         check_space(self.output, 64 << 20)
