@@ -314,28 +314,36 @@ def new_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
     """The model with an untrained adapter on the targets.
 
     Raises:
+        InputError: as `adapter_settings`.
+    """
+    from peft import get_peft_model
+
+    return get_peft_model(model, adapter_settings(model, settings))
+
+
+def adapter_settings(model: nn.Module, settings: TrainSettings) -> Any:
+    """PEFT's config of the adapter.
+
+    Raises:
         InputError: a target names nothing in the model; those that exist are suggested.
     """
-    from peft import LoraConfig, PeftConfig, get_peft_model
+    from peft import LoraConfig
 
     targets: list[str] | str = list(settings.targets)
     if targets == ["all-linear"]:
         targets = "all-linear"
     else:
         check_targets(model, settings.targets)
-    config: PeftConfig
     if other := getattr(settings, "peft", None):
-        config = _other_adapter({"target_modules": targets, "task_type": "CAUSAL_LM", **other})
-    else:
-        config = LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            use_rslora=settings.rslora,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        )
-    return get_peft_model(model, config)
+        return _other_adapter({"target_modules": targets, "task_type": "CAUSAL_LM", **other})
+    return LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        use_rslora=settings.rslora,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
 
 
 def _other_adapter(given: dict[str, Any]) -> Any:

@@ -284,6 +284,10 @@ class TuneSettings(TrainSettings):
         metavar="TEXT", more=True,
     )  # fmt: skip
     kl_weight: float = setting("weight of the KL (nats per token)", 1.0, more=True, least=0)
+    corda: list[str] = setting(
+        "general text: the adapter starts as the part of each matrix that it needs least (CorDA)",
+        [], metavar="TEXT", more=True,
+    )  # fmt: skip
     slow: float | None = setting(
         "hold --kl to a slow copy of the adapter in place of the base model, of which this much "
         "stays at each step; the copy is written (as in I-LoRA)", None,
