@@ -8,6 +8,7 @@ import hlora
 from hlora.cli.options import parse
 from hlora.run import settings as config
 from hlora.run.build import build, command_line
+from hlora.run.settings import DOTTED
 
 NEEDED = ["--model", "m", "--text", "a.txt", "b.txt", "--output", "o"]
 
@@ -122,6 +123,6 @@ def test_help_fits_the_terminal_and_explains_each_setting_once(cls, capsys, monk
     for f in fields(cls):
         if f.metadata["positional"]:
             continue
-        flag = "--training.NAME" if f.name == "training" else f"--{f.name.replace('_', '-')}"
+        flag = f"--{f.name}.NAME" if f.name in DOTTED else f"--{f.name.replace('_', '-')}"
         assert sum(f"{line} ".startswith(f"  {flag} ") for line in full.splitlines()) == 1
         assert f.metadata["help"]

@@ -55,8 +55,9 @@ def test_every_method_runs_and_shares_phase_nu(place, capsys):
         assert r["unseen"] == ["c"]
         assert r["task"]["n"] == 8
     # plain, rslora, fisher, as published, at θ^ν, with corpus labels, factored, official, paper,
-    # kronecker, sketch, blend; and Ω = 1 beside the plain one and beside the Fisher.
-    assert len(list((place / "work" / "nu").iterdir())) == 14
+    # kronecker, sketch, blend, entries, laplace, at θ^ν; and Ω = 1 beside the plain one and beside
+    # the Fisher.
+    assert len(list((place / "work" / "nu").iterdir())) == 17
     for r in found.values():
         assert r["versions"]["torch"]
         assert r["study"]["model"] == "tiny"
@@ -74,6 +75,15 @@ def test_every_method_runs_and_shares_phase_nu(place, capsys):
         assert 0 < sum(of["divergences"]) < sum(whole["text"][kind]["divergences"])
         assert len(of["divergences"]) == len(of["blocks"]) == 4
     assert base["text"]["a"]["divergences"] == []
+    for name, at, back in (("lora", None, "nu"), ("hlora", 0.01, None)):  # half of the way to θ^ν
+        end = "lora-nu-mu" if at is None else "hlora-factored"
+        whole, half = found[end, at], found[f"{name}-averaged", 0.5]
+        assert half["log"] == whole["log"]
+        assert half["text"] != whole["text"]
+        if back:
+            ends = [r["forgetting"]["unseen"]["nats"] for r in (found["nu", None], whole)]
+            assert min(ends) < half["forgetting"]["unseen"]["nats"] < max(ends)
+    assert found["blend-rewound", 0.5]["log"][0] != found["lora-rewound", 0.5]["log"][0]
     assert found["lora-steps", 2.0]["steps"] == 2
     assert found["lora-rate", 0.0001]["settings"]["tune"]["learning_rate"] == 0.0001
     assert found["budget", 0.1]["settings"]["tune"]["forget_at_most"] == 0.1

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from hlora.data.parse import read_yaml
 from hlora.errors import InputError
 from hlora.run.build import build, default_of, kind_of, unknown_setting
+from hlora.run.settings import DOTTED
 
 S = TypeVar("S")
 
@@ -37,7 +38,7 @@ def parse(cls: type[S], argv: list[str], prog: str) -> S:
     if everything or "--help" in argv or "-h" in argv:
         parser.print_help()
         raise SystemExit(0)
-    argv, training = _take_training([_with_dashes(a) for a in argv])
+    argv, dotted = _take_dotted([_with_dashes(a) for a in argv])
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         raise InputError(
@@ -46,8 +47,8 @@ def parse(cls: type[S], argv: list[str], prog: str) -> S:
     given = vars(known)
     values = _from_yaml(cls, given.pop("config", None))
     values |= given
-    if training:
-        values["training"] = {**values.get("training", {}), **training}
+    for name, of in dotted.items():
+        values[name] = {**values.get(name, {}), **of}
     return build(cls, values)
 
 
@@ -59,9 +60,9 @@ def _parser(cls: type, prog: str, everything: bool) -> argparse.ArgumentParser:
     hints = get_type_hints(cls)
     hidden = 0
     for f in sorted(fields(cls), key=lambda f: not f.metadata["required"]):
-        if f.name == "training":
+        if f.name in DOTTED:
             if everything:
-                parser.add_argument("--training.NAME", metavar="VALUE", help=f.metadata["help"])
+                parser.add_argument(f"--{f.name}.NAME", metavar="VALUE", help=f.metadata["help"])
             continue
         hide = f.metadata["more"] and not everything
         hidden += hide
@@ -115,25 +116,31 @@ def _from_yaml(cls: type, file: str | None) -> dict[str, Any]:
 
 def _with_dashes(word: str) -> str:
     """Trainer's users write --max_steps."""
-    if not word.startswith("--") or word.startswith("--training."):
+    if not word.startswith("--") or _dotted(word):
         return word
     name, sep, value = word.partition("=")
     return name.replace("_", "-") + sep + value
 
 
-def _take_training(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Separate `--training.NAME VALUE` (or `=VALUE`) from the rest."""
+def _dotted(word: str) -> str | None:
+    """Of `--training.NAME`, `training`."""
+    return next((of for of in DOTTED if word.startswith(f"--{of}.")), None)
+
+
+def _take_dotted(argv: list[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Separate `--training.NAME VALUE` (or `=VALUE`) and the like from the rest."""
     rest: list[str] = []
-    training: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {}
     words = iter(argv)
     for word in words:
-        if not word.startswith("--training."):
+        of = _dotted(word)
+        if of is None:
             rest.append(word)
             continue
-        name, sep, value = word.removeprefix("--training.").partition("=")
+        name, sep, value = word.removeprefix(f"--{of}.").partition("=")
         if not sep:
             value = next(words, "")
         if not value:
-            raise InputError(f"--training.{name} needs a value.")
-        training[name] = value
-    return rest, training
+            raise InputError(f"--{of}.{name} needs a value.")
+        found.setdefault(of, {})[name] = value
+    return rest, found

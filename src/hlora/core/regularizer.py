@@ -61,6 +61,9 @@ class Regularizer:
         """
         return pull.forgetting
 
+    def at_end(self, groups: list[Group]) -> None:
+        """Training has ended: the last word on the weights."""
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside φ."""
         return {}

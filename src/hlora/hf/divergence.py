@@ -80,9 +80,14 @@ class Divergence(_Seldom):
         start = (self.seen // self.every - 1) * self.batch
         index = torch.arange(start, start + self.batch) % len(self.rows)
         ids = self.rows[index].to(next(model.parameters()).device)
-        with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
-            before = model(input_ids=ids).logits
+        with torch.no_grad():
+            before = self.before(model, ids)
         return divergences(before, model(input_ids=ids).logits).mean()
+
+    def before(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """The logits (N, T, V) to be held to."""
+        with model.disable_adapter():  # type: ignore[operator]
+            return model(input_ids=ids).logits
 
 
 class OnPrompts(_Seldom):

@@ -74,6 +74,22 @@ def adapter_config(model: nn.Module) -> tuple[str, Any]:
     Raises:
         UnsupportedModelError: there is no LoRA adapter, or more than one is active.
     """
+    name, config = active_adapter(model)
+    kind = kind_of(config)
+    if kind != "LORA":
+        raise UnsupportedModelError(
+            f"The active adapter is {kind}, not LORA: only LoRA's θ = θ₀ + s·B·A is supported."
+        )
+    return name, config
+
+
+def kind_of(config: Any) -> str:
+    """`LORA`, `OFT`, ..."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def active_adapter(model: nn.Module) -> tuple[str, Any]:
+    """The same of any kind."""
     configs = getattr(model, "peft_config", None)
     if not configs:
         raise UnsupportedModelError(
@@ -89,13 +105,7 @@ def adapter_config(model: nn.Module) -> tuple[str, Any]:
             f"Several adapters are active ({', '.join(names)}): θ would be a sum of them. "
             "Activate one with model.set_adapter(name)."
         )
-    config = configs[names[0]]
-    kind = getattr(config.peft_type, "value", str(config.peft_type))
-    if kind != "LORA":
-        raise UnsupportedModelError(
-            f"The active adapter is {kind}, not LORA: only LoRA's θ = θ₀ + s·B·A is supported."
-        )
-    return names[0], config
+    return names[0], configs[names[0]]
 
 
 def find_pairs(model: nn.Module, unheld: str = "refuse") -> list[Pair]:
@@ -372,7 +382,8 @@ def check_loaded(model: nn.Module, folder: Path) -> None:
     made = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     with safe_open(folder / ADAPTER_FILES[1], framework="pt") as file:
         held = set(file.keys())
-    apart = sorted(k for k in made ^ held if "lora_" in k)
+    lora = kind_of(active_adapter(model)[1]) == "LORA"
+    apart = sorted(k for k in made ^ held if "lora_" in k or not lora)
     if apart:
         which = "lacks" if apart[0] in made else "has"
         raise StoreError(
@@ -407,9 +418,11 @@ def save_adapter(model: nn.Module, folder: Path, state: dict[str, Any] | None = 
         DivergedError: its weights are not finite, or too large for float32 to square.
     """
     model = unwrap(model)
-    adapter, _ = adapter_config(model)
+    adapter, _ = active_adapter(model)
     for name, p in (state or dict(model.named_parameters())).items():
-        if "lora_" in name and not torch.linalg.vector_norm(p.detach().float()).isfinite():
+        if not ("lora_" in name or p.requires_grad):
+            continue
+        if not torch.linalg.vector_norm(p.detach().float()).isfinite():
             raise DivergedError(
                 f"The adapter is not written: {name} is not finite, or far too large. Likely "
                 "cause: the learning rate; try a tenth of it."
@@ -431,7 +444,7 @@ def base_of(model: nn.Module, pairs: list[Pair]) -> dict[str, Any]:
     """What identifies the base model: a few numbers of its config and of its weights.
 
     Every process calls it, where the model is held in parts. A quantized weight has no entries to
-    compare, nor has one that is yet to be sent.
+    compare, nor has one that is yet to be sent, and another adapter than LoRA names none.
     """
     config = unwrap(model).config
     values = {}
@@ -441,7 +454,7 @@ def base_of(model: nn.Module, pairs: list[Pair]) -> dict[str, Any]:
                 values[what] = getattr(config, key)
                 break
     samples: dict[str, list[float]] = {}
-    here = is_sharded(pairs[0].B) or not weights_to_come()
+    here = pairs and (is_sharded(pairs[0].B) or not weights_to_come())
     for pair in (pairs[0], pairs[-1]) if here else ():
         w = whole(pair.weight.detach())
         if w.is_floating_point():

@@ -153,6 +153,8 @@ class Regularization(Attached):
             return
         self.check_reached(args, state)
         ratio, phi = self.steps.largest_ratio, float(self.phi)
+        if not self.regularizer.off:
+            self.regularizer.at_end(self._groups)
         self.finish()
         if ratio is not None and ratio < WEAK and phi > 0:
             logger.warning(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hlora.data.parse import parse_yaml
 from hlora.errors import InputError, one_of, suggest
+from hlora.run.settings import DOTTED
 
 S = TypeVar("S")
 
@@ -60,7 +61,8 @@ def _checked(key: str, value: Any, hint: Any, f: Field) -> Any:
     if kind is dict:
         if not isinstance(value, dict):
             raise InputError(f"{name} must be a mapping of names to values.")
-        return {k: training_value(str(k), v) for k, v in value.items()}
+        of = training_value if key == "training" else _peft_value
+        return {str(k): of(str(k), v) for k, v in value.items()}
     if several:
         values = value if isinstance(value, list) else [value]
         return [_one(name, v, kind, f) for v in values]
@@ -144,6 +146,16 @@ def training_value(name: str, value: Any) -> Any:
     return value
 
 
+def _peft_value(name: str, value: Any) -> Any:
+    """Text stands for a number, a truth value or, in brackets, a list."""
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        try:
+            return plain(parse_yaml(value))
+        except ValueError as error:
+            raise InputError(f"--peft.{name}: {error}.") from None
+    return plain(value)
+
+
 def _training_value(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return plain(value)
@@ -188,7 +200,7 @@ def command_line(command: str, settings: Any) -> str:
     words = ["hlora", command]
     for f in fields(settings):
         value = getattr(settings, f.name)
-        if value == default_of(f) or f.name == "training":
+        if value == default_of(f) or f.name in DOTTED:
             continue
         flag = f"--{f.name.replace('_', '-')}"
         if f.metadata["positional"]:
@@ -197,5 +209,5 @@ def command_line(command: str, settings: Any) -> str:
             words.append(flag if value else f"--no-{flag[2:]}")
         else:
             words += [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    words += [f"--training.{k}={v}" for k, v in getattr(settings, "training", {}).items()]
+    words += [f"--{of}.{k}={v}" for of in DOTTED for k, v in getattr(settings, of, {}).items()]
     return shlex.join(words)

@@ -43,13 +43,14 @@ def describe(
     seconds, memory = _one_pass(model, batch, args)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ranks = ", ".join(str(r) for r in sorted({p.shape[2] for p in pairs}))
+    adapter = f"r {ranks} on {len(pairs)} matrices" if pairs else "not LoRA"
     extra = importance + 12 * trainable
     whole = steps * settings.gradient_accumulation * seconds
     return "\n".join(
         [
             f"model       {settings.model}: {sum(p.numel() for p in model.parameters()):,} "
             f"parameters in {next(model.parameters()).dtype} on {args.device}",
-            f"adapter     r {ranks} on {len(pairs)} matrices, {trainable:,} trained",
+            f"adapter     {adapter}, {trainable:,} trained",
             f"data        {rows:,} rows, {tokens}",
             f"steps       {steps:,} of {settings.batch_size} rows × "
             f"{settings.gradient_accumulation} micro-batches",

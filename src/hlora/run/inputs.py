@@ -41,8 +41,9 @@ def check(settings: Any) -> None:
         bits(settings)
     texts = given.get("text") or []
     sources(texts, given.get("text_column"))
-    for spec in (*(given.get("kl") or []), *(given.get("replay") or [])):
-        Source.parse(spec)
+    for name in ("kl", "replay", "corda"):
+        for spec in given.get(name) or []:
+            Source.parse(spec)
     tasks = given.get("task") or []
     for spec in [tasks] if isinstance(tasks, str) else tasks:
         check_task(spec, given.get("task_format"))

@@ -18,15 +18,15 @@ import torch
 from torch import nn
 
 from hlora.core import store
-from hlora.core.adapter_file import read_adapter
+from hlora.core.adapter_file import read_adapter, read_config, read_tensors
 from hlora.core.adapter_rules import check_config
-from hlora.errors import InputError, StoreError, one_of, optional, suggest
+from hlora.errors import InputError, StoreError, one_line, one_of, optional, suggest
 from hlora.hf.hub import located
 from hlora.hf.peft import check_loaded
 from hlora.run.build import default_of
 from hlora.run.inputs import EMBEDDED as EMBEDDED
 from hlora.run.inputs import check_adapter, check_model, check_quantizable, is_local
-from hlora.run.settings import TrainSettings
+from hlora.run.settings import OTHER_ADAPTERS, TrainSettings
 
 T = TypeVar("T", bound=TrainSettings)
 
@@ -155,8 +155,13 @@ def block_size(model: nn.Module, given: int | None, usual: int) -> int:
     return min(given or usual, most)
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> nn.Module:
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, trainable: bool = False, others: bool = False
+) -> nn.Module:
     """The model with the adapter of a folder on it.
+
+    Args:
+        others: also one of `OTHER_ADAPTERS`, to look at what it predicts.
 
     Raises:
         InputError: the folder holds no adapter, or one for another model.
@@ -166,8 +171,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
 
     folder = located(folder)
     check_adapter(folder)
-    config, _ = read_adapter(folder)
-    if config.get("peft_type") != "LORA" or config.get("megatron_config"):
+    config = read_config(folder)
+    if others and config.get("peft_type") in OTHER_ADAPTERS:
+        read_tensors(folder)
+    elif read_adapter(folder)[0].get("peft_type") != "LORA" or config.get("megatron_config"):
         raise InputError(f"The adapter in {folder} is not plain LoRA (adapter_config.json).")
     try:
         check_config(config, (name for name, _ in model.named_modules()))
@@ -307,16 +314,29 @@ def new_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
     """The model with an untrained adapter on the targets.
 
     Raises:
+        InputError: as `adapter_settings`.
+    """
+    from peft import get_peft_model
+
+    return get_peft_model(model, adapter_settings(model, settings))
+
+
+def adapter_settings(model: nn.Module, settings: TrainSettings) -> Any:
+    """PEFT's config of the adapter.
+
+    Raises:
         InputError: a target names nothing in the model; those that exist are suggested.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     targets: list[str] | str = list(settings.targets)
     if targets == ["all-linear"]:
         targets = "all-linear"
     else:
         check_targets(model, settings.targets)
-    config = LoraConfig(
+    if other := getattr(settings, "peft", None):
+        return _other_adapter({"target_modules": targets, "task_type": "CAUSAL_LM", **other})
+    return LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
@@ -324,7 +344,21 @@ def new_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+
+
+def _other_adapter(given: dict[str, Any]) -> Any:
+    """The config of another adapter than LoRA.
+
+    Raises:
+        InputError: it is none of those that are known here, or takes no such settings.
+    """
+    from peft import get_peft_config
+
+    one_of("peft.peft_type", str(given.get("peft_type")), OTHER_ADAPTERS)
+    try:
+        return get_peft_config(dict(given))
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"PEFT refuses the settings of --peft: {one_line(error)}.") from None
 
 
 def follow_adapter(settings: T, folder: str | Path, *, grows: bool = False) -> T:

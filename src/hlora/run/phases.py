@@ -34,16 +34,19 @@ from hlora.data.tasks import load_task
 from hlora.data.text import block_rows, blocks, mix
 from hlora.errors import InputError, MismatchError
 from hlora.files import check_space, publish, write_json
+from hlora.hf.corda import Corda
 from hlora.hf.distributed import is_main
 from hlora.hf.divergence import Divergence, OnPrompts
 from hlora.hf.hub import check_name, pinned, push
 from hlora.hf.peft import base_of, find_pairs, save_adapter
 from hlora.hf.record import Record, save_importance
 from hlora.hf.regularize import Penalty
+from hlora.hf.slow import ToSlow
 from hlora.run import dry_run, machine
 from hlora.run.build import default_of
 from hlora.run.inputs import bits, check_apart
 from hlora.run.models import (
+    adapter_settings,
     block_size,
     context,
     follow_adapter,
@@ -89,6 +92,8 @@ OWN, OWN_BLOCKS = "own", 128
 """The general text that the model writes itself while tuning, and its rows."""
 ITS_PROMPTS = "task"
 """In place of general text for KL: the prompts of the task's own rows."""
+CORDA_BLOCKS = 64
+"""Rows of each kind of text that CorDA looks at."""
 MOST_REPLAY = 0.99
 """Beyond it a task's rows are few among thousands."""
 TUNED = "tune.json"
@@ -380,6 +385,16 @@ class DomainPhase(_Phase[Trained]):
         check_apart(settings.output, settings.importance, settings.record)
         if settings.text and settings.forget_at_most is None:
             raise InputError("--text is only used with --forget-at-most: give both.")
+        apart = "--peft" if settings.peft else "--corda" if settings.corda else ""
+        if apart and (settings.importance or settings.record or settings.kl):
+            raise InputError(
+                f"{apart} is not LoRA from the base model, so nothing is held or recorded with it: "
+                "leave out --importance, --record and --kl."
+            )
+        if settings.peft and settings.corda:
+            raise InputError("--corda is a start of LoRA: leave out --peft.")
+        if settings.slow and set(settings.kl) <= {ITS_PROMPTS}:
+            raise InputError("--slow needs general text to look at: give --kl TEXT, or --kl own.")
         self.regularizers = regularizers(settings)
         self.recorder = _domain_recorder(settings)
         started = [p.stored.folder for p in self.regularizers if p.anchor == "nu"][-1:]
@@ -392,12 +407,17 @@ class DomainPhase(_Phase[Trained]):
             settings.task, format=settings.task_format, limit=settings.task_rows or None
         )
         self._load_model()
-        if started and read_config(started[0])["r"] == settings.lora_rank:
+        self.unwritten: list[tuple[Tensor, Tensor]] = []  # rows, and which the model will write
+        self.corda: Corda | None = None
+        if settings.corda:
+            rows = self._general(settings.corda, CORDA_BLOCKS)
+            self.corda = Corda(self.model, adapter_settings(self.model, settings), rows)
+            self.model = self.corda.model
+        elif started and read_config(started[0])["r"] == settings.lora_rank:
             self.model = load_adapter(self.model, started[0], trainable=True)
         else:  # of a larger rank, it takes the recorded one over when training begins
             self.model = new_adapter(self.model, settings)
-        self.pairs = find_pairs(self.model, settings.unheld)
-        self.unwritten: list[tuple[Tensor, Tensor]] = []  # rows, and which the model will write
+        self.pairs = [] if settings.peft else find_pairs(self.model, settings.unheld)
         self.held = 0
         for penalty in self.regularizers:
             penalty.check_pairs(self.model, self.pairs)
@@ -421,8 +441,12 @@ class DomainPhase(_Phase[Trained]):
             self.held += kind_named(self.recorder.kind).bytes(shapes)
         if text := [t for t in settings.kl if t != ITS_PROMPTS]:
             rows = self._general(text, HUB_BLOCKS)
-            of = (settings.kl_weight, settings.kl_rows, settings.kl_every)
-            self.parts.append(Divergence(rows, *of))
+            phi, every, decay = settings.kl_weight, settings.kl_every, settings.slow
+            self.parts.append(
+                ToSlow(rows, phi, decay, batch=settings.kl_rows, every=every)
+                if decay
+                else Divergence(rows, phi, settings.kl_rows, every)
+            )
         if ITS_PROMPTS in settings.kl:
             self.parts.append(OnPrompts(settings.kl_weight, settings.kl_every))
         check_space(self.output, 64 << 20)
@@ -439,6 +463,8 @@ class DomainPhase(_Phase[Trained]):
             what=f"domain phase, {self.task.name}", run=run, collate=self.collate,
             resume_with=f"Continue with: hlora tune ... --output {self.output} --resume",
         )  # fmt: skip
+        if self.corda:
+            self.model, self.pairs = self.corda.plain()
         budget = self.settings.forget_at_most
         if budget and self.general is not None:
             whole, kept = within_budget(self.model, self.general, budget, self.settings.batch_size)

@@ -59,7 +59,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Scores]:
 
     found = {"base": all_scores(model)}
     if settings.adapter:
-        found["adapter"] = all_scores(load_adapter(model, settings.adapter))
+        found["adapter"] = all_scores(load_adapter(model, settings.adapter, others=True))
     if settings.json:
         write_json(Path(settings.json), _as_json(settings, found))
     return found

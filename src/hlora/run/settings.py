@@ -21,6 +21,10 @@ OF_TRAINING = (
     "xi_relative",
 )  # fmt: skip
 """Settings of a general phase that importance gathered without training has no use for."""
+OTHER_ADAPTERS = ("OFT", "OSF")
+"""PEFT's adapters besides LoRA that a domain can be learned with, without importance."""
+DOTTED = ("training", "peft")
+"""Settings that are fields of another library's, `--training.NAME`."""
 OF_EACH = ("importance", "phi", "anchor")
 """Settings of a domain phase that may be given for each of several importances."""
 BLOCK, GATHERED_BLOCK = 512, 128
@@ -251,6 +255,10 @@ class TuneSettings(TrainSettings):
         "form of the importance that --record writes: factored (the default), dense, entries",
         None, choices=KINDS, more=True,
     )  # fmt: skip
+    peft: dict[str, Any] = setting(
+        "another adapter than LoRA, without importance: peft_type OFT or OSF, and its settings in "
+        "PEFT", {}, metavar="VALUE", more=True,
+    )  # fmt: skip
     task: str = setting(
         "sciq, piqa, medmcqa, openbookqa, arc_easy, arc_challenge (from the hub), another data "
         "set there, or a .jsonl, .csv or .parquet file; its rows have the same columns, or prompt "
@@ -280,6 +288,15 @@ class TuneSettings(TrainSettings):
         metavar="TEXT", more=True,
     )  # fmt: skip
     kl_weight: float = setting("weight of the KL (nats per token)", 1.0, more=True, least=0)
+    corda: list[str] = setting(
+        "general text: the adapter starts as the part of each matrix that it needs least (CorDA)",
+        [], metavar="TEXT", more=True,
+    )  # fmt: skip
+    slow: float | None = setting(
+        "hold --kl to a slow copy of the adapter in place of the base model, of which this much "
+        "stays at each step; the copy is written (as in I-LoRA)", None,
+        more=True, least=0.001, most=0.9999,
+    )  # fmt: skip
     kl_every: int = setting("compute the KL once in N micro-batches", 4, more=True, least=1)
     kl_rows: int = setting("rows of general text at a time", 4, more=True, least=1)
     replay: list[str] = setting(

@@ -63,7 +63,7 @@ _MAY_DIFFER = (
     "resume", "overwrite", "dry_run", "save_steps", "logging_steps", "device", "max_bad_steps",
     "output", "push_to_hub", "public", "keep_checkpoint",
 )  # fmt: skip
-_BY_CONTENT = ("model", "importance", "text", "text_column", "task", "replay", "kl")
+_BY_CONTENT = ("model", "importance", "text", "text_column", "task", "replay", "kl", "corda")
 """What is read may have moved: its content is compared."""
 
 

@@ -159,7 +159,7 @@ def _scores(
     settings = spec.eval_settings(study, task)
     model, tokenizer, kinds, tasks = prepare(settings)
     if adapter is not None:
-        model = load_adapter(model, adapter)
+        model = load_adapter(model, adapter, others=True)
         if start is None:
             scale_adapter(model, scale)
         else:

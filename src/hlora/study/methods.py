@@ -27,8 +27,8 @@ class Method:
             with is scored, or the base model.
         ones: replace the importance by Ω = 1.
         sweeps: whether a study's values of φ apply; else `tune` fixes φ, or the preset does.
-        swept: the setting of `hlora tune` that takes them.
-        keeps: the setting of `hlora tune` that takes the general text, where phase μ needs it too.
+        swept: the setting of `hlora tune` that takes them; of a mapping, `setting.name`.
+        keeps: the settings of `hlora tune` that take the general text, where phase μ needs it too.
         rewinds: in place of a phase μ, the adapter of this method, its change times φ.
         at: the strength of the method that is rewound, where it sweeps.
         back_to_nu: the change is that from θ^ν, not from the base model: φ is the share of an

@@ -233,10 +233,11 @@ def tune_settings(study: Study, run: Run, nu: Path | None) -> TuneSettings:
         **({} if nu else {k: v for k, v in study.record.items() if k in ADAPTER}),
         **study.tune, **(of.tune or {}),
     }  # fmt: skip
-    if of.keeps:
-        values[of.keeps] = [study.where(t) for t in study.general.values()]
+    for setting in of.keeps.split():
+        values[setting] = [study.where(t) for t in study.general.values()]
     if run.phi is not None:
-        values[of.swept] = run.phi
+        setting, _, name = of.swept.partition(".")
+        values[setting] = {**values.get(setting, {}), name: run.phi} if name else run.phi
     return build(TuneSettings, values)
 
 
