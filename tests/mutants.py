@@ -272,7 +272,7 @@ def run(tests: str, mutant: Mutant | None = None) -> bool:
     """Whether these tests pass on a copy of the project, that has the mutant if there is one."""
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place)
-        for folder in ("src", "tests"):
+        for folder in ("src", "tests", "studies"):
             shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.pyc"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         if mutant is not None:
