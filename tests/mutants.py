@@ -100,8 +100,13 @@ MUTANTS = [
            "self.Omega[group.names][0].add_(omega, alpha=3)",
            RECORD + " -k two_tasks"),
     Mutant("Ω of a second task counts three times (factored)", I + "factored.py",
+           "before = self.Omega.get(group.names, _zeros(group))\n",
+           "before = self.Omega.get(group.names, _zeros(group))\n"
+           "        sums = [3 * t if before[0].any() else t for t in sums]\n",
+           FACTORED + " -k two_tasks"),
+    Mutant("Ω counts three times (factored)", I + "factored.py",
            "(before[0] + sums[0], before[1] + sums[1])",
-           "(before[0] + 3 * sums[0], before[1] + 3 * sums[1])", FACTORED + " -k two_tasks"),
+           "(before[0] + 3 * sums[0], before[1] + 3 * sums[1])", FACTORED),
     Mutant("epochs are not consolidated one by one", H + "record.py",
            'self.rule.every == "epoch"', 'self.rule.every == "never"', RECORD + " -k official"),
     Mutant("ω is not clamped after each step", C + "recorder.py",
@@ -272,7 +277,7 @@ def run(tests: str, mutant: Mutant | None = None) -> bool:
     """Whether these tests pass on a copy of the project, that has the mutant if there is one."""
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place)
-        for folder in ("src", "tests"):
+        for folder in ("src", "tests", "studies"):
             shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.pyc"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         if mutant is not None:
