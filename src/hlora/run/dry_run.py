@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hlora.core.pairs import Pair
+from hlora.core.pairs import describe as noted
 from hlora.files import size
 from hlora.run.machine import peak_bytes
 from hlora.run.settings import TrainSettings
@@ -43,7 +44,7 @@ def describe(
     seconds, memory = _one_pass(model, batch, args)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ranks = ", ".join(str(r) for r in sorted({p.shape[2] for p in pairs}))
-    adapter = f"r {ranks} on {len(pairs)} matrices" if pairs else "not LoRA"
+    adapter = f"r {ranks} on {len(noted(pairs))} matrices" if pairs else "not LoRA"
     extra = importance + 12 * trainable
     whole = steps * settings.gradient_accumulation * seconds
     return "\n".join(

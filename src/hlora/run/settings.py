@@ -144,7 +144,7 @@ class TrainSettings(Settings):
     )
     rslora: bool = setting("scale the adapter by α/√r (rsLoRA)", False, more=True)
     targets: list[str] = setting(
-        "modules to adapt; all-linear for every linear layer",
+        "modules to adapt, also experts kept as one parameter; all-linear for every linear layer",
         ["q_proj", "v_proj"], metavar="NAME", more=True,
     )  # fmt: skip
     preset: str = setting(
@@ -152,8 +152,8 @@ class TrainSettings(Settings):
         choices=("default", "paper", "official"), more=True,
     )  # fmt: skip
     unheld: str = setting(
-        "what is trained beside the matrices that importance covers, such as the fused experts of "
-        "a mixture: refuse, or warn and leave it free", "refuse",
+        "what is trained beside the matrices that importance covers, such as biases or "
+        "embeddings: refuse, or warn and leave it free", "refuse",
         choices=("refuse", "warn"), more=True,
     )  # fmt: skip
     max_bad_steps: int = setting(

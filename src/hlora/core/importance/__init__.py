@@ -150,7 +150,7 @@ class Importance(ABC):
 
     def elements(self, groups: Iterable[Group]) -> int:
         """How many Ω_i there are, for their mean."""
-        return sum(len(g.pairs) * g.m * g.n for g in groups)
+        return sum(len(g.names) * g.m * g.n for g in groups)
 
     @abstractmethod
     def pull(self, group: Group, change: LowRank, left: Tensor, right: Tensor) -> Weighed:

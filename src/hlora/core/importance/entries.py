@@ -104,7 +104,7 @@ class Entries(Importance):
         }
 
     def elements(self, groups: Iterable[Group]) -> int:
-        return sum(len(g.pairs) * (g.m + g.n) * g.r for g in groups)
+        return sum(len(g.names) * (g.m + g.n) * g.r for g in groups)
 
     def pull(self, group: Group, change: LowRank, left: Tensor, right: Tensor) -> Weighed:
         """As for a Ω of θ, 2s times what is returned are the derivatives by B and by A."""
