@@ -145,6 +145,31 @@ def test_a_resumed_domain_ends_bit_for_bit_with_the_same_importance(domains, tmp
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
+def test_what_is_resumed_is_what_the_run_had_and_in_its_order(domains, tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    a, b = domains
+    kept = hlora.Penalty(a), hlora.Penalty(b, phi=2.0), hlora.Record(tmp_path / "c", quiet=True)
+    learn(tmp_path, 3, *kept, **saved)
+
+    def resume(*parts):
+        trainer = make_trainer(lora_model(dtype=torch.float64), tmp_path / "run-3", **saved)
+        hlora.attach(trainer, *parts)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run-3" / "checkpoint-3"))
+
+    def record():
+        return hlora.Record(tmp_path / "again", quiet=True)
+
+    with pytest.raises(hlora.StoreError, match=r"hlora_penalty\.safetensors.*order"):
+        resume(hlora.Penalty(b), hlora.Penalty(a), record())
+    with pytest.raises(hlora.StoreError, match=r"hlora_penalty-2\.safetensors.*order"):
+        resume(hlora.Penalty(a), hlora.Penalty(b, anchor="base"), record())
+    with pytest.raises(hlora.StoreError, match=r"hlora_penalty-2\.safetensors.*not attached"):
+        resume(hlora.Penalty(a), record())
+    with pytest.raises(hlora.StoreError, match=r"hlora_record\.safetensors.*not attached"):
+        resume(hlora.Penalty(a), hlora.Penalty(b))
+    resume(hlora.Penalty(a), hlora.Penalty(b), record())
+
+
 def test_a_sum_at_the_newest_anchor(domains, tmp_path):
     """Eq. 13 over domains: `previous` adds A's importance to B's own, and A's anchor is dropped."""
     a, b = domains

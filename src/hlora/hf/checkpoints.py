@@ -71,6 +71,7 @@ def join_train(trainer: Any) -> None:
             path = Path(resume_from_checkpoint)
             if (path / MANIFEST).exists() and (why := fault(path)):
                 raise StoreError(f"The checkpoint {path} is damaged ({why}): resume another one.")
+            _refuse_left_out(path, trainer.callback_handler.callbacks)
             if _at_its_end(path, args):
                 args.max_steps, args.num_train_epochs = -1, 0
         try:
@@ -81,6 +82,17 @@ def join_train(trainer: Any) -> None:
 
     train.joined_by_hlora = True  # type: ignore[attr-defined]
     trainer.train = train
+
+
+def _refuse_left_out(checkpoint: Path, callbacks: list[Any]) -> None:
+    """A run that is resumed without one of its recordings or penalties would silently go on."""
+    attached = {getattr(c, "state_file", None) for c in callbacks}
+    left = sorted(p.name for p in checkpoint.glob("hlora_*.safetensors") if p.name not in attached)
+    if left:
+        raise StoreError(
+            f"{checkpoint} holds {left[0]} of a recording or regularizer that is not attached: "
+            "attach the same ones in the same order as in the run that is resumed."
+        )
 
 
 _CHANGED = ("resume_from_checkpoint", "max_steps", "num_train_epochs")

@@ -67,6 +67,8 @@ class Record(Attached):
         UnsupportedModelError: when training starts, for a model whose θ is not θ₀ + s·B·A.
     """
 
+    state_file = RECORD_STATE
+
     def __init__(
         self,
         output: str | Path,

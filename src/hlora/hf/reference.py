@@ -16,6 +16,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hlora.core.adapter_file import read_tensors
+from hlora.core.sharded import is_sharded
 from hlora.errors import UnsupportedModelError
 from hlora.hf.peft import adapter_config, add_reference
 from hlora.hf.regularize import Penalty
@@ -64,6 +65,12 @@ def refer_to_start(trainer: Any, penalty: Penalty) -> None:
             f"The reference of this {name} is the base model, while training starts at the "
             f"adapter in {folder}: upgrade with pip install -U 'trl>=0.27', or hold to the base "
             f"model with hlora.Penalty({folder!r}, anchor='base')."
+        )
+    if any(map(is_sharded, trainer.model.parameters())):
+        raise UnsupportedModelError(
+            f"The model of this {name} is already sharded, and its reference, the adapter in "
+            f"{folder}, has to be added to it whole: let the Trainer shard it (fsdp_version: 2), "
+            "which it does after attach."
         )
     recorded, noted = read_tensors(penalty.stored.folder), penalty.stored.info["pairs"]
     add_reference(trainer.model, REF, recorded, noted)

@@ -20,7 +20,7 @@ from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
 from hlora.core.statefile import pack, read
-from hlora.errors import InputError, UnsupportedModelError, in_short, one_of
+from hlora.errors import InputError, StoreError, UnsupportedModelError, in_short, one_of
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.gauge import Gauge
@@ -114,7 +114,7 @@ class Regularization(Attached):
         self.start(model, optimizer, fresh=fresh)
         if fresh:
             return
-        path = self.resumed_from(args, state) / self._state_file
+        path = self.resumed_from(args, state) / self.state_file
         if path.exists() or self.needs_state:
             self._load_state(path)
         else:
@@ -144,9 +144,9 @@ class Regularization(Attached):
             return
         weights = digest(self._groups)  # every process
         if state.is_world_process_zero:
-            notes = {"phi": float(self.phi), "weights": weights}
+            notes = {"phi": float(self.phi), "weights": weights, "of": self.identity()}
             content = pack(self.state_tensors(), notes)
-            write_whole(self.written_to(args, state) / self._state_file, content)
+            write_whole(self.written_to(args, state) / self.state_file, content)
 
     def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if self.steps is None:
@@ -162,12 +162,21 @@ class Regularization(Attached):
                 "Raise phi (now %g)%s.", ratio, phi, self.remedy(),
             )  # fmt: skip
 
+    def identity(self) -> str:
+        """What tells it from others in a checkpoint: its class, by default."""
+        return type(self.regularizer).__qualname__
+
     @property
-    def _state_file(self) -> str:
+    def state_file(self) -> str:
         return f"hlora_{self.name}.safetensors"
 
     def _load_state(self, path: Path) -> None:
         tensors, notes = read(path, "penalty")
+        if notes.get("of", self.identity()) != self.identity():
+            raise StoreError(
+                f"{path} is the state of another regularizer than the one that is attached in its "
+                "place: attach the same ones in the same order as in the run that is resumed."
+            )
         self.check_bound(notes, self._groups, path)
         self.load_tensors(tensors)
         if isinstance(self.phi, Tensor):  # whoever steers it holds it
@@ -396,6 +405,10 @@ class Penalty(Regularization):
                 folder,
             )
         return {g.names: self._recorded(g) for g in groups}
+
+    def identity(self) -> str:
+        """The content of the importance, wherever it lies, and the anchor."""
+        return f"{self.stored.info['files'][store.TENSORS]['sha256']} {self.anchor}"
 
     def state_tensors(self) -> dict[str, Tensor]:
         """θ^ν is in its folder; a base that the initialization moved is nowhere else."""
