@@ -18,7 +18,7 @@ from hlora.core.importance import Importance, Shapes, Trace
 from hlora.core.importance.fisher import LEAN
 from hlora.core.importance.passes import backward_passes
 from hlora.core.lowrank import LowRank, Weighed
-from hlora.core.pairs import Group, Pair, unstack
+from hlora.core.pairs import Group, Pair, group, unstack
 from hlora.core.presets import RecordRule
 from hlora.errors import InputError, MismatchError
 
@@ -180,22 +180,27 @@ class Laplace(Entries):
         cls, model: nn.Module, pairs: list[Pair], rows: Tensor, **options: Any
     ) -> tuple[Laplace, dict[str, Any]]:
         """The mean over rows; the options are those of `passes.backward_passes`."""
+        factors = {
+            name: (b, a, scale)
+            for g in group(pairs)
+            for name, b, a, scale in zip(g.names, *g.factors(), g.s[:, 0, 0], strict=True)
+        }
         sums = {
-            p.name + part: torch.zeros_like(f, dtype=torch.float32)
-            for p in pairs
-            for part, f in zip(PARTS, (p.B, p.A), strict=True)
+            name + part: torch.zeros_like(f)
+            for name, both in factors.items()
+            for part, f in zip(PARTS, both[:2], strict=True)
         }
 
-        def take(pair: Pair, delta: Tensor, x: Tensor) -> None:
-            B, A = pair.B.detach().float(), pair.A.detach().float()
-            delta, x = pair.s * delta.float(), x.float()
+        def take(name: str, delta: Tensor, x: Tensor) -> None:
+            B, A, scale = factors[name]
+            delta, x = scale * delta.to(B), x.to(B)
             by_sequence = (delta.mT @ (x @ A.mT), (delta @ B).mT @ x)  # (b, m, r), (b, r, n)
             for part, g in zip(PARTS, by_sequence, strict=True):
-                sums[pair.name + part] += g.square().sum(0)
+                sums[name + part] += g.square().sum(0)
 
         backward_passes(model, pairs, rows, take, **options)
         notes = {"sequences": len(rows), "labels": options.get("labels", "model")}
-        return cls({n: t / len(rows) for n, t in sums.items()}), notes
+        return cls({n: t.float() / len(rows) for n, t in sums.items()}), notes
 
     @staticmethod
     def describe(summary: dict[str, Any]) -> list[str]:
