@@ -1,12 +1,13 @@
 """A target matrix with its two factors: θ = θ₀ + s·B A, B (m × r), A (r × n).
 
-The paper calls it a layer (its Fig. 7 draws q_proj and v_proj of each block).
+The paper calls it a layer (its Fig. 7 draws q_proj and v_proj of each block). The experts of a
+mixture may be kept as one parameter, with one B and one A for all: each is a layer of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +20,43 @@ from hlora.errors import MismatchError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How B and A, as an optimizer has them, hold their matrices: one each, as they are.
+
+    A subclass has several in each.
+
+    Attributes:
+        count: matrices in each.
+    """
+
+    count: int = 1
+
+    def split(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """P parameters, (P, ...) each, as (P·count, m, r) and (P·count, r, n)."""
+        return B, A
+
+    def join(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """The reverse of `split`."""
+        return B, A
+
+
+@dataclass(frozen=True)
 class Pair:
-    """One target matrix.
+    """One target matrix, or the experts of a mixture that are kept as one parameter.
 
     Attributes:
         name: the module's path in the base model, such as `model.layers.0.self_attn.q_proj`.
-        B: (m, r) parameter.
-        A: (r, n) parameter.
+        B: (m, r) parameter; of experts, as `layout` has it.
+        A: (r, n) parameter; of experts, as `layout` has it.
         s: LoRA's scaling, α/r or α/√r (rsLoRA), as PEFT holds it.
-        weight: the base weight, possibly quantized.
+        weight: the base weight, possibly quantized; of experts (count, m, n).
         layer: the module whose output is that of θ₀ + s·B A together.
         transposed: the base weight is kept as (n, m), as Conv1D does.
+        layout: how B and A hold the matrices.
+        experts: the names of the matrices, where they are several.
+        kept_as: the name in the adapter's file, where it is another.
+        theta: θ itself, shaped like `weight`, while `layer` runs; for a layer that is not Linear,
+            whose input and output do not give the gradient of θ.
     """
 
     name: str
@@ -39,11 +66,20 @@ class Pair:
     weight: Tensor
     layer: nn.Module
     transposed: bool = False
+    layout: Layout = Layout()
+    experts: tuple[str, ...] = ()
+    kept_as: str | None = None
+    theta: Callable[[], Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(m, n, r)."""
-        return (self.B.shape[0], self.A.shape[1], self.A.shape[0])
+        """(m, n, r) of each matrix."""
+        return (self.B.shape[0], self.A.shape[1], self.A.shape[0] // self.layout.count)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its matrices, one or several."""
+        return self.experts or (self.name,)
 
     @property
     def target(self) -> str:
@@ -52,7 +88,7 @@ class Pair:
 
 
 class Group:
-    """All pairs of one shape on one device, so that each operation runs once for all of them.
+    """All matrices of one shape on one device, so that each operation runs once for all of them.
 
     Their factors are stacked when they are asked for: B (L, m, r) and A (L, r, n), in float32
     or, for float64 parameters, in float64. Where processes hold parts of them (FSDP2), all ask
@@ -61,25 +97,28 @@ class Group:
 
     def __init__(self, pairs: list[Pair]) -> None:
         self.pairs = pairs
-        self.names = tuple(p.name for p in pairs)
+        self.layout = pairs[0].layout
+        self.names = tuple(n for p in pairs for n in p.names)
         self.m, self.n, self.r = pairs[0].shape
         self.device = pairs[0].A.device
         self.dtype = torch.promote_types(pairs[0].A.dtype, torch.float32)
         self.trains_A = pairs[0].A.requires_grad
         self.trains_B = pairs[0].B.requires_grad
         self._parameters: tuple[list[Tensor], ...] = [p.B for p in pairs], [p.A for p in pairs]
-        self.s = torch.tensor([[[p.s]] for p in pairs], dtype=self.dtype, device=self.device)
+        self.s = torch.tensor(
+            [[[p.s]] for p in pairs for _ in p.names], dtype=self.dtype, device=self.device
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(L, m, n)."""
-        return (len(self.pairs), self.m, self.n)
+        return (len(self.names), self.m, self.n)
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
         """Copies of B (L, m, r) and A (L, r, n) as they are now."""
         B, A = (whole(torch.stack(factors)).to(self.dtype) for factors in self._parameters)
-        return B, A
+        return self.layout.split(B, A)
 
     @torch.no_grad()
     def gradients(self) -> tuple[Tensor, Tensor]:
@@ -88,13 +127,13 @@ class Group:
             whole(torch.stack([torch.zeros_like(f) if f.grad is None else f.grad for f in factors]))
             for factors in self._parameters
         )
-        return gB.to(self.dtype), gA.to(self.dtype)
+        return self.layout.split(gB.to(self.dtype), gA.to(self.dtype))
 
     @torch.no_grad()
     def add_gradients(self, dB: Tensor, dA: Tensor) -> None:
         """Add (L, m, r) and (L, r, n) to the parameters' gradients."""
         gradients, added = [], []
-        for factors, more in zip(self._parameters, (dB, dA), strict=True):
+        for factors, more in zip(self._parameters, self.layout.join(dB, dA), strict=True):
             if factors[0].requires_grad:
                 more = more.to(factors[0].dtype)
                 if is_sharded(factors[0]):
@@ -109,7 +148,7 @@ class Group:
     @torch.no_grad()
     def set_factors(self, B: Tensor, A: Tensor) -> None:
         """Write (L, m, r) and (L, r, n) into the parameters."""
-        for pair, b, a in zip(self.pairs, B, A, strict=True):
+        for pair, b, a in zip(self.pairs, *self.layout.join(B, A), strict=True):
             pair.B.copy_(placed(b, pair.B))
             pair.A.copy_(placed(a, pair.A))
 
@@ -128,10 +167,10 @@ class Group:
 
 
 def group(pairs: Iterable[Pair]) -> list[Group]:
-    """The pairs by shape, device and what is trained."""
+    """The pairs by shape, layout, device and what is trained."""
     by_shape: dict[tuple, list[Pair]] = {}
     for p in pairs:
-        key = (*p.shape, p.A.device, p.A.dtype, p.A.requires_grad, p.B.requires_grad)
+        key = (*p.shape, p.layout, p.A.device, p.A.dtype, p.A.requires_grad, p.B.requires_grad)
         by_shape.setdefault(key, []).append(p)
     return [Group(ps) for ps in by_shape.values()]
 
@@ -179,15 +218,19 @@ def resized(
     """The same s·B·A at a rank r that is no smaller, and another s: further columns of B are zero.
 
     Args:
-        noted: `r` and `s` of B (m, r) and A (r, n), as `describe` gives them.
+        noted: `r` and `s` of B (..., m, r) and A (..., r, n), as `describe` gives them.
     """
-    more = (0, r - A.shape[0])
+    more = (0, r - A.shape[-2])
     return F.pad(B * (noted["s"] / s), more), F.pad(A, (0, 0, *more))
 
 
 def describe(pairs: Iterable[Pair]) -> dict[str, dict[str, float]]:
-    """What an importance folder notes of each pair: m, n, r and s."""
-    return {p.name: {"m": p.shape[0], "n": p.shape[1], "r": p.shape[2], "s": p.s} for p in pairs}
+    """What an importance folder notes of each matrix: m, n, r and s."""
+    return {
+        name: {"m": p.shape[0], "n": p.shape[1], "r": p.shape[2], "s": p.s}
+        for p in pairs
+        for name in p.names
+    }
 
 
 def check_same(

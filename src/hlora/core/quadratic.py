@@ -97,7 +97,7 @@ class Quadratic(Regularizer):
             )  # fmt: skip
         scale = 1.0
         if rule.normalize:
-            elements = sum(g.m * g.n * len(g.pairs) for g in groups)
+            elements = sum(g.m * g.n * len(g.names) for g in groups)
             mean = sum(weights[n] * totals[n] for n in weights) / elements
             if not mean > 0:
                 raise StoreError(

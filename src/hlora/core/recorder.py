@@ -165,7 +165,7 @@ class Recorder:
         return self._seconds + time.monotonic() - self._began
 
     def _elements(self) -> int:
-        return sum(len(g.pairs) * g.m * g.n for g in self.groups)
+        return sum(len(g.names) * g.m * g.n for g in self.groups)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -219,7 +219,7 @@ def learning_rates(optimizer: Optimizer) -> dict[int, float]:
 
 def _eta(group: Group, rates: dict[int, float]) -> float | Tensor:
     """η of each pair, (L, 1, 1), or one number; B's where A has another (LoRA+)."""
-    found = [rates[id(p.B if group.trains_B else p.A)] for p in group.pairs]
+    found = [rates[id(p.B if group.trains_B else p.A)] for p in group.pairs for _ in p.names]
     if len(set(found)) == 1:
         return found[0]
     return torch.tensor(found, dtype=group.dtype, device=group.device).reshape(-1, 1, 1)

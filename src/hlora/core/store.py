@@ -62,7 +62,7 @@ class Stored:
             config = {k: v for k, v in base["config"].items() if k != VOCABULARY}
             base = {**base, "config": config, "samples": {}}
         where, noted = str(self.folder), self.info["pairs"]
-        alike = {p.name for p in pairs} == noted.keys()
+        alike = {n for p in pairs for n in p.names} == noted.keys()
         if alike:  # shapes that differ say more than the weights in them
             check_same(pairs, noted, where, ranks=ranks)
         check_base(

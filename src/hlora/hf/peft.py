@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hlora.core.adapter_file import ADAPTER_FILES
-from hlora.core.pairs import Pair, resized
+from hlora.core.pairs import Layout, Pair, resized
 from hlora.core.sharded import is_sharded, placed, whole
 from hlora.errors import DivergedError, StoreError, UnsupportedModelError, one_line, one_of
 from hlora.hf.distributed import weights_to_come
@@ -26,9 +27,6 @@ _UNHELD_SETTINGS = {
     "lora_bias": "a bias beside B is not part of B·A",
     "modules_to_save": "these modules are trained whole",
     "trainable_token_indices": "these embeddings are trained whole",
-    "target_parameters": "LoRA on bare parameters, such as those of fused experts, has no pair of "
-    "matrices per module. If you did not set it, PEFT did, since target_modules names experts: "
-    "name Linear modules only, such as q_proj and v_proj",
 }
 _REFUSED_SETTINGS = {
     "alora_invocation_tokens": "an adapter that acts on some tokens only is not one change of θ",
@@ -128,7 +126,7 @@ def find_pairs(model: nn.Module, unheld: str = "refuse") -> list[Pair]:
                 f"LoRA on the embedding {name} is not supported: take it out of target_modules"
                 f"{_OR_WARN}"
             )
-        if adapter not in module.lora_A or hasattr(module, "parameter_name"):
+        if adapter not in module.lora_A:
             continue
         variant = type(getattr(module, "lora_variant", {}).get(adapter)).__name__
         if variant != "NoneType" and not (variant.startswith("Dora") and unheld == "warn"):
@@ -144,15 +142,58 @@ def find_pairs(model: nn.Module, unheld: str = "refuse") -> list[Pair]:
         if A.ndim == B.ndim == 4 and unheld == "warn":
             continue
         _check_factors(name, A, B)
-        s, weight = float(module.scaling[adapter]), module.get_base_layer().weight
-        transposed = bool(getattr(module, "fan_in_fan_out", False))
-        pairs.append(Pair(name, B, A, s, weight, layer=module, transposed=transposed))
+        pair = _pair(path, module, B, A, float(module.scaling[adapter]))
+        if any(p.name == pair.name for p in pairs):
+            raise UnsupportedModelError(
+                f"{pair.name} is in target_modules and in target_parameters: name it in one only."
+            )
+        pairs.append(pair)
     if not pairs:
         raise UnsupportedModelError(
             f"Adapter {adapter!r} has no LoRA matrices on Linear modules in this model."
         )
     _check_what_is_trained(model, pairs, config, unheld)
     return pairs
+
+
+@dataclass(frozen=True)
+class Experts(Layout):
+    """Of experts kept as one parameter: A (count·r, n) by expert, B (m, r·count) by column."""
+
+    def split(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        B = B.unflatten(2, (-1, self.count)).permute(0, 3, 1, 2).flatten(0, 1)
+        return B.contiguous(), A.unflatten(1, (self.count, -1)).flatten(0, 1)
+
+    def join(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        B = B.unflatten(0, (-1, self.count)).permute(0, 2, 3, 1).flatten(2)
+        return B, A.unflatten(0, (-1, self.count)).flatten(1, 2)
+
+
+def _pair(path: str, module: Any, B: nn.Parameter, A: nn.Parameter, s: float) -> Pair:
+    """What a module of LoRA adapts: a Linear, or a parameter of another (`target_parameters`)."""
+    kept_as, base = path.removeprefix("base_model.model."), module.get_base_layer()
+    parameter = getattr(module, "parameter_name", None)
+    if parameter is None:
+        transposed = bool(getattr(module, "fan_in_fan_out", False))
+        return Pair(kept_as, B, A, s, base.weight, layer=module, transposed=transposed)
+    # Wrappers of several parameters of one module are nested.
+    place = re.sub(r"(\.base_layer)+$", "", kept_as)
+    last = "" if parameter == "weight" else f".{parameter}"
+    weight, several = getattr(base, parameter), getattr(base, parameter).ndim == 3
+    return Pair(
+        f"{place}{last}", B, A, s, weight, base,
+        # PEFT before 0.19 takes every such parameter for (count, n, m).
+        transposed=several and not getattr(module, "_did_swap_in_out_features", False),
+        layout=_layout(module),
+        experts=tuple(f"{place}.{e}{last}" for e in range(len(weight))) if several else (),
+        kept_as=kept_as,
+        theta=lambda: getattr(base, parameter),
+    )  # fmt: skip
+
+
+def _layout(module: Any) -> Layout:
+    count = getattr(module, "num_experts", 1)
+    return Experts(count) if count > 1 else Layout()
 
 
 def unheld_names(model: nn.Module, pairs: list[Pair]) -> list[str]:
@@ -193,7 +234,9 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     base = model.get_base_model()  # type: ignore[operator]
     tied = getattr(base.get_input_embeddings(), "weight", None)
     for name, module in base.named_modules():
-        if isinstance(module, LoraLayer) and module.get_base_layer().weight is tied:
+        if not isinstance(module, LoraLayer):
+            continue
+        if getattr(module.get_base_layer(), "weight", None) is tied:
             raise UnsupportedModelError(
                 f"The adapter changes {name}, whose weight is also that of another layer (tied "
                 "embeddings): the two would differ once merged. Use the adapter as it is."
@@ -288,13 +331,18 @@ def take_over(
     here = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     taken = {k: v for k, v in recorded.items() if k in here and here[k].shape == v.shape}
     for path, module in model.named_modules():
-        of = noted.get(path.removeprefix("base_model.model."))
         keys = [f"{path}.lora_{which}.weight" for which in "BA"]
-        if of and isinstance(module, LoraLayer) and all(k in recorded and k in here for k in keys):
-            r, s = module.r[adapter], module.scaling[adapter]
-            B, A = resized(recorded[keys[0]], recorded[keys[1]], of, r, s)
-            A[int(of["r"]) :] = whole(here[keys[1]])[int(of["r"]) :]  # zero would never learn
-            taken |= dict(zip(keys, (B, A), strict=True))
+        if not isinstance(module, LoraLayer) or not all(k in recorded and k in here for k in keys):
+            continue
+        pair = _pair(path, module, module.lora_B[adapter].weight, module.lora_A[adapter].weight,
+                     module.scaling[adapter])  # fmt: skip
+        if of := noted.get(pair.names[0]):
+            B, A = pair.layout.split(*(recorded[k][None] for k in keys))
+            B, A = resized(B, A, of, pair.shape[2], pair.s)
+            _, new = pair.layout.split(*(whole(here[k])[None] for k in keys))
+            A[:, int(of["r"]) :] = new[:, int(of["r"]) :]  # zero would never learn
+            both = (f[0] for f in pair.layout.join(B, A))
+            taken |= dict(zip(keys, both, strict=True))
     kept = {**here, **{k: placed(v.to(here[k].device), here[k]) for k, v in taken.items()}}
     set_peft_model_state_dict(model, kept, adapter_name=adapter)
     for path, module in model.named_modules():

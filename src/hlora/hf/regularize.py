@@ -340,9 +340,12 @@ class Penalty(Regularization):
     def _recorded(self, g: Group) -> tuple[Tensor, Tensor]:
         """B (L, m, r) and A (L, r, n) of θ^ν in the rank and scaling that a group has here."""
         factors, noted = self.stored.factors, self.stored.info["pairs"]
-        return g.stack_both(
-            {p.name: resized(*factors[p.name], noted[p.name], g.r, p.s) for p in g.pairs}
-        )
+        found = {}
+        for p in g.pairs:
+            B, A = g.layout.split(*(f[None] for f in factors[p.kept_as or p.name]))
+            of = zip(p.names, B, A, strict=True)
+            found |= {n: resized(b, a, noted[n], g.r, p.s) for n, b, a in of}
+        return g.stack_both(found)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
         self._planned = state.max_steps

@@ -165,4 +165,4 @@ class FactoredTrace(Trace):
 
 def _zeros(group: Group) -> tuple[Tensor, Tensor]:
     like = group.s.new_zeros
-    return like(len(group.pairs), group.m), like(len(group.pairs), group.n)
+    return like(len(group.names), group.m), like(len(group.names), group.n)

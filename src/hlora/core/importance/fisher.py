@@ -54,10 +54,10 @@ class Fisher(Dense):
         if method == "original":
             sums, everything = fisher_original.gather(model, pairs, rows, tick=options.get("tick"))
             return cls(sums), {**notes, "labels": "corpus", "all_parameters_bytes": everything}
-        sums = {p.name: torch.zeros(p.shape[:2], device=p.A.device) for p in pairs}
+        sums = {n: torch.zeros(p.shape[:2], device=p.A.device) for p in pairs for n in p.names}
         backward_passes(
             model, pairs, rows,
-            lambda pair, delta, x: ops.add_squared_gradients(sums[pair.name], delta, x), **options,
+            lambda name, delta, x: ops.add_squared_gradients(sums[name], delta, x), **options,
         )  # fmt: skip
         means = {n: s / len(rows) for n, s in sums.items()}
         return cls(means), {**notes, "labels": options.get("labels", "model")}

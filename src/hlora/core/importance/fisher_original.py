@@ -56,8 +56,10 @@ def gather(
         for name, p in parameters.items():
             p.requires_grad_(before[name])
         model.zero_grad()
-    of_targets = {}
+    of_targets: dict[str, Tensor] = {}
     for pair in pairs:
-        F = sums[names[id(pair.weight)]] / len(blocks)
-        of_targets[pair.name] = (F.T.contiguous() if pair.transposed else F).to(device)
+        F = (sums[names[id(pair.weight)]] / len(blocks)).to(device)
+        each = F.reshape(-1, *F.shape[-2:])
+        each = each.mT.contiguous() if pair.transposed else each
+        of_targets |= dict(zip(pair.names, each, strict=True))
     return of_targets, sum(4 * s.numel() for s in sums.values())

@@ -2,7 +2,8 @@
 
 The gradient of log p(y|x) by a target matrix, of one sequence, is ∂/∂θ = Σ_t δ_t x_tᵀ with x_t the
 layer's input and δ_t the gradient of its output. Both come from hooks, so one backward pass gives
-those of a whole batch and no base weight needs a gradient of its own.
+those of a whole batch and no base weight needs a gradient of its own. What is not Linear (the
+experts of a mixture) is looked at by the gradient of θ itself, one sequence at a time.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from hlora.core.evaluating import evaluating
 from hlora.core.finite import check_predictions
 from hlora.core.pairs import Pair
 
-Take = Callable[[Pair, Tensor, Tensor], None]
-"""Called with a pair, δ (b, T, m) and x (b, T, n) of each batch."""
+Take = Callable[[str, Tensor, Tensor], None]
+"""Called with a matrix's name, δ (b, T, m) and x (b, T, n) of each batch: δᵀx is the gradient."""
 
 
 def backward_passes(
@@ -40,7 +41,7 @@ def backward_passes(
         rows: (N, T) tokens.
         labels: sampled from the `model`, as the Fisher information asks for, or the next tokens of
             the `corpus` (the empirical Fisher).
-        batch_size: rows in one pass.
+        batch_size: rows in one pass; one, where a layer is not Linear.
         seed: of the sampled labels.
         tick: called with the number of rows just done.
 
@@ -50,10 +51,10 @@ def backward_passes(
     device = pairs[0].A.device
     generator = torch.Generator(device=device).manual_seed(seed)
     factors = [f for p in pairs for f in (p.B, p.A) if f.requires_grad]
-    handles = [p.layer.register_forward_hook(_watch(p, take)) for p in pairs]
+    handles = [_watch(p, take) for p in pairs]
     try:
         with evaluating(model):
-            for part in rows.split(batch_size):
+            for part in rows.split(1 if any(p.theta for p in pairs) else batch_size):
                 ids = part.to(device)
                 logits = model(input_ids=ids).logits[:, :-1].float()
                 check_predictions(model, logits)
@@ -72,14 +73,29 @@ def backward_passes(
             handle.remove()
 
 
-def _watch(pair: Pair, take: Take) -> Callable[..., None]:
-    """A forward hook that hands over δ and x when δ comes."""
+def _watch(pair: Pair, take: Take) -> Any:
+    """Hooks that hand over δ and x when δ comes, and a handle to remove them."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         x = inputs[0].detach()
-        output.register_hook(lambda delta: take(pair, delta, x))
+        output.register_hook(lambda delta: take(pair.name, delta, x))
 
-    return hook
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert pair.theta is not None
+        pair.theta().register_hook(lambda of_all: _take_each(pair, of_all, take))
+
+    if pair.theta is None:
+        return pair.layer.register_forward_hook(hook)
+    return pair.layer.register_forward_pre_hook(before)
+
+
+@torch.no_grad()
+def _take_each(pair: Pair, gradient: Tensor, take: Take) -> None:
+    """Of one sequence the gradient g of each matrix, as the product of g and an identity."""
+    each = gradient.reshape(-1, *gradient.shape[-2:])
+    for name, g in zip(pair.names, each.mT if pair.transposed else each, strict=True):
+        one = torch.eye(min(g.shape), dtype=g.dtype, device=g.device)
+        take(name, *((one[None], g[None]) if len(g) == len(one) else (g.mT[None], one[None])))
 
 
 @torch.no_grad()

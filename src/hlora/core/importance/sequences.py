@@ -219,13 +219,13 @@ def project(
         UnsupportedModelError: a layer that runs more than once in a forward pass.
     """
     spans = bases(model, pairs, rows[: -(-len(rows) // PILOT)], rank, seed, passes)
-    found: dict[str, list[tuple[Tensor, ...]]] = {p.name: [] for p in pairs}
+    found: dict[str, list[tuple[Tensor, ...]]] = {n: [] for p in pairs for n in p.names}
 
-    def take(pair: Pair, delta: Tensor, x: Tensor) -> None:
-        U, V = spans[pair.name]
+    def take(name: str, delta: Tensor, x: Tensor) -> None:
+        U, V = spans[name]
         d, x = delta.to(U.dtype), x.to(U.dtype)
         dU, xV, Kx, Kd = d @ U, x @ V, x @ x.mT, d @ d.mT
-        found[pair.name].append(
+        found[name].append(
             (
                 d.mT @ xV[..., :COLUMNS], (dU.mT @ Kx @ dU).sum(0), (xV.mT @ Kd @ xV).sum(0),
                 (d * (Kx @ d)).sum((0, 1)), (x * (Kd @ x)).sum((0, 1)),
@@ -234,8 +234,10 @@ def project(
 
     backward_passes(model, pairs, rows, take, seed=seed + 1, **passes)
     for p in pairs:
-        if not found[p.name]:  # the text never reached it
-            take(p, *(torch.zeros(len(rows), 1, size, device=p.A.device) for size in p.shape[:2]))
+        for name in p.names:
+            if not found[name]:  # the text never reached it
+                nothing = (torch.zeros(len(rows), 1, k, device=p.A.device) for k in p.shape[:2])
+                take(name, *nothing)
     result = {}
     for name, batches in found.items():
         cores, *sums = zip(*batches, strict=True)
@@ -258,14 +260,15 @@ def bases(
     probes, images = {}, {}
     for p in pairs:
         dtype = torch.promote_types(p.A.dtype, torch.float32)
-        probes[p.name] = [
-            torch.randn(size, min(2 * rank, size), generator=draw, dtype=dtype).to(p.A.device)
-            for size in p.shape[:2]
-        ]
-        images[p.name] = [torch.zeros_like(t) for t in probes[p.name]]
+        for name in p.names:
+            probes[name] = [
+                torch.randn(size, min(2 * rank, size), generator=draw, dtype=dtype).to(p.A.device)
+                for size in p.shape[:2]
+            ]
+            images[name] = [torch.zeros_like(t) for t in probes[name]]
 
-    def take(pair: Pair, delta: Tensor, x: Tensor) -> None:
-        (of_rows, of_columns), (Y, Z) = probes[pair.name], images[pair.name]
+    def take(name: str, delta: Tensor, x: Tensor) -> None:
+        (of_rows, of_columns), (Y, Z) = probes[name], images[name]
         d, x = delta.to(Y.dtype), x.to(Y.dtype)
         Y += (d.mT @ (x @ (x.mT @ (d @ of_rows)))).sum(0)
         Z += (x.mT @ (d @ (d.mT @ (x @ of_columns)))).sum(0)
