@@ -20,7 +20,7 @@ from hlora.core.importance.kronecker import Kronecker
 from hlora.core.importance.passes import backward_passes
 from hlora.core.importance.sequences import RANK, bases, project
 from hlora.core.lowrank import LowRank
-from hlora.core.pairs import Pair, group
+from hlora.core.pairs import group
 from hlora.data.source import Source
 from hlora.data.text import blocks
 from hlora.files import write_json
@@ -44,10 +44,10 @@ class Forms:
         self.apart: list[Tensor] = []
         self.kept: dict[str, int] = {}
 
-    def take(self, pair: Pair, delta: Tensor, x: Tensor) -> None:
+    def take(self, name: str, delta: Tensor, x: Tensor) -> None:
         d, x = delta.float(), x.float()
-        P, Q = self.changes[pair.name]
-        U, V = self.bases[pair.name]
+        P, Q = self.changes[name]
+        U, V = self.bases[name]
         m, n = d.shape[2], x.shape[2]
         exact = ((d @ P) * (x @ Q.mT)).sum((1, 2))
         self.apart.append(exact)

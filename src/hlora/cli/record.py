@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hlora.cli.screen import say
 from hlora.core.kinds import kind_named
+from hlora.core.pairs import describe
 from hlora.core.recorder import describe_summary
 from hlora.files import size
 from hlora.hf.distributed import is_main
@@ -21,9 +22,10 @@ def run(settings: RecordSettings) -> None:
         return
     read = [f"{name} {len(b):,}" for name, b in phase.texts.items()]
     read += [f"{phase.own:,} that the model writes"] if phase.own else []
+    matrices = len(describe(phase.pairs))
     say(
         f"Recording on {len(phase.rows):,} rows of {phase.tokens.shape[1]} tokens ("
-        f"{', '.join(read)}), {len(phase.pairs)} matrices, {size(phase.held)} of importance."
+        f"{', '.join(read)}), {matrices} matrices, {size(phase.held)} of importance."
     )
     done = phase.run()
     if is_main():

@@ -49,7 +49,8 @@ def layer_grid(values: dict[str, float]) -> tuple[list[str], list[int], list[lis
     """Layers by block and target, as Fig. 7 draws them.
 
     Targets, block numbers, and the value of each target (row) in each block (column). A layer
-    outside any numbered block counts as block 0; None where a block lacks the target.
+    outside any numbered block counts as block 0; None where a block lacks the target. Where it has
+    several, the experts of a mixture, the value is √Σ of their squares: norms are those of all.
     """
     cells: dict[tuple[str, int], float] = {}
     targets: dict[str, None] = {}
@@ -57,7 +58,8 @@ def layer_grid(values: dict[str, float]) -> tuple[list[str], list[int], list[lis
         number = re.search(r"\.(\d+)\.", name)
         target = name.rsplit(".", 1)[-1]
         targets[target] = None
-        cells[target, int(number[1]) if number else 0] = value
+        at = target, int(number[1]) if number else 0
+        cells[at] = math.hypot(cells.get(at, 0.0), value)
     blocks = sorted({block for _, block in cells})
     return (
         list(targets),

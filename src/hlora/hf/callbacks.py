@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from hlora.core.pairs import Group, Pair, digest
+from hlora.core.pairs import Group, Pair, describe, digest
 from hlora.core.steps import Steps, steps_of
 from hlora.errors import StoreError, UnsupportedModelError, in_short
 from hlora.hf.distributed import refuse_plan
@@ -45,7 +45,7 @@ class Attached(TrainerCallback):
             self.steps.told = True
             logger.warning(
                 "%d LoRA matrices are held; %s trained freely beside them, and nothing protects "
-                "what these forget.", len(pairs),
+                "what these forget.", len(describe(pairs)),
                 in_short(free) + (" is" if len(free) == 1 else " are"),
             )  # fmt: skip
         self._seen = self.steps.seen

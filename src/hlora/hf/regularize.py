@@ -340,7 +340,7 @@ class Penalty(Regularization):
     def _recorded(self, g: Group) -> tuple[Tensor, Tensor]:
         """B (L, m, r) and A (L, r, n) of θ^ν in the rank and scaling that a group has here."""
         factors, noted = self.stored.factors, self.stored.info["pairs"]
-        found = {}
+        found: dict[str, tuple[Tensor, Tensor]] = {}
         for p in g.pairs:
             B, A = g.layout.split(*(f[None] for f in factors[p.kept_as or p.name]))
             of = zip(p.names, B, A, strict=True)

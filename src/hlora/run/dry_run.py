@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hlora.core.pairs import Pair
+from hlora.core.pairs import describe as noted
 from hlora.files import size
 from hlora.run.machine import peak_bytes
 from hlora.run.settings import TrainSettings
@@ -49,7 +50,7 @@ def describe(
         [
             f"model       {settings.model}: {sum(p.numel() for p in model.parameters()):,} "
             f"parameters in {next(model.parameters()).dtype} on {args.device}",
-            f"adapter     r {ranks} on {len(pairs)} matrices, {trainable:,} trained",
+            f"adapter     r {ranks} on {len(noted(pairs))} matrices, {trainable:,} trained",
             f"data        {rows:,} rows, {tokens}",
             f"steps       {steps:,} of {settings.batch_size} rows × "
             f"{settings.gradient_accumulation} micro-batches",

@@ -20,7 +20,7 @@ from torch import nn
 from hlora.core import store
 from hlora.core.adapter_file import read_adapter
 from hlora.core.adapter_rules import check_config
-from hlora.errors import InputError, StoreError, one_of, optional, suggest
+from hlora.errors import InputError, StoreError, one_line, one_of, optional, suggest
 from hlora.hf.hub import located
 from hlora.hf.peft import check_loaded
 from hlora.run.build import default_of
@@ -307,7 +307,8 @@ def new_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
     """The model with an untrained adapter on the targets.
 
     Raises:
-        InputError: a target names nothing in the model; those that exist are suggested.
+        InputError: a target names nothing in the model, and those that exist are suggested; or
+            PEFT cannot adapt it with these settings.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -316,15 +317,22 @@ def new_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
         targets = "all-linear"
     else:
         check_targets(model, settings.targets)
+    experts = [t for t in settings.targets if _named(t, _experts(model))]
+    if experts:
+        targets = [t for t in targets if _named(t, _linear(model))]
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         use_rslora=settings.rslora,
         target_modules=targets,
+        target_parameters=experts or None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"PEFT makes no such adapter: {one_line(error)}") from None
 
 
 def follow_adapter(settings: T, folder: str | Path, *, grows: bool = False) -> T:
@@ -340,6 +348,8 @@ def follow_adapter(settings: T, folder: str | Path, *, grows: bool = False) -> T
     noted = store.read_info(folder).get("settings") or {}
     config, _ = read_adapter(folder)
     targets = config.get("target_modules")
+    if isinstance(targets, list):
+        targets = targets + (config.get("target_parameters") or [])
     held: dict[str, Any] = {
         "lora_rank": config.get("r"), "lora_alpha": config.get("lora_alpha"),
         "lora_dropout": config.get("lora_dropout"), "rslora": bool(config.get("use_rslora")),
@@ -365,17 +375,30 @@ def follow_adapter(settings: T, folder: str | Path, *, grows: bool = False) -> T
 
 
 def check_targets(model: nn.Module, targets: list[str]) -> None:
-    """Refuse a target that no linear module has as (the end of) its name."""
-    linear = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    }
-    ends = sorted({n.rsplit(".", 1)[-1] for n in linear if "lm_head" not in n})
+    """Refuse a target that nothing that can be adapted has as (the end of) its name."""
+    known = _linear(model) | _experts(model)
+    ends = sorted({n.rsplit(".", 1)[-1] for n in known if "lm_head" not in n})
     for target in targets:
-        if not any(n == target or n.endswith(f".{target}") for n in linear):
+        if not _named(target, known):
             raise InputError(
                 f"The model has no linear module {target!r}"
                 + suggest(target, ends, "")
                 + f" Its targets are {', '.join(ends)}."
             )
+
+
+def _linear(model: nn.Module) -> set[str]:
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+
+
+def _experts(model: nn.Module) -> set[str]:
+    """The experts of mixtures that are kept as one parameter."""
+    return {n for n, p in model.named_parameters() if p.ndim == 3 and not n.endswith(".weight")}
+
+
+def _named(target: str, names: set[str]) -> bool:
+    return any(n == target or n.endswith(f".{target}") for n in names)

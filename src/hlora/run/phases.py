@@ -257,7 +257,7 @@ class GeneralPhase(_Phase[Recorded]):
         else:
             self.model = new_adapter(self.model, settings)
         self.pairs = find_pairs(self.model, settings.unheld)
-        shapes = [p.shape[:2] for p in self.pairs]
+        shapes = [p.shape[:2] for p in self.pairs for _ in p.names]
         self.held = self.of.bytes(shapes, settings.storage, len(tokens))
         running = self.of.bytes(shapes)
         check_space(self.output, self.held + (4 * running if settings.save_steps else 0))
@@ -413,7 +413,7 @@ class DomainPhase(_Phase[Trained]):
         self.parts: list[TrainerCallback | Regularizer] = [*self.regularizers]
         if self.recorder:  # first: what a budget takes back at the end is not of the path
             self.parts.insert(0, self.recorder)
-            shapes = [p.shape[:2] for p in self.pairs]
+            shapes = [p.shape[:2] for p in self.pairs for _ in p.names]
             self.held += kind_named(self.recorder.kind).bytes(shapes)
         if settings.kl:
             rows = self._general(settings.kl, HUB_BLOCKS)

@@ -140,7 +140,7 @@ class TrainSettings(Settings):
     )
     rslora: bool = setting("scale the adapter by α/√r (rsLoRA)", False, more=True)
     targets: list[str] = setting(
-        "modules to adapt; all-linear for every linear layer",
+        "modules to adapt, also experts kept as one parameter; all-linear for every linear layer",
         ["q_proj", "v_proj"], metavar="NAME", more=True,
     )  # fmt: skip
     preset: str = setting(
