@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import Counter
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
@@ -28,11 +27,12 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 def in_short(names: Iterable[str], most: int = 4) -> str:
     """Parameters or modules, those of all layers as one: `layers.*.mlp.up_proj (24), score`."""
-    counts = Counter(
-        re.sub(r"\.\d+(?=\.)", ".*", n).removeprefix("base_model.model.") for n in names
-    )
-    shown = [n if c == 1 else f"{n} ({c})" for n, c in counts.most_common(most)]
-    return ", ".join(shown) + (f" and {len(counts) - most} more" if len(counts) > most else "")
+    alike: dict[str, list[str]] = {}
+    for n in (n.removeprefix("base_model.model.") for n in names):
+        alike.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", n), []).append(n)
+    most_common = sorted(alike.items(), key=lambda of: -len(of[1]))
+    shown = [f"{n} ({len(of)})" if len(of) > 1 else of[0] for n, of in most_common[:most]]
+    return ", ".join(shown) + (f" and {len(alike) - most} more" if len(alike) > most else "")
 
 
 class HloraError(Exception):

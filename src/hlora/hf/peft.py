@@ -142,12 +142,7 @@ def find_pairs(model: nn.Module, unheld: str = "refuse") -> list[Pair]:
         if A.ndim == B.ndim == 4 and unheld == "warn":
             continue
         _check_factors(name, A, B)
-        pair = _pair(path, module, B, A, float(module.scaling[adapter]))
-        if any(p.name == pair.name for p in pairs):
-            raise UnsupportedModelError(
-                f"{pair.name} is in target_modules and in target_parameters: name it in one only."
-            )
-        pairs.append(pair)
+        pairs.append(_pair(path, module, B, A, float(module.scaling[adapter])))
     if not pairs:
         raise UnsupportedModelError(
             f"Adapter {adapter!r} has no LoRA matrices on Linear modules in this model."
