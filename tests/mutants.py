@@ -40,7 +40,7 @@ BAD_STEPS, CHECKPOINTS = "tests/test_badsteps.py", "tests/test_checkpoints.py"
 ENCODING = "tests/test_data_encoding.py"
 OPS, RECORD, FACTORED = "tests/test_ops.py", "tests/test_record.py", "tests/test_factored.py"
 PENALTY, STORE, FISHER = "tests/test_penalty.py", "tests/test_store.py", "tests/test_fisher.py"
-DOMAINS = "tests/test_domains.py"
+DOMAINS, EXPERTS = "tests/test_domains.py", "tests/test_experts.py"
 STORAGE, REGULARIZER, PAIRS = (
     "tests/test_storage.py", "tests/test_regularizer.py", "tests/test_pairs.py"
 )  # fmt: skip
@@ -59,6 +59,15 @@ MUTANTS = [
            "noted)", "tests/test_unheld.py"),
     Mutant("what text never reached is not told", H + "record.py",
            "    parts = unreached(importance.norms())", "    parts = []", "tests/test_unheld.py"),
+    # Experts kept as one parameter
+    Mutant("columns of B by expert, not by column of each", H + "peft.py",
+           "B.unflatten(2, (-1, self.count)).permute(0, 3, 1, 2)",
+           "B.unflatten(2, (self.count, -1)).permute(0, 2, 1, 3)", EXPERTS + " -k reads"),
+    Mutant("a larger rank leaves new rows of A at zero in experts", H + "peft.py",
+           'A[:, int(of["r"]) :] = new[:, int(of["r"]) :]', "pass", EXPERTS + " -k larger_rank"),
+    Mutant("experts that are kept transposed are taken as they are", I + "passes.py",
+           "each.mT if pair.transposed else each, strict", "each, strict",
+           EXPERTS + " -k gradients_of_sequences"),
     # Eq. 10-12
     Mutant("Eq. 11 without η g^B g^A", C + "estimators.py", "B - eta * gB", "B", OPS),
     Mutant("Eq. 11 with the wrong sign of η", C + "estimators.py", "B - eta * gB", "B + eta * gB",

@@ -323,15 +323,18 @@ def test_a_domain_starts_where_the_general_phase_ended_and_is_held(kind, config,
     assert store.load(folder).info["pairs"].keys() == end.keys()
 
 
-def test_all_linear_holds_the_router_too(tmp_path):
+def test_all_linear_holds_the_router_too_and_takes_a_larger_rank(tmp_path):
     """PEFT rewrites it to the experts' and the routers' parameters, with a rank of their own."""
     model = mixture(target_modules="all-linear", target_parameters=None)
     names = {n for p in find_pairs(model) for n in p.names}
     assert {"model.layers.0.mlp.gate", "model.layers.1.mlp.experts.0.down_proj"} <= names
     folder = recorded(tmp_path, model)
     new = mixture(target_modules="all-linear", target_parameters=None, r=4, lora_alpha=8)
-    penalty = hlora.Penalty(folder)
+    penalty, before = hlora.Penalty(folder), factors(find_pairs(new))
     penalty.start(new, torch.optim.SGD(trained(new)))
+    for n, (_, A) in factors(find_pairs(new)).items():
+        r = len(A) // 2
+        assert torch.equal(A[r:], before[n][1][r:])  # zero would never learn
     ids = torch.tensor([r["input_ids"] for r in token_rows(2)])
     torch.testing.assert_close(new(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 

@@ -21,14 +21,12 @@ from transformers import (
 )
 
 import hlora
-from hlora.cli import main as cli
 from hlora.core import store
 from hlora.core.kinds import kind_named
 from hlora.core.layers import unreached
 from hlora.hf.peft import find_pairs, unheld_names
 from hlora.hf.record import save_importance
 from tests.conftest import VOCAB, base_model, lora_model, make_trainer, token_rows
-from tests.tiny import tokenizer, write_rows, write_text
 
 ATTENTION = ["q_proj", "v_proj"]
 pytestmark = [
@@ -204,30 +202,6 @@ def qwen(targets):
     return get_peft_model(Qwen2MoeForCausalLM(config), LoraConfig(r=2, target_modules=targets))
 
 
-def fused(model):
-    return any("target_parameters" in str(c) and c.target_parameters
-               for c in model.peft_config.values())  # fmt: skip
-
-
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "w1", "w2", "w3"]])
-def test_of_fused_experts_attention_is_held_and_the_rest_named(targets, tmp_path, caplog):
-    model = mixtral(targets)
-    if not fused(model):
-        pytest.skip("this version of transformers has a Linear module for each expert's matrix")
-    with pytest.raises(hlora.UnsupportedModelError, match=r"target_parameters.*PEFT did"):
-        hlora.attach(make_trainer(model, tmp_path / "a"), hlora.Record(tmp_path / "nu"))
-    trainer = make_trainer(model, tmp_path / "a")
-    hlora.attach(trainer, hlora.Record(tmp_path / "nu", quiet=True), unheld="warn")
-    trainer.train()
-    assert "model.layers.*.mlp.experts" in caplog.text
-    new = mixtral(targets)
-    held = make_trainer(new, tmp_path / "b")
-    hlora.attach(held, hlora.Penalty(tmp_path / "nu"), unheld="warn")
-    held.train()
-    assert all(e["R"] >= 0 for e in held.state.log_history if "loss" in e)
-    assert {p.target for p in find_pairs(new, "warn")} <= {"q_proj", "k_proj", "v_proj", "o_proj"}
-
-
 @pytest.mark.parametrize("make", [mixtral, qwen])
 def test_attention_of_a_mixture_is_held_as_ever(make, tmp_path):
     trainer = make_trainer(make(ATTENTION), tmp_path / "a")
@@ -288,38 +262,3 @@ def test_parts_are_named_by_the_shortest_name_that_is_theirs():
     norms = {"a.text.0.q": 1.0, "a.text.0.v": 0.0, "a.image.0.q": 0.0, "a.image.1.q": 0.0}
     assert unreached(norms) == ["a.text.0.v", "a.image"]
     assert unreached({"a.q": 1.0}) == []
-
-
-@pytest.mark.parametrize("kind", ["blend", "factored"])
-def test_the_commands_leave_experts_free_where_told(kind, tmp_path, capsys):
-    words, folder = tokenizer(), tmp_path / "model"
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        **{**SIZES, "vocab_size": len(words)}, num_local_experts=4, bos_token_id=1, eos_token_id=2
-    )
-    MixtralForCausalLM(config).save_pretrained(folder)
-    words.save_pretrained(folder)
-    task = write_rows(tmp_path / "task.jsonl", [{"prompt": "the cat", "completion": " sat"}] * 8)
-    text = write_text(tmp_path / "a.txt")
-    common = ["--model", str(folder), "--device", "cpu", "--targets", "all-linear"]
-    steps = ["--batch-size", "2", "--max-steps", "2", "--save-steps", "0"]
-    record = ["record", *common, "--text", str(text), "--kind", kind]
-    record += [*(steps if kind == "factored" else ()), "--output"]
-    if not fused(mixtral("all-linear")):
-        pytest.skip("this version of transformers has a Linear module for each expert's matrix")
-    assert cli.main([*record, str(tmp_path / "no")]) != 0
-    assert "unheld" in capsys.readouterr().err
-    free = ["--unheld", "warn"]
-    assert cli.main([*record, str(tmp_path / "nu"), *free]) == 0
-    tune = [
-        "tune",
-        *common,
-        *steps,
-        *free,
-        "--importance",
-        str(tmp_path / "nu"),
-        "--task",
-        str(task),
-    ]
-    assert cli.main([*tune, "--output", str(tmp_path / "mu")]) == 0
-    assert "model.layers.*.mlp.experts" in capsys.readouterr().err

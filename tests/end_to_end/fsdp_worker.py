@@ -19,15 +19,21 @@ from hlora.hf.distributed import is_main, leave_together
 from hlora.hf.peft import find_pairs, save_adapter, whole_adapter
 from hlora.hf.record import save_importance
 from tests.conftest import lora_model, token_rows
+from tests.test_experts import mixture
 
 # A is 3 × 16 and 1 × 16: of two processes one has less of it, or nothing.
 ADAPTER = {"r": 3, "rank_pattern": {"v_proj": 1}, "dtype": torch.float64}
 
 
-def loop(part, seed: int, result):
+def adapted(how: str):
+    """A tiny LLaMA; or a mixture whose experts are one parameter each, of a rank that halves."""
+    return mixture("Qwen3Moe", torch.float64) if how == "experts" else lora_model(**ADAPTER)
+
+
+def loop(part, seed: int, result, how: str):
     """Four steps of eight rows, each process with its share; what `result` says after each."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    model = lora_model(**ADAPTER)
+    model = adapted(how)
     if world > 1:
         fully_shard(model)
     rows = torch.tensor([row["input_ids"] for row in token_rows(seed=seed)])
@@ -48,11 +54,11 @@ def loop(part, seed: int, result):
     return model, found
 
 
-def by_loop(nu: Path, mu: Path, kind: str) -> list[float]:
+def by_loop(nu: Path, mu: Path, kind: str, how: str = "loop") -> list[float]:
     if kind_named(kind).trained:
-        loop(hlora.Record(nu, kind=kind), 0, lambda model: None)
+        loop(hlora.Record(nu, kind=kind), 0, lambda model: None, how)
     penalty = hlora.Penalty(nu, phi=5.0)
-    model, found = loop(penalty, 2, lambda model: float(penalty.value()))
+    model, found = loop(penalty, 2, lambda model: float(penalty.value()), how)
     adapter = whole_adapter(model)
     if is_main():
         save_adapter(model, mu, adapter)
@@ -104,12 +110,12 @@ def main(folder: Path, how: str, kinds: list[str]) -> None:
     for kind in kinds:
         nu, mu = folder / kind / "nu", folder / kind / "mu"
         if not kind_named(kind).trained:
-            model = lora_model(**ADAPTER)
+            model = adapted(how)
             pairs, rows = find_pairs(model), torch.tensor([r["input_ids"] for r in token_rows()])
             found, _ = kind_named(kind).gather(model, pairs, rows)
             save_importance(nu, model, pairs, found, {"summary": {}})
             distributed.barrier()
-        values = {"loop": by_loop, "trainer": by_trainer}[how](nu, mu, kind)
+        values = by_trainer(nu, mu, kind) if how == "trainer" else by_loop(nu, mu, kind, how)
         if is_main():
             (folder / kind / "R.json").write_text(json.dumps(values), "utf-8")
     leave_together()

@@ -26,7 +26,12 @@ def run(folder, launcher, how, kinds):
 
 
 @pytest.mark.parametrize(
-    ("how", "kinds"), [("loop", ["dense", "factored", "blend"]), ("trainer", ["factored", "blend"])]
+    ("how", "kinds"),
+    [
+        ("loop", ["dense", "factored", "blend"]),
+        ("trainer", ["factored", "blend"]),
+        ("experts", ["dense", "blend"]),
+    ],
 )
 def test_two_processes_equal_one(tmp_path, how, kinds):
     pytest.importorskip("accelerate", minversion="1.6")  # the first with FSDP2

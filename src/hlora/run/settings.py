@@ -148,8 +148,8 @@ class TrainSettings(Settings):
         choices=("default", "paper", "official"), more=True,
     )  # fmt: skip
     unheld: str = setting(
-        "what is trained beside the matrices that importance covers, such as the fused experts of "
-        "a mixture: refuse, or warn and leave it free", "refuse",
+        "what is trained beside the matrices that importance covers, such as biases or "
+        "embeddings: refuse, or warn and leave it free", "refuse",
         choices=("refuse", "warn"), more=True,
     )  # fmt: skip
     max_bad_steps: int = setting(
