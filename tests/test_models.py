@@ -127,7 +127,7 @@ def test_what_is_no_whole_causal_model_is_refused_and_never_half_random(tmp_path
     classifier = written(tmp_path / "a", transformers.LlamaForSequenceClassification(llama))
     with pytest.raises(hlora.InputError, match=r"lm_head\.weight"):
         load(classifier)
-    bert = transformers.BertForMaskedLM(transformers.BertConfig(**ENCODER))
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**ENCODER, initializer_range=0.5))
     with pytest.raises(hlora.InputError, match=r"no causal language model.*attach"):
         load(written(tmp_path / "b", bert))
     t5 = transformers.T5Config(

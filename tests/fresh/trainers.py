@@ -1,6 +1,6 @@
 """The README's lines under one trainer, as a user would paste them: does R arrive everywhere?
 
-python trainers.py KIND SNIPPET.py    in a folder with the model BASE and the importances base and nu
+python trainers.py KIND SNIPPET.py    in a folder with BASE, a model, and base, its importance
 
 Knows nothing of the checkout: it runs in an environment that has the wheel alone.
 """
