@@ -7,6 +7,7 @@
 #   make bench   what it costs: docs/cost.md anew, on this machine
 #   make docs    the site, in build/site; a broken link or anchor fails
 #   make notebook run docs/quickstart.ipynb and store what it prints
+#   make fresh   the wheel in an environment of its own, and README's lines under every trainer
 #   make dist    the wheel and the sdist, in dist/
 #   make format  format the code
 
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ORACLE := curvlinops-for-pytorch backpack-for-pytorch einops einconv unfoldNd linear_operator \
   jaxtyping wadler_lindig opt-einsum
 
-.PHONY: demo test test-oldest quick format lint bench mutants soak docs notebook dist clean
+.PHONY: demo test test-oldest quick format lint bench mutants soak docs notebook fresh dist clean
 
 demo: .venv/.demo
 	$(BIN)/hlora demo --output demo --overwrite
@@ -51,6 +52,9 @@ docs: .venv/.dev
 
 notebook: .venv/.dev
 	$(BIN)/python -m tests.notebook
+
+fresh: .venv/.dev
+	$(BIN)/python -m tests.fresh build/fresh
 
 dist: .venv/.dev
 	$(BIN)/python -c "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"

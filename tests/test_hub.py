@@ -103,6 +103,19 @@ def test_importance_and_adapters_go_up_and_come_back(hub, place, capsys):
             assert b"jane" not in content, (name, file)
 
 
+def test_what_a_domain_recorded_goes_up_with_its_adapter(hub, place):
+    """One name is then the adapter, and the importance that the next domain is held to."""
+    assert place.tune("--record", "own", "--push-to-hub", "me/a") == 0
+    assert {"tune.json", "importance.json", "importance.safetensors"} <= set(hub.files("me/a"))
+    assert hub.files("me/a")["README.md"] == (place.folder / "mu" / "README.md").read_bytes()
+    text = ["--text", str(place.folder / "a.txt"), "--block-size", "32"]
+    assert place.run("eval", "--adapter", "me/a", *text) == 0
+    assert place.tune("--importance", "me/a", output="b") == 0
+    assert place.tune("--importance", "own", output="c") == 0
+    same = [place.folder / n / "adapter_model.safetensors" for n in ("b", "c")]
+    assert same[0].read_bytes() == same[1].read_bytes()
+
+
 def test_a_revision_is_pinned(hub, place):
     assert place.record("--push-to-hub", "me/nu") == 0
     first = hub.sha("me/nu", "main")

@@ -6,12 +6,14 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 import hlora
 from hlora.run import models
 from hlora.run.models import load, load_adapter, new_adapter, pick_device, pick_dtype
 from hlora.run.settings import TrainSettings
-from tests.conftest import lora_model
+from tests.conftest import base_model, lora_model
+from tests.tiny import tokenizer
 
 
 def test_a_folder_is_loaded_frozen_in_the_wanted_type(tiny):
@@ -105,3 +107,45 @@ def test_without_the_package_the_embedded_model_comes_from_the_hub(monkeypatch, 
     monkeypatch.setenv("HLORA_CACHE", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert str(models.embedded_folder()).startswith(models.EMBEDDED_HUB_NAME)
+
+
+def written(folder, model):
+    """A folder as `from_pretrained` reads it, with the tokenizer of one token a byte."""
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+ENCODER = {
+    "vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}  # fmt: skip
+
+
+def test_what_is_no_whole_causal_model_is_refused_and_never_half_random(tmp_path):
+    llama = transformers.LlamaConfig(**ENCODER, num_key_value_heads=2, pad_token_id=0)
+    classifier = written(tmp_path / "a", transformers.LlamaForSequenceClassification(llama))
+    with pytest.raises(hlora.InputError, match=r"lm_head\.weight"):
+        load(classifier)
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**ENCODER, initializer_range=0.5))
+    with pytest.raises(hlora.InputError, match=r"no causal language model.*attach"):
+        load(written(tmp_path / "b", bert))
+    t5 = transformers.T5Config(
+        vocab_size=259, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2
+    )
+    t5 = transformers.T5ForConditionalGeneration(t5)
+    with pytest.raises(hlora.InputError, match=r"no causal language model.*attach"):
+        load(written(tmp_path / "c", t5))
+
+
+def test_targets_that_a_model_has_not_or_that_peft_refuses_are_one_sentence(tmp_path):
+    usual = TrainSettings(model="m", output="o")
+    with pytest.raises(hlora.InputError, match=r"'q_proj': give --targets.*c_attn"):
+        new_adapter(base_model("gpt2"), usual)
+    config = transformers.MambaConfig(
+        vocab_size=259, hidden_size=16, num_hidden_layers=1, state_size=4
+    )
+    mamba = transformers.MambaForCausalLM(config)
+    everything = TrainSettings(model="m", output="o", targets=["all-linear"])
+    with pytest.raises(hlora.InputError, match=r"--targets.*out_proj"):
+        new_adapter(mamba, everything)

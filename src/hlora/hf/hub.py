@@ -76,13 +76,16 @@ def check_name(name: str | None) -> None:
         raise InputError("--push-to-hub needs a login: `hf auth login`, or a token in HF_TOKEN.")
 
 
-def push(folder: Path, name: str, *, public: bool = False, advice: str = "") -> str:
+def push(
+    folder: Path, name: str, *, more: Path | None = None, public: bool = False, advice: str = ""
+) -> str:
     """Upload a finished adapter or importance; returns its address.
 
     A new repository is private unless `public`; one that is there keeps what it is. Places on this
     disk are cut to their last part in what is uploaded.
 
     Args:
+        more: an importance of the same adapter, which joins it: the name is then both.
         advice: how to try again.
 
     Raises:
@@ -90,11 +93,12 @@ def push(folder: Path, name: str, *, public: bool = False, advice: str = "") -> 
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    found = [f for f in FILES if (folder / f).is_file()]
+    places = [p for p in (more, folder) if p is not None]
+    found = {f: p / f for p in places for f in FILES if (p / f).is_file()}
     try:
         api = HfApi()
         address = api.create_repo(name, private=not public, exist_ok=True)
-        parts = [CommitOperationAdd(f, _content(folder / f)) for f in found]
+        parts = [CommitOperationAdd(f, _content(path)) for f, path in found.items()]
         message = f"{'Importance' if MARKER in found else 'Adapter'} by hlora"
         api.create_commit(name, parts, commit_message=message)
     except Exception as error:  # the hub's library may raise anything

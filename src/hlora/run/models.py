@@ -20,7 +20,7 @@ from torch import nn
 from hlora.core import store
 from hlora.core.adapter_file import read_adapter, read_config, read_tensors
 from hlora.core.adapter_rules import check_config
-from hlora.errors import InputError, StoreError, one_line, one_of, optional, suggest
+from hlora.errors import InputError, StoreError, in_short, one_line, one_of, optional, suggest
 from hlora.hf.hub import located
 from hlora.hf.peft import check_loaded
 from hlora.run.build import default_of
@@ -33,6 +33,7 @@ T = TypeVar("T", bound=TrainSettings)
 EMBEDDED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_REVISION = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 
+USUAL_TARGETS = next(default_of(f) for f in fields(TrainSettings) if f.name == "targets")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -91,7 +92,29 @@ def load(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False)
-    return model if bits else model.to(device), tokenizer
+    model = model if bits else model.to(device)
+    check_causal(model, name)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, name: str) -> None:
+    """Refuse a model that looks at the token which it is to predict, as BERT's kind does.
+
+    Raises:
+        InputError: says so.
+    """
+    token, device = vocabulary(model) // 2, next(model.parameters()).device
+    ids = torch.tensor([[token, token - 1], [token, token - 2]], device=device)
+    logits = model(input_ids=ids).logits[:, 0]
+    first, other = logits.float()
+    noise = torch.finfo(logits.dtype).eps ** 0.5
+    if (first - other).abs().max() > noise * first.abs().max():
+        raise InputError(
+            f"{name} is no causal language model: what it predicts of a token depends on that "
+            "token, as in BERT. The commands train causal models; train another in a script of "
+            "your own, with hlora.attach."
+        )
 
 
 def _quantizing(name: str, bits: int, dtype: str, device: str) -> dict[str, Any]:
@@ -229,13 +252,22 @@ def _with_known_attention(
         config._experts_implementation = None
     for attention in ("sdpa", "eager"):
         try:
-            return AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=dtype or "auto", trust_remote_code=False,
-                use_safetensors=True, attn_implementation=attention, revision=revision, **more,
+                use_safetensors=True, attn_implementation=attention, revision=revision,
+                output_loading_info=True, **more,
             )  # fmt: skip
         except ValueError as error:
             if attention == "eager" or "scaled_dot_product_attention" not in str(error):
                 raise
+            continue
+        if found["missing_keys"]:  # they would be random numbers
+            raise InputError(
+                f"{source} holds no weights of {in_short(sorted(found['missing_keys']))}, which "
+                f"{type(model).__name__} needs: it is no whole causal language model, but a "
+                "classifier, say."
+            )
+        return model
     return None
 
 
@@ -243,6 +275,11 @@ def _why_not(source: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "trust_remote_code" in text or "custom code" in text:
         return f"{source} needs code of its own to run (trust_remote_code), which hlora does not."
+    if "Unrecognized configuration class" in text:
+        return (
+            f"{source} is no causal language model, and the commands train no others: train it in "
+            "a script of your own, with hlora.attach."
+        )
     if "couldn't connect" in text or "offline mode" in text:
         return (
             f"The model {source} is no folder here, is not in the cache, and the hub cannot be "
@@ -314,22 +351,8 @@ def new_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
     """The model with an untrained adapter on the targets.
 
     Raises:
-        InputError: as `adapter_settings`; or PEFT cannot adapt the model with these settings.
-    """
-    from peft import get_peft_model
-
-    config = adapter_settings(model, settings)
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise InputError(f"PEFT makes no such adapter: {one_line(error)}") from None
-
-
-def adapter_settings(model: nn.Module, settings: TrainSettings) -> Any:
-    """PEFT's config of the adapter.
-
-    Raises:
-        InputError: a target names nothing in the model; those that exist are suggested.
+        if not _named(target, known):
+            near = "" if target in USUAL_TARGETS else suggest(target, ends, "").rstrip("?")
     """
     from peft import LoraConfig
 
@@ -414,10 +437,10 @@ def check_targets(model: nn.Module, targets: list[str]) -> None:
     ends = sorted({n.rsplit(".", 1)[-1] for n in known if "lm_head" not in n})
     for target in targets:
         if not _named(target, known):
+            near = "" if target in USUAL_TARGETS else suggest(target, ends, "").rstrip("?")
             raise InputError(
-                f"The model has no linear module {target!r}"
-                + suggest(target, ends, "")
-                + f" Its targets are {', '.join(ends)}."
+                f"The model has no linear module {target!r}{near}: give --targets, all-linear or "
+                f"some of {', '.join(ends)}."
             )
 
 

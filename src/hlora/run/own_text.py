@@ -56,9 +56,9 @@ def own_text(
 def _continue(model: nn.Module, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
     """Rows (b, t) continued to (b, length)."""
     ids = ids[:, :length].to(generator.device)
-    seen, cache = ids, {_cache_name(model): DynamicCache()}  # it is filled in place
+    seen, cache = ids, _cache_of(model)  # it is filled in place
     while ids.shape[1] < length:
-        out = model(input_ids=seen, use_cache=True, **cache)
+        out = model(input_ids=seen, **cache) if cache else model(input_ids=ids, use_cache=False)
         logits = out.logits[:, -1].float()
         check_predictions(model, logits)
         seen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
@@ -66,10 +66,17 @@ def _continue(model: nn.Module, ids: Tensor, length: int, generator: torch.Gener
     return ids.cpu()
 
 
-def _cache_name(model: nn.Module) -> str:
-    """What the model's forward calls its cache: newer transformers have another word."""
+def _cache_of(model: nn.Module) -> dict[str, Any]:
+    """What the model's forward is given to keep its past in; nothing where it takes no such cache.
+
+    Newer transformers have another word for it; Mamba and RWKV keep a state of their own.
+    """
     inner: Any = getattr(model, "get_base_model", lambda: model)()
-    return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
+    for name in ("cache", "past_key_values"):
+        if name in inspect.signature(inner.forward).parameters:
+            config = inner.config.get_text_config(decoder=True)
+            return {name: DynamicCache(config=config), "use_cache": True}
+    return {}
 
 
 def _chat_start(tokenizer: Any) -> list[int]:

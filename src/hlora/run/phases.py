@@ -177,7 +177,9 @@ class _Phase(Generic[Done]):
         done, s = self._run(), self.settings
         if s.push_to_hub and is_main():
             again = " The same command with --resume tries again."
-            push(Path(s.output), s.push_to_hub, public=s.public, advice=again)
+            record = getattr(s, "record", None)
+            more = Path(record) if record else None
+            push(Path(s.output), s.push_to_hub, more=more, public=s.public, advice=again)
         return done
 
     def _run(self) -> Done:

@@ -249,7 +249,8 @@ class TuneSettings(TrainSettings):
     )  # fmt: skip
     record: str | None = setting(
         "also record the importance of this task's own weights into a folder, to hold later tasks "
-        "to it", None, metavar="DIR",
+        "to it; --kind and --preset say how, `hlora convert` changes its storage, and "
+        "--push-to-hub uploads it with the adapter", None, metavar="DIR",
     )  # fmt: skip
     kind: str | None = setting(
         "form of the importance that --record writes: factored (the default), dense, entries",
