@@ -351,8 +351,24 @@ def new_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
     """The model with an untrained adapter on the targets.
 
     Raises:
-        if not _named(target, known):
-            near = "" if target in USUAL_TARGETS else suggest(target, ends, "").rstrip("?")
+        InputError: as `adapter_settings`; or PEFT puts no adapter on such a module.
+    """
+    from peft import get_peft_model
+
+    config = adapter_settings(model, settings)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # PEFT knows modules that LoRA must not be on, such as Mamba's
+        raise InputError(
+            f"PEFT puts no adapter on these --targets of the model: {one_line(error)}"
+        ) from None
+
+
+def adapter_settings(model: nn.Module, settings: TrainSettings) -> Any:
+    """PEFT's config of the adapter.
+
+    Raises:
+        InputError: a target names nothing in the model; those that exist are suggested.
     """
     from peft import LoraConfig
 
