@@ -16,7 +16,7 @@ from hlora.core.importance.sequences import project
 from hlora.core.kinds import kind_named
 from hlora.core.layers import layer_grid, layer_weights
 from hlora.core.pairs import group
-from hlora.hf.peft import Experts, add_reference, find_pairs, unheld_names
+from hlora.hf.peft import Experts, add_reference, find_pairs, merge_adapter, unheld_names
 from tests import reference as ref
 from tests.conftest import VOCAB, make_trainer, token_rows
 from tests.tiny import tokenizer, write_rows, write_text
@@ -353,6 +353,12 @@ def test_an_expert_without_a_token_is_named_and_has_no_importance(tmp_path, capl
 def _without_the_first(out):
     logits, scores, chosen = out
     return logits, scores, chosen.clamp(min=1)
+
+
+def test_merged_it_is_the_same_model():
+    model = moved(mixture(dtype=torch.float64))
+    loss = loss_of(model)
+    torch.testing.assert_close(loss_of(merge_adapter(model)), loss)
 
 
 def test_a_reference_has_the_recorded_experts(tmp_path):

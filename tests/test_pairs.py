@@ -126,10 +126,3 @@ def test_modules_that_the_user_trains_are_refused():
     lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="SEQ_CLS")
     with pytest.raises(hlora.UnsupportedModelError, match=r"modules_to_save.*unheld='warn'"):
         find_pairs(get_peft_model(base_model(), lora))
-
-
-def test_target_parameters_may_be_peft_s_own():
-    model = lora_model()
-    model.peft_config["default"].target_parameters = ["mlp.experts.gate_up_proj"]
-    with pytest.raises(hlora.UnsupportedModelError, match=r"target_parameters.*PEFT"):
-        find_pairs(model)

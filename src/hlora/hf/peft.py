@@ -187,18 +187,13 @@ def _pair(path: str, module: Any, B: nn.Parameter, A: nn.Parameter, s: float) ->
     weight, several = getattr(base, parameter), getattr(base, parameter).ndim == 3
     return Pair(
         f"{place}{last}", B, A, s, weight, base,
-        # PEFT before 0.19 takes every such parameter for (count, n, m).
+        # An older PEFT, such as 0.18, takes all of them for (count, n, m).
         transposed=several and not getattr(module, "_did_swap_in_out_features", False),
-        layout=_layout(module),
+        layout=Experts(len(weight)) if several else Layout(),
         experts=tuple(f"{place}.{e}{last}" for e in range(len(weight))) if several else (),
         kept_as=kept_as,
         theta=lambda: getattr(base, parameter),
     )  # fmt: skip
-
-
-def _layout(module: Any) -> Layout:
-    count = getattr(module, "num_experts", 1)
-    return Experts(count) if count > 1 else Layout()
 
 
 def unheld_names(model: nn.Module, pairs: list[Pair]) -> list[str]:
