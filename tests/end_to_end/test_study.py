@@ -85,6 +85,7 @@ def test_every_method_runs_and_shares_phase_nu(place, capsys):
             assert min(ends) < half["forgetting"]["unseen"]["nats"] < max(ends)
     assert found["blend-rewound", 0.5]["log"][0] != found["lora-rewound", 0.5]["log"][0]
     assert found["lora-steps", 2.0]["steps"] == 2
+    assert found["osf", 0.5]["settings"]["tune"]["peft"]["effective_rank"] == 0.5
     assert found["lora-rate", 0.0001]["settings"]["tune"]["learning_rate"] == 0.0001
     assert found["budget", 0.1]["settings"]["tune"]["forget_at_most"] == 0.1
     assert found["budget", 0.1]["budgeted"].keys() >= {"predicted", "measured", "share", "kept"}

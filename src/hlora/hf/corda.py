@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hlora.core.evaluating import evaluating
 from hlora.core.pairs import Pair
-from hlora.hf.peft import find_pairs
+from hlora.hf.peft import find_pairs, start_by_corda
 
 
 class Corda:
@@ -30,15 +30,7 @@ class Corda:
     """
 
     def __init__(self, model: nn.Module, config: Any, rows: Tensor) -> None:
-        from peft import get_peft_model
-        from peft.tuners.lora.config import CordaConfig
-        from peft.tuners.lora.corda import preprocess_corda, target_modules
-
         self.config = config
-        away = replace(
-            config, init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm")
-        )
-        before = {n: m.weight.detach().clone() for n, m in target_modules(model, away)}
         device = next(model.parameters()).device
 
         def read() -> None:  # one row at a time, as PEFT's hooks ask for
@@ -46,11 +38,10 @@ class Corda:
                 model(input_ids=row[None].to(device))
 
         with evaluating(model):
-            preprocess_corda(model, away, read)
-        self.model = get_peft_model(model, away)
+            adapted, self._before = start_by_corda(model, config, read)
+        self.model: Any = adapted
         self.pairs = find_pairs(self.model)
         self._first = {p.name: (p.B.detach().clone(), p.A.detach().clone()) for p in self.pairs}
-        self._before = before
 
     @torch.no_grad()
     def plain(self) -> tuple[nn.Module, list[Pair]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,25 @@ def scale_from(model: nn.Module, start: Path, factor: float) -> None:
         if isinstance(module, LoraLayer):
             module.set_scale(adapter, factor)
             module.set_scale("start", 1 - factor)
+
+
+def start_by_corda(
+    model: nn.Module, config: Any, read: Callable[[], None]
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model with an adapter of CorDA's, knowledge-preserving, and its target weights before.
+
+    Args:
+        config: a LoraConfig.
+        read: runs the model on general text, one row at a time.
+    """
+    from peft import get_peft_model
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda, target_modules
+
+    of = replace(config, init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
+    before = {n: m.weight.detach().clone() for n, m in target_modules(model, of)}
+    preprocess_corda(model, of, read)
+    return get_peft_model(model, of), before
 
 
 def merge_adapter(model: nn.Module) -> nn.Module:
