@@ -24,7 +24,8 @@ class ToSlow(Divergence):
         rows: (N, T) tokens.
         phi: its weight; at 0 there is no slow copy.
         decay: what stays of the copy at each step.
-        batch, every: as of `Divergence`.
+        batch: rows looked at together.
+        every: micro-batches from one look to the next.
 
     Raises:
         InputError: as `Divergence`, or a decay that is not between 0 and 1.
