@@ -6,11 +6,12 @@ import torch
 import hlora
 from hlora.core import looks
 from hlora.core.pairs import group
+from hlora.errors import InputError
 from hlora.hf.divergence import divergences
 from hlora.hf.gauge import Gauge
 from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model, perturb
-from tests.test_budget import WATCHED, gathered
+from tests.test_budget import WATCHED, Stop, gathered, trained
 
 
 @pytest.fixture
@@ -23,9 +24,9 @@ def reference(model, rows):
     ids = rows[:, :-1].long()
     with torch.no_grad(), model.disable_adapter():
         before = model(input_ids=ids).logits
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    factors = {n: p for n, p in model.named_parameters() if p.requires_grad}
     kl = divergences(before, model(input_ids=ids).logits).mean()
-    return dict(zip(trained, torch.autograd.grad(kl, list(trained.values())), strict=True))
+    return dict(zip(factors, torch.autograd.grad(kl, list(factors.values())), strict=True))
 
 
 def test_a_look_is_the_gradient_of_the_divergence_and_leaves_the_tasks_alone():
@@ -55,8 +56,60 @@ def test_at_a_look_the_pull_is_that_of_the_divergence(base, tmp_path):
     penalty.start(model, optimizer)
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    wanted = reference(model, WATCHED[: looks.BATCH])
+    wanted = reference(model, WATCHED[: looks.ROWS])
     optimizer.step()
     for n, p in model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(before[n] - p, 0.25 * wanted[n], rtol=1e-3, atol=1e-6)
+
+
+def state(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_between_looks_the_quadratic_tells_only_the_change(base):
+    """At the weights of the last look the pull is that look's, whatever R says there."""
+    model = lora_model()
+    perturb(model)
+    groups = group(find_pairs(model))
+    penalty = hlora.Penalty(base, phi=0.5, look_every=2)
+    penalty.start(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    quadratic = penalty.regularizer
+    plain = quadratic.before_step(groups).gradients
+    for g, (dB, _) in zip(groups, plain, strict=True):
+        assert dB.any(), g.names
+    looked, again = (quadratic.before_step(groups).gradients for _ in range(2))
+    for one, two, alone in zip(looked, again, plain, strict=True):
+        torch.testing.assert_close(one, two)
+        assert not torch.allclose(one[0], alone[0], rtol=0.1)
+
+
+def test_a_resumed_run_looks_as_one_that_went_through(base, tmp_path):
+    def run(name, resume=None, **settings):
+        penalty = hlora.Penalty(base, phi=0.3, look_every=3)
+        return trained(tmp_path / name, penalty, [Stop()], resume=resume, **settings).model
+
+    saving = {"save_strategy": "steps", "save_steps": 20}
+    whole = state(trained(tmp_path / "a", hlora.Penalty(base, phi=0.3, look_every=3)).model)
+    run("b", **saving)
+    again = state(run("b", str(tmp_path / "b" / "checkpoint-20"), **saving))
+    torch.testing.assert_close(again, whole)
+
+
+def test_a_budget_can_look(base, tmp_path):
+    penalty = hlora.Penalty(base, forget_at_most=0.01, look_every=4)
+    model = trained(tmp_path / "a", penalty).model
+    assert float(Gauge(model, WATCHED)()) <= 0.0102
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_a_number_of_steps_is_one_or_more(base, every):
+    with pytest.raises(InputError, match="look_every"):
+        hlora.Penalty(base, look_every=every)
+
+
+def test_looks_need_text_and_the_base_model(base, tmp_path):
+    with pytest.raises(InputError, match="keeps none"):
+        hlora.Penalty(gathered(tmp_path / "without", WATCHED), look_every=4)
+    with pytest.raises(InputError, match="anchor"):
+        hlora.Penalty(base, anchor="nu", look_every=4)

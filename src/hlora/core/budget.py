@@ -91,7 +91,8 @@ class Budgeted(Quadratic):
         self.log_kappa.copy_(kappa if count == 1 else (self.log_kappa + kappa) / 2)
 
     def state(self) -> dict[str, Tensor]:
-        return {"level": self.level.cpu(), "log_kappa": self.log_kappa.cpu()}
+        steered = {"level": self.level.cpu(), "log_kappa": self.log_kappa.cpu()}
+        return super().state() | steered
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         for name in ("level", "log_kappa"):

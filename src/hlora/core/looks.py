@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hlora.core.pairs import Group
+from hlora.core.pairs import Group, unstack
 
-BATCH = 4
-"""Rows of a look."""
+ROWS = 4
+"""Of text, in a look."""
 SHARE = 0.5
-"""Of a new look in what corrects; the rest is of earlier ones, whose rows were others."""
+"""Of the newest look in what corrects. The rest is of earlier ones, which saw other rows."""
+_KEYS = ("looks.B.{}", "looks.A.{}")
 
 Gradients = list[tuple[Tensor, Tensor]]
 """By B (L, m, r) and A (L, r, n), a pair a group."""
@@ -21,10 +22,10 @@ Gradients = list[tuple[Tensor, Tensor]]
 class Looks:
     """Adds ∇KL − ∇R, as it was at the last looks, to the gradients of R.
 
-    R is the quadratic of the base model: near it R is the KL divergence, further away the
-    divergence leaves it, and a training that R alone holds is kept out of places where nothing
-    would be forgotten, and let into others. Once in `every` steps ∇KL is taken on some rows. Until
-    the next look R carries only the change.
+    R is the quadratic of the base model. Near it R is the KL divergence; further away the two part,
+    and a training that R alone holds is kept out of places where nothing would be forgotten, and
+    let into others. So once in `every` steps ∇KL is taken on some rows, and until the next look R
+    tells only how the pull has changed since.
 
     Args:
         pull: ∇KL on rows of tokens, at the present weights.
@@ -37,27 +38,35 @@ class Looks:
     ) -> None:
         self.pull, self.rows, self.every = pull, rows, every
         self.taken = 0
-        self.found: Gradients = []
+        self.found: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
     def correct(self, groups: list[Group], gradients: Gradients, phi: float | Tensor) -> Gradients:
-        """φ·∇R corrected, by group."""
+        """φ·∇R of each group, corrected."""
         self.taken += 1
         if self.taken % self.every == 0:
-            start = (self.taken // self.every - 1) * BATCH
-            index = torch.arange(start, start + BATCH) % len(self.rows)
-            true = self.pull(self.rows[index], groups)
-            new = [
-                (tB - dB / phi, tA - dA / phi)
-                for (tB, tA), (dB, dA) in zip(true, gradients, strict=True)
-            ]
-            old = self.found or new
-            self.found = [
-                (b.lerp(nb, SHARE), a.lerp(na, SHARE))
-                for (b, a), (nb, na) in zip(old, new, strict=True)
-            ]
+            first = (self.taken // self.every - 1) * ROWS
+            index = torch.arange(first, first + ROWS) % len(self.rows)
+            seen = self.pull(self.rows[index], groups)
+            for g, true, ours in zip(groups, seen, gradients, strict=True):
+                new = [t - o / phi for t, o in zip(true, ours, strict=True)]
+                old = self.found.get(g.names, new)
+                B, A = (o.lerp(n, SHARE) for o, n in zip(old, new, strict=True))
+                self.found[g.names] = B, A
         if not self.found:
             return gradients
         return [
-            (dB + phi * b, dA + phi * a)
-            for (dB, dA), (b, a) in zip(gradients, self.found, strict=True)
+            (dB + phi * self.found[g.names][0], dA + phi * self.found[g.names][1])
+            for g, (dB, dA) in zip(groups, gradients, strict=True)
         ]
+
+    def state(self) -> dict[str, Tensor]:
+        found = {"looks.taken": torch.tensor([self.taken])}
+        for names, both in self.found.items():
+            found |= unstack(names, both, _KEYS)
+        return found
+
+    def load_state(self, tensors: dict[str, Tensor], groups: list[Group]) -> None:
+        self.taken = int(tensors.get("looks.taken", torch.zeros(1)))
+        for g in groups:
+            if _KEYS[0].format(g.names[0]) in tensors:
+                self.found[g.names] = g.stack(tensors, _KEYS[0]), g.stack(tensors, _KEYS[1])

@@ -37,6 +37,9 @@ class Quadratic(Regularizer):
         anchor: θ^ν.
         rule: how Ω acts.
 
+    Attributes:
+        looks: what corrects the gradients, if anything does.
+
     Raises:
         StoreError: the importance is zero everywhere.
     """
@@ -69,6 +72,9 @@ class Quadratic(Regularizer):
         if self.looks is not None:
             gradients = self.looks.correct(groups, gradients, self.phi)
         return Pull(R, gradients, forgetting)
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.looks is None else self.looks.state()
 
     def predict(self, groups: list[Group]) -> Tensor:
         """The forgetting that the importance predicts for θ as it is, nats per token."""

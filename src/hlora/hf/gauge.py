@@ -47,19 +47,22 @@ class Gauge:
     def pull(self, rows: Tensor, groups: list[Group]) -> list[tuple[Tensor, Tensor]]:
         """The gradients of the same on some rows by B (L, m, r) and A (L, r, n), a pair a group.
 
-        The parameters' own gradients stay as they are.
+        The parameters' own gradients stay as they are. Row by row, for the sake of memory.
         """
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        before = [p.grad for p in trained]
+        own = [p.grad for p in trained]
         with torch.enable_grad(), evaluating(self.model):
-            found = torch.autograd.grad(self._of(rows).mean(), trained, allow_unused=True)
+            of_rows = [
+                torch.autograd.grad(self._of(row).mean(), trained, allow_unused=True)
+                for row in rows.split(1)
+            ]
         try:
-            for p, found_of in zip(trained, found, strict=True):
-                p.grad = found_of
+            for p, found in zip(trained, zip(*of_rows, strict=True), strict=True):
+                p.grad = None if found[0] is None else torch.stack(found).mean(0)
             return [g.gradients() for g in groups]
         finally:
-            for p, own in zip(trained, before, strict=True):
-                p.grad = own
+            for p, grad in zip(trained, own, strict=True):
+                p.grad = grad
 
     def _of(self, rows: Tensor) -> Tensor:
         ids = rows[:, :-1].long().to(next(self.model.parameters()).device)

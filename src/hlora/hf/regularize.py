@@ -19,6 +19,7 @@ from hlora.core.pairs import Group, Pair, check_held, digest, group, resized, un
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
+from hlora.core.sharded import is_sharded
 from hlora.core.statefile import pack, read
 from hlora.errors import InputError, StoreError, UnsupportedModelError, in_short, one_of
 from hlora.files import write_whole
@@ -225,6 +226,10 @@ class Penalty(Regularization):
             gathered.
         unheld: `refuse` whatever is trained beside the LoRA matrices (DoRA's magnitudes, biases,
             embeddings, other modules), or `warn` and leave it free: no importance covers it.
+        look_every: once in so many optimizer steps also take the gradient of the KL divergence from
+            the base model itself, on four rows that it wrote when the importance was gathered, and
+            correct by it what the importance pulls. A look is two forward passes and a backward
+            pass on these rows.
         rule: fields of `hlora.core.presets.PenaltyRule` in place of the preset's:
             normalize, layer_weights, softmax_scale, apart.
 
@@ -252,7 +257,6 @@ class Penalty(Regularization):
         **rule: Any,
     ) -> None:
         super().__init__()
-        self.look_every = look_every
         one_of("unheld", unheld, UNHELD)
         self.unheld = unheld
         one_of("anchor", anchor or "nu", ANCHORS)
@@ -290,6 +294,21 @@ class Penalty(Regularization):
                     f"forgetting: record with --kind blend, not {held.kind}."
                 )
         self.regularizer.phi = self.rule.phi
+        self.look_every = look_every
+        if look_every is None:
+            return
+        if look_every < 1:
+            raise InputError(f"look_every must be 1 or more, not {look_every}.")
+        if held.written is None:
+            raise InputError(
+                "look_every needs text that the base model wrote, and the importance in "
+                f"{self.stored.folder} keeps none: gather it with --kind blend."
+            )
+        if self.anchor == "nu":
+            raise InputError(
+                "look_every looks at the base model, and training is held to the recorded adapter "
+                "(anchor 'nu'): leave one of the two out."
+            )
 
     def note_phi(self, value: float | Tensor) -> None:
         if not isinstance(value, Tensor):
@@ -307,11 +326,19 @@ class Penalty(Regularization):
         else:
             self.regularizer = Quadratic(*of)
             self.regularizer.phi = phi
-        rows = self.stored.importance.written
-        if self.look_every and rows is not None:
-            look = Gauge(model, rows)
-            self.regularizer.looks = Looks(look.pull, rows, self.look_every)
+        if self.look_every is not None:
+            self.regularizer.looks = self._looks(model, groups, self.look_every)
         return groups
+
+    def _looks(self, model: nn.Module, groups: list[Group], every: int) -> Looks:
+        if any(is_sharded(p.B) for g in groups for p in g.pairs):
+            raise UnsupportedModelError(
+                "look_every does not work where the model is sharded (FSDP2): leave it out, or "
+                "train with DistributedDataParallel."
+            )
+        rows = self.stored.importance.written
+        assert rows is not None
+        return Looks(Gauge(model, rows).pull, rows, every)
 
     def check(self, model: nn.Module, args: Any) -> None:
         self._checked(model)
@@ -323,9 +350,10 @@ class Penalty(Regularization):
         pairs = find_pairs(model, self.unheld)
         self.check_pairs(model, pairs)
         self.needs_state = self.anchor != "nu" and not starts_at_base(model)
-        if self.needs_state and self.forget_at_most is not None:
+        asked = "forget_at_most" if self.forget_at_most is not None else "look_every"
+        if self.needs_state and (self.forget_at_most, self.look_every) != (None, None):
             raise InputError(
-                "forget_at_most needs an adapter that starts at the base model: this one's "
+                f"{asked} needs an adapter that starts at the base model: this one's "
                 "initialization moved it."
             )
         return group(pairs)
@@ -423,6 +451,8 @@ class Penalty(Regularization):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         if isinstance(self.regularizer, Budgeted) and tensors:
             self.regularizer.load_state(tensors)
+        if isinstance(self.regularizer, Quadratic) and self.regularizer.looks is not None:
+            self.regularizer.looks.load_state(tensors, self._groups)
         if not self.needs_state:
             return
         assert isinstance(self.regularizer, Quadratic)
