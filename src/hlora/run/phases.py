@@ -445,9 +445,9 @@ class DomainPhase(_Phase[Trained]):
             rows = self._general(text, HUB_BLOCKS)
             phi, every, decay = settings.kl_weight, settings.kl_every, settings.slow
             self.parts.append(
-                ToSlow(rows, phi, decay, batch=settings.kl_rows, every=every)
+                ToSlow(rows, phi, decay, every=every)
                 if decay
-                else Divergence(rows, phi, settings.kl_rows, every)
+                else Divergence(rows, phi, every=every)
             )
         if ITS_PROMPTS in settings.kl:
             self.parts.append(OnPrompts(settings.kl_weight, settings.kl_every))

@@ -299,7 +299,6 @@ class TuneSettings(TrainSettings):
         more=True, least=0.001, most=0.9999,
     )  # fmt: skip
     kl_every: int = setting("compute the KL once in N micro-batches", 4, more=True, least=1)
-    kl_rows: int = setting("rows of general text at a time", 4, more=True, least=1)
     replay: list[str] = setting(
         "general text to mix into the rows of the task; own: text that the model writes itself", [],
         metavar="TEXT", more=True,
