@@ -36,6 +36,7 @@ class Mutant:
 SEQUENCES, BUDGET, REWIND = (
     "tests/test_sequences.py", "tests/test_budget.py", "tests/test_rewind.py"
 )  # fmt: skip
+LOOKS = "tests/test_looks.py"
 BAD_STEPS, CHECKPOINTS = "tests/test_badsteps.py", "tests/test_checkpoints.py"
 ENCODING = "tests/test_data_encoding.py"
 OPS, RECORD, FACTORED = "tests/test_ops.py", "tests/test_record.py", "tests/test_factored.py"
@@ -267,9 +268,17 @@ MUTANTS = [
     Mutant("what is measured corrects nothing", C + "budget.py",
            "to(self.phi) * self.log_kappa.exp()", "to(self.phi)", BUDGET + " -k corrected"),
     Mutant("the text that forgetting is measured on is not kept", I + "sequences.py",
-           "{**self._tensors, WATCHED: rows.int()}", "self._tensors", BUDGET + " -k read_back"),
+           "{**self._tensors, **kept}", "self._tensors", BUDGET + " -k read_back"),
     Mutant("a resumed budget begins with its ramp", H + "regularize.py",
            "self.regularizer.taken = state.global_step", "pass", BUDGET + " -k resumed"),
+    Mutant("a look adds to the quadratic", C + "looks.py",
+           "[t - o / phi for", "[t for", LOOKS),
+    Mutant("the weight of a look is one", C + "looks.py",
+           "(dB + phi * self.found", "(dB + self.found", LOOKS),
+    Mutant("a look takes the task's gradients away", H + "gauge.py",
+           "                p.grad = grad", "                p.grad = None", LOOKS),
+    Mutant("looks are not kept in a checkpoint", C + "quadratic.py",
+           "{} if self.looks is None else self.looks.state()", "{}", LOOKS),
     Mutant("rewinding stops above the budget", "run/rewind.py",
            "    below = [p for p in seen if p.measured.nats <= budget]\n    if not below:",
            "    below = seen\n    if not below:", REWIND),
