@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hlora.study import tables
-from hlora.study.matched import CONTRASTS, MARGIN, Matched, estimate, holm
+from hlora.study.matched import CONTRASTS, LATER, MARGIN, Matched, estimate, holm
 from hlora.study.methods import METHODS
 from hlora.study.rows import Results
 from tests.results_lines import line
@@ -128,8 +128,10 @@ def test_no_table_where_the_runs_do_not_tell():
 def test_contrasts_are_corrected_for_their_number():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.5]) == [1.0, 1.0]
-    assert {m for pair in CONTRASTS for m in pair} <= set(METHODS)
+    assert {m for pair in [*CONTRASTS, *LATER] for m in pair} <= set(METHODS)
     of = {m: a_run(m, phi=1.0, kl=0.1 + i / 100) for i, m in enumerate(METHODS) if m != "lora-mu"}
     table = tables.contrasts(results(a_run("lora-mu", kl=0.9), *of.values()))
-    assert len(table.rows) == len(CONTRASTS)
+    assert [row[0].endswith("*") for row in table.rows] == [
+        *[False] * len(CONTRASTS), *[True] * len(LATER)
+    ]  # fmt: skip
     assert f"within ±{MARGIN:g}" in table.headings

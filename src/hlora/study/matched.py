@@ -4,7 +4,8 @@ A method is the curve of its strengths, with plain LoRA (after the general phase
 strength zero; of a rewound one, what was rewound is. At a share of LoRA's gain
 (base NLL minus NLL, on the task) it is read where it forgets least: at a point, or on the line
 between two. Errors are of a paired bootstrap over seeds, documents (within their kind) and
-questions: all methods see the same draws. The contrasts are named beforehand (`contrasts.yaml`).
+questions: all methods see the same draws. The contrasts are named beforehand, or said to be
+named later (`contrasts.yaml`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ MEASURES = {"loss": "blocks", "KL": "divergences"}
 _SAID = packaged("study", "contrasts.yaml")
 SHARES: tuple[float, ...] = tuple(_SAID["shares"])
 CONTRASTS: list[list[str]] = _SAID["contrasts"]
+LATER: list[list[str]] = _SAID["later"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,17 @@ from hlora.run.means import mean_se
 from hlora.study.cells import Table
 from hlora.study.claims import MISSING, Verdict, difference, named_with_tasks
 from hlora.study.cost import Cost
-from hlora.study.matched import CONTRASTS, LORA, MARGIN, SHARES, Estimate, Matched, estimate, holm
+from hlora.study.matched import (
+    CONTRASTS,
+    LATER,
+    LORA,
+    MARGIN,
+    SHARES,
+    Estimate,
+    Matched,
+    estimate,
+    holm,
+)
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS
 from hlora.study.paper import COST, TASKS, e_perplexity
@@ -154,14 +164,15 @@ def _interval(of: Estimate, sign: str = "") -> str:
 
 
 def contrasts(results: Results) -> Table | None:
-    """The differences that were named beforehand, corrected for their number."""
+    """The differences that were named beforehand (or *later), corrected for their number."""
     names, found = list[list[str]](), list[Estimate]()
     for task in results.tasks:
         of = Matched.of(results, task)
-        for ours, other in CONTRASTS if of else []:
+        for ours, other in [*CONTRASTS, *LATER] if of else []:
             a, b = (of.least(m, SHARES[0]) for m in (ours, other))
             if a is not None and b is not None:
-                names.append([f"{METHODS[ours].label} minus {METHODS[other].label}", task])
+                mark = "*" if [ours, other] in LATER else ""
+                names.append([f"{METHODS[ours].label} minus {METHODS[other].label}{mark}", task])
                 found.append(estimate(a - b))
     if not found:
         return None
