@@ -6,12 +6,13 @@ import torch
 import hlora
 from hlora.core import looks
 from hlora.core.pairs import group
-from hlora.errors import InputError
+from hlora.errors import InputError, UnsupportedModelError
 from hlora.hf.divergence import divergences
 from hlora.hf.gauge import Gauge
 from hlora.hf.peft import find_pairs
-from tests.conftest import lora_model, perturb
+from tests.conftest import lora_model, make_trainer, perturb
 from tests.test_budget import WATCHED, Stop, gathered, trained
+from tests.test_distributed import in_force
 
 
 @pytest.fixture
@@ -106,6 +107,13 @@ def test_a_budget_can_look(base, tmp_path):
 def test_a_number_of_steps_is_one_or_more(base, every):
     with pytest.raises(InputError, match="look_every"):
         hlora.Penalty(base, look_every=every)
+
+
+def test_a_sharded_model_is_refused_before_training(base, tmp_path, monkeypatch):
+    trainer = make_trainer(lora_model(), tmp_path)
+    in_force(monkeypatch, "FSDP", fsdp_version=2)
+    with pytest.raises(UnsupportedModelError, match=r"look_every.*sharded"):
+        hlora.attach(trainer, hlora.Penalty(base, look_every=4))
 
 
 def test_looks_need_text_and_the_base_model(base, tmp_path):

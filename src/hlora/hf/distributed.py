@@ -17,6 +17,26 @@ _WHY = {
 }
 
 
+def refuse_shards(what: str) -> None:
+    """Refuse FSDP in any form that is in force, for the sake of `what`.
+
+    Raises:
+        UnsupportedModelError: the model is or will be sharded.
+    """
+    if _plan() == "FSDP":
+        raise UnsupportedModelError(
+            f"{what} does not work where the model is sharded (FSDP2): leave it out, or train with "
+            "DistributedDataParallel: torchrun, without that setting."
+        )
+
+
+def _plan() -> str | None:
+    """What accelerate has in force."""
+    from accelerate.state import AcceleratorState
+
+    return getattr(AcceleratorState._shared_state.get("distributed_type"), "name", None)
+
+
 def refuse_plan(args: Any = None, *, fsdp2: bool = True) -> None:
     """Refuse ways to train on several processes that the callbacks cannot follow.
 
@@ -33,7 +53,7 @@ def refuse_plan(args: Any = None, *, fsdp2: bool = True) -> None:
     from accelerate.state import AcceleratorState
 
     in_force = AcceleratorState._shared_state
-    plan = getattr(in_force.get("distributed_type"), "name", None)
+    plan = _plan()
     where = "accelerate's configuration"
     if getattr(args, "deepspeed", None):
         plan, where = "DEEPSPEED", "TrainingArguments(deepspeed=...)"

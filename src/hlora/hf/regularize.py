@@ -24,6 +24,7 @@ from hlora.core.statefile import pack, read
 from hlora.errors import InputError, StoreError, UnsupportedModelError, in_short, one_of
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
+from hlora.hf.distributed import refuse_shards
 from hlora.hf.gauge import Gauge
 from hlora.hf.hub import located
 from hlora.hf.peft import UNHELD, base_of, find_pairs, init_of, starts_at_base, take_over
@@ -341,6 +342,8 @@ class Penalty(Regularization):
         return Looks(Gauge(model, rows).pull, rows, every)
 
     def check(self, model: nn.Module, args: Any) -> None:
+        if self.look_every is not None:
+            refuse_shards("look_every")
         self._checked(model)
         if self.leads:
             self.start_of(model)
