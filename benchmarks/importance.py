@@ -69,7 +69,7 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
         added = bench.seconds(bench.addition(optimizer), timed)
         bench.model.zero_grad()
         peak = memory(lambda o=optimizer: bench.step(o))  # type: ignore[misc]
-        disk = kind_named(kind).bytes([p.shape[:2] for p in bench.pairs])
+        disk = kind_named(kind).bytes([p.shape for p in bench.pairs])
         of = f"{timed} of {steps} steps"
         row(f"HLoRA {kind}, phase ν whole", steps * (alone + added), peak, disk, of)
         row(f"HLoRA {kind}, added by recording", steps * added, None, disk, of)
@@ -81,7 +81,7 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
 
     lean()
     each = bench.seconds(lean, 1) / len(blocks)
-    disk = kind_named("fisher").bytes([p.shape[:2] for p in bench.pairs])
+    disk = kind_named("fisher").bytes([p.shape for p in bench.pairs])
     row("EWC, lean", LEAN * each, memory(lean), disk,
         f"{len(blocks)} of {LEAN} sequences")  # fmt: skip
     for kind in ("kronecker", "blend"):
@@ -92,7 +92,7 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
 
         gather()
         each = bench.seconds(gather, 1) / len(blocks)  # the pass that finds the bases included
-        disk = of.bytes([p.shape[:2] for p in bench.pairs], sequences=SEQUENCES_AT_BASE)
+        disk = of.bytes([p.shape for p in bench.pairs], sequences=SEQUENCES_AT_BASE)
         row(f"{kind}, at the base", SEQUENCES_AT_BASE * each, memory(gather), disk,
             f"{len(blocks)} of {SEQUENCES_AT_BASE} sequences")  # fmt: skip
     return blocks

@@ -28,7 +28,7 @@ FORMS = {
 
 def size_of(pairs: list[Pair], kind: str, storage: str) -> int:
     """Bytes of an importance of these targets."""
-    return kind_named(kind).bytes([p.shape[:2] for p in pairs], storage)
+    return kind_named(kind).bytes([p.shape for p in pairs], storage)
 
 
 def rows() -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hlora.cli import main as cli
+from hlora.core.evaluating import evaluating
 from hlora.run.models import load
 from tests.tiny import questions, write_model, write_rows, write_text
 
@@ -88,3 +89,20 @@ def test_what_is_quantized_already_is_refused(tiny, tmp_path, capsys):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     assert cli.main([*argv, str(tmp_path / "m.gguf")]) == 2
     assert ".gguf" in capsys.readouterr().err
+
+
+@needs
+@BITS
+@pytest.mark.filterwarnings("ignore")
+def test_looking_at_the_predictions_leaves_it_trainable(bits, wide):
+    """On a CPU bitsandbytes packs 4-bit weights in evaluation, and nothing trains below them."""
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = load(str(wide), bits=bits)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    ids = torch.randint(3, 90, (2, 9))
+    with torch.no_grad(), evaluating(model):
+        model(input_ids=ids)
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)

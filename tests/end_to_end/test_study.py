@@ -179,7 +179,7 @@ def test_a_phase_nu_that_fails_is_noted_by_the_runs_that_need_it(place, monkeypa
     monkeypatch.setattr(spec, "record_settings", broken)
     assert cli.main(["study", "s.yaml"]) == 2
     failed = [r for r in lines(place) if r["error"]]
-    assert {r["run"]["method"] for r in failed} == {"hlora-factored"}
+    assert {r["run"]["method"] for r in failed} == {"hlora-factored", "hlora-averaged"}
     assert "nowhere.txt" in failed[0]["error"]
 
 

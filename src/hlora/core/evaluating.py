@@ -7,14 +7,19 @@ from contextlib import contextmanager
 
 from torch import nn
 
+_PACKS = "Linear4bit"
+"""In evaluation on a CPU bitsandbytes packs its weights, and then nothing trains below them."""
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, each module's former mode after."""
-    training = [m for m in model.modules() if m.training]
+    before = [(m, m.training) for m in model.modules()]
     model.eval()
+    for module, _ in before:
+        module.training = type(module).__name__ == _PACKS
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in before:
+            module.training = training

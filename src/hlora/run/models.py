@@ -20,6 +20,7 @@ from torch import nn
 from hlora.core import store
 from hlora.core.adapter_file import read_adapter, read_config, read_tensors
 from hlora.core.adapter_rules import check_config
+from hlora.core.evaluating import evaluating
 from hlora.errors import InputError, StoreError, in_short, one_line, one_of, optional, suggest
 from hlora.hf.hub import located
 from hlora.hf.peft import check_loaded
@@ -106,7 +107,8 @@ def check_causal(model: nn.Module, name: str) -> None:
     """
     token, device = vocabulary(model) // 2, next(model.parameters()).device
     ids = torch.tensor([[token, token - 1], [token, token - 2]], device=device)
-    logits = model(input_ids=ids).logits[:, 0]
+    with evaluating(model):
+        logits = model(input_ids=ids).logits[:, 0]
     first, other = logits.float()
     noise = torch.finfo(logits.dtype).eps ** 0.5
     if (first - other).abs().max() > noise * first.abs().max():
