@@ -215,7 +215,7 @@ def test_on_prompts_micro_batches_add_up_to_the_batch(every, tmp_path):
     if every == 1:
         assert max(float(g.abs().max()) for g in found[0]) > 1e-2
         for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     else:  # one batch is not looked at; of four, two count twice
         assert all(float(g.abs().max()) < 1e-6 for g in found[0])
         assert max(float(g.abs().max()) for g in found[1]) > 1e-2
