@@ -11,8 +11,9 @@ from hlora.hf.divergence import divergences
 from hlora.hf.gauge import Gauge
 from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model, make_trainer, perturb
-from tests.test_budget import WATCHED, Stop, gathered, trained
+from tests.test_budget import WATCHED, gathered, trained
 from tests.test_distributed import in_force
+from tests.test_peers import straight_and_resumed
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_a_look_is_the_gradient_of_the_divergence_and_leaves_the_tasks_alone():
     groups = group(find_pairs(model))
     for p in model.parameters():
         p.grad = torch.full_like(p, 7.0) if p.requires_grad else None
-    found = Gauge(model, WATCHED).pull(WATCHED[:4], groups)
+    found = Gauge(model, WATCHED).pull(torch.arange(4), groups)
     assert all(p.grad.eq(7).all() for p in model.parameters() if p.requires_grad)
     wanted = reference(model, WATCHED[:4])
     for g, (dB, dA) in zip(groups, found, strict=True):
@@ -86,15 +87,8 @@ def test_between_looks_the_quadratic_tells_only_the_change(base):
 
 
 def test_a_resumed_run_looks_as_one_that_went_through(base, tmp_path):
-    def run(name, resume=None, **settings):
-        penalty = hlora.Penalty(base, phi=0.3, look_every=3)
-        return trained(tmp_path / name, penalty, [Stop()], resume=resume, **settings).model
-
-    saving = {"save_strategy": "steps", "save_steps": 20}
-    whole = state(trained(tmp_path / "a", hlora.Penalty(base, phi=0.3, look_every=3)).model)
-    run("b", **saving)
-    again = state(run("b", str(tmp_path / "b" / "checkpoint-20"), **saving))
-    torch.testing.assert_close(again, whole)
+    both = straight_and_resumed(tmp_path, lambda: hlora.Penalty(base, phi=0.3, look_every=3))
+    torch.testing.assert_close(*map(state, both))
 
 
 def test_a_budget_can_look(base, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from hlora.study import tables
 from hlora.study.matched import CONTRASTS, LATER, MARGIN, Matched, estimate, holm
 from hlora.study.methods import METHODS
+from hlora.study.metrics import METRICS
 from hlora.study.rows import Results
 from tests.results_lines import line
 
@@ -135,3 +136,12 @@ def test_contrasts_are_corrected_for_their_number():
         *[False] * len(CONTRASTS), *[True] * len(LATER)
     ]  # fmt: skip
     assert f"within ±{MARGIN:g}" in table.headings
+
+
+def test_kl_counts_every_kind_alike():
+    run = a_run("lora-mu", kl=0.2)  # and 0.6 farther away
+    assert METRICS["kl_unseen"].of(run) == pytest.approx(0.4)
+    run["text"]["far"]["divergences"] = [1.0]  # of one document
+    assert METRICS["kl_unseen"].of(run) == pytest.approx(0.8)
+    assert METRICS["kl_seen"].of(run) == pytest.approx(0.1)
+    assert METRICS["kl_unseen"].of(line("base", "a", 0)) is None

@@ -94,6 +94,15 @@ def test_with_text_it_is_half_and_half(tiny, tmp_path, capsys):
     )
 
 
+def test_one_row_of_its_own_is_kept_too(tiny, tmp_path):
+    text = write_text(tmp_path / "a.txt")
+    argv = ["record", "--model", str(tiny), "--sequences", "3", "--text", str(text), "--output"]
+    assert cli.main([*argv, str(tmp_path / "nu"), "--block-size", "16", "--device", "cpu"]) == 0
+    importance = hlora.load(tmp_path / "nu").importance
+    assert importance.written.shape == (1, 16)
+    assert len(importance.watched) > 1
+
+
 def test_options_of_a_gathering_are_refused_in_a_recording(tiny, tmp_path, capsys):
     text = write_text(tmp_path / "a.txt")
     argv = ["record", "--model", str(tiny), "--text", str(text), "--output", str(tmp_path / "nu")]

@@ -68,10 +68,12 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 4
 
 
-def test_a_resumed_run_reads_on_where_it_was(tmp_path):
-    def run(folder, callbacks=(), **settings):
-        trainer = make_trainer(lora_model(), tmp_path / folder, callbacks, max_steps=8, **settings)
-        hlora.attach(trainer, Divergence(ROWS, 10.0, batch=5, every=2))
+def straight_and_resumed(folder, regularizer):
+    """The models of a run of eight steps, and of one that was stopped after four and resumed."""
+
+    def run(name, callbacks=(), **settings):
+        trainer = make_trainer(lora_model(), folder / name, callbacks, max_steps=8, **settings)
+        hlora.attach(trainer, regularizer())
         return trainer
 
     straight = run("a")
@@ -79,8 +81,13 @@ def test_a_resumed_run_reads_on_where_it_was(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 4}
     run("b", [Stop()], **saving).train()
     resumed = run("b", **saving)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
-    for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+    resumed.train(resume_from_checkpoint=str(folder / "b" / "checkpoint-4"))
+    return straight.model, resumed.model
+
+
+def test_a_resumed_run_reads_on_where_it_was(tmp_path):
+    both = straight_and_resumed(tmp_path, lambda: Divergence(ROWS, 10.0, batch=5, every=2))
+    for a, b in zip(*(model.parameters() for model in both), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -9,7 +9,7 @@ from hlora.hf.peft import find_pairs
 from hlora.hf.slow import ToSlow
 from hlora.run.phases import DomainPhase
 from tests.conftest import lora_model, make_trainer
-from tests.test_peers import ROWS, Outputs, Stop, settings
+from tests.test_peers import ROWS, Outputs, settings, straight_and_resumed
 
 
 def factors(model):
@@ -70,18 +70,8 @@ def test_its_value_is_the_divergence_from_the_copy(tmp_path):
 
 
 def test_a_resumed_run_keeps_its_copy(tmp_path):
-    def run(folder, callbacks=(), **more):
-        trainer = make_trainer(lora_model(), tmp_path / folder, callbacks, max_steps=8, **more)
-        hlora.attach(trainer, ToSlow(ROWS, 3.0, decay=0.9, batch=5, every=2))
-        return trainer
-
-    straight = run("a")
-    straight.train()
-    saving = {"save_strategy": "steps", "save_steps": 4}
-    run("b", [Stop()], **saving).train()
-    resumed = run("b", **saving)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
-    for a, b in zip(factors(straight.model), factors(resumed.model), strict=True):
+    both = straight_and_resumed(tmp_path, lambda: ToSlow(ROWS, 3.0, decay=0.9, batch=5, every=2))
+    for a, b in zip(*map(factors, both), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -55,6 +55,7 @@ class Budgeted(Quadratic):
 
     Attributes:
         taken: steps so far.
+        predicted, left, share: what `keep` gave when training ended.
 
     Raises:
         InputError: a budget that is no positive number.
@@ -66,6 +67,8 @@ class Budgeted(Quadratic):
         device = next(iter(self.anchor.values()))[0].device
         self.at_most, self.steps, self.gauge, self.taken = at_most, steps, gauge, 0
         self.phi: Tensor = torch.tensor(FIRST, device=device)
+        self.predicted: float | None = None
+        self.left, self.share = 0.0, 1.0
         self.level, self.log_kappa = (torch.zeros((), device=device) for _ in range(2))
 
     @torch.no_grad()
@@ -95,9 +98,13 @@ class Budgeted(Quadratic):
         return super().state() | steered
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
+        super().load_state(tensors)
         for name in ("level", "log_kappa"):
             here = getattr(self, name)
             here.copy_(tensors.get(name, here))
+
+    def at_end(self, groups: list[Group]) -> None:
+        self.predicted, self.left, self.share = self.keep(groups)
 
     @torch.no_grad()
     def keep(self, groups: list[Group]) -> tuple[float, float, float]:

@@ -17,7 +17,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     before = [(m, m.training) for m in model.modules()]
     model.eval()
     for module, _ in before:
-        module.training = type(module).__name__ == _PACKS
+        if type(module).__name__ == _PACKS:
+            module.training = True
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,13 +28,13 @@ class Looks:
     tells only how the pull has changed since.
 
     Args:
-        pull: ∇KL on rows of tokens, at the present weights.
-        rows: (N, T) tokens, taken in turn.
+        pull: ∇KL on some of the rows, given their numbers, at the present weights.
+        rows: how many there are, taken in turn.
         every: optimizer steps from one look to the next.
     """
 
     def __init__(
-        self, pull: Callable[[Tensor, list[Group]], Gradients], rows: Tensor, every: int
+        self, pull: Callable[[Tensor, list[Group]], Gradients], rows: int, every: int
     ) -> None:
         self.pull, self.rows, self.every = pull, rows, every
         self.taken = 0
@@ -44,9 +44,8 @@ class Looks:
         """φ·∇R of each group, corrected."""
         self.taken += 1
         if self.taken % self.every == 0:
-            first = (self.taken // self.every - 1) * ROWS
-            index = torch.arange(first, first + ROWS) % len(self.rows)
-            seen = self.pull(self.rows[index], groups)
+            index = in_turn(self.taken // self.every, ROWS, self.rows)
+            seen = self.pull(index, groups)
             for g, true, ours in zip(groups, seen, gradients, strict=True):
                 new = [t - o / phi for t, o in zip(true, ours, strict=True)]
                 old = self.found.get(g.names, new)
@@ -65,8 +64,17 @@ class Looks:
             found |= unstack(names, both, _KEYS)
         return found
 
-    def load_state(self, tensors: dict[str, Tensor], groups: list[Group]) -> None:
+    def load_state(
+        self, tensors: dict[str, Tensor], like: Mapping[tuple[str, ...], tuple[Tensor, Tensor]]
+    ) -> None:
+        """From a checkpoint; by names as `like`, and with its devices and dtypes."""
         self.taken = int(tensors.get("looks.taken", torch.zeros(1)))
-        for g in groups:
-            if _KEYS[0].format(g.names[0]) in tensors:
-                self.found[g.names] = g.stack(tensors, _KEYS[0]), g.stack(tensors, _KEYS[1])
+        for names, (B, A) in like.items():
+            if _KEYS[0].format(names[0]) in tensors:
+                b, a = (torch.stack([tensors[key.format(n)] for n in names]) for key in _KEYS)
+                self.found[names] = b.to(B), a.to(A)
+
+
+def in_turn(look: int, count: int, rows: int) -> Tensor:
+    """The numbers of the `count` rows that the first, second, ... look takes, of so many."""
+    return torch.arange((look - 1) * count, look * count) % rows

@@ -76,6 +76,10 @@ class Quadratic(Regularizer):
     def state(self) -> dict[str, Tensor]:
         return {} if self.looks is None else self.looks.state()
 
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        if self.looks is not None:
+            self.looks.load_state(tensors, self.anchor)
+
     def predict(self, groups: list[Group]) -> Tensor:
         """The forgetting that the importance predicts for θ as it is, nats per token."""
         changes = [self.change(g, *g.factors()) for g in groups]

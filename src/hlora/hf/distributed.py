@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed
+from torch import Tensor
 
+from hlora.core.sharded import is_sharded
 from hlora.errors import UnsupportedModelError
 
 _WHY = {
@@ -17,13 +20,16 @@ _WHY = {
 }
 
 
-def refuse_shards(what: str) -> None:
+def refuse_shards(what: str, parameters: Iterable[Tensor] = ()) -> None:
     """Refuse FSDP in any form that is in force, for the sake of `what`.
+
+    Args:
+        parameters: which a loop of one's own may have sharded.
 
     Raises:
         UnsupportedModelError: the model is or will be sharded.
     """
-    if _plan() == "FSDP":
+    if _plan() == "FSDP" or any(map(is_sharded, parameters)):
         raise UnsupportedModelError(
             f"{what} does not work where the model is sharded (FSDP2): leave it out, or train with "
             "DistributedDataParallel: torchrun, without that setting."

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hlora.core.looks import in_turn
 from hlora.core.regularizer import Regularizer
 from hlora.errors import InputError
 
@@ -77,8 +78,7 @@ class Divergence(_Seldom):
         self.rows, self.batch = rows, batch
 
     def look(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor:
-        start = (self.seen // self.every - 1) * self.batch
-        index = torch.arange(start, start + self.batch) % len(self.rows)
+        index = in_turn(self.seen // self.every, self.batch, len(self.rows))
         ids = self.rows[index].to(next(model.parameters()).device)
         with torch.no_grad():
             before = self.before(model, ids)

@@ -44,8 +44,8 @@ class Gauge:
             found = [self._of(rows) for rows in self.rows[part].split(BATCH)]
         return torch.cat(found).mean()
 
-    def pull(self, rows: Tensor, groups: list[Group]) -> list[tuple[Tensor, Tensor]]:
-        """The gradients of the same on some rows by B (L, m, r) and A (L, r, n), a pair a group.
+    def pull(self, index: Tensor, groups: list[Group]) -> list[tuple[Tensor, Tensor]]:
+        """The gradients of the same on the rows of these numbers, by B (L, m, r) and A (L, r, n).
 
         The parameters' own gradients stay as they are. Row by row, for the sake of memory.
         """
@@ -54,7 +54,7 @@ class Gauge:
         with torch.enable_grad(), evaluating(self.model):
             of_rows = [
                 torch.autograd.grad(self._of(row).mean(), trained, allow_unused=True)
-                for row in rows.split(1)
+                for row in self.rows[index].split(1)
             ]
         try:
             for p, found in zip(trained, zip(*of_rows, strict=True), strict=True):

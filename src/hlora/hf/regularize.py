@@ -19,7 +19,6 @@ from hlora.core.pairs import Group, Pair, check_held, digest, group, resized, un
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
-from hlora.core.sharded import is_sharded
 from hlora.core.statefile import pack, read
 from hlora.errors import InputError, StoreError, UnsupportedModelError, in_short, one_of
 from hlora.files import write_whole
@@ -283,8 +282,6 @@ class Penalty(Regularization):
         self._planned = 0
         self._first: tuple[weakref.ref[nn.Module], Anchor] | None = None
         self.leads = True
-        self.predicted: float | None = None
-        self.left, self.share = 0.0, 1.0
         if forget_at_most is not None:
             check_budget(forget_at_most)
             if phi is not None:
@@ -311,6 +308,18 @@ class Penalty(Regularization):
                 "(anchor 'nu'): leave one of the two out."
             )
 
+    @property
+    def predicted(self) -> float | None:
+        return getattr(self.regularizer, "predicted", None)
+
+    @property
+    def left(self) -> float:
+        return getattr(self.regularizer, "left", 0.0)
+
+    @property
+    def share(self) -> float:
+        return getattr(self.regularizer, "share", 1.0)
+
     def note_phi(self, value: float | Tensor) -> None:
         if not isinstance(value, Tensor):
             self.rule = replace(self.rule, phi=float(value))  # refuses what is no φ
@@ -332,14 +341,10 @@ class Penalty(Regularization):
         return groups
 
     def _looks(self, model: nn.Module, groups: list[Group], every: int) -> Looks:
-        if any(is_sharded(p.B) for g in groups for p in g.pairs):
-            raise UnsupportedModelError(
-                "look_every does not work where the model is sharded (FSDP2): leave it out, or "
-                "train with DistributedDataParallel."
-            )
+        refuse_shards("look_every", [p.B for g in groups for p in g.pairs])
         rows = self.stored.importance.written
         assert rows is not None
-        return Looks(Gauge(model, rows).pull, rows, every)
+        return Looks(Gauge(model, rows).pull, len(rows), every)
 
     def check(self, model: nn.Module, args: Any) -> None:
         if self.look_every is not None:
@@ -407,11 +412,6 @@ class Penalty(Regularization):
         if isinstance(self.regularizer, Budgeted):
             self.regularizer.taken = state.global_step
 
-    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if self.steps is not None and isinstance(self.regularizer, Budgeted):
-            self.predicted, self.left, self.share = self.regularizer.keep(self._groups)
-        super().on_train_end(args, state, control, **kwargs)
-
     def _find_anchor(self, model: nn.Module, groups: list[Group], *, fresh: bool) -> Anchor:
         """B and A of the anchor by group; for `nu` a new adapter becomes the recorded one."""
         if self.anchor != "nu":
@@ -452,10 +452,7 @@ class Penalty(Regularization):
         return found
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        if isinstance(self.regularizer, Budgeted) and tensors:
-            self.regularizer.load_state(tensors)
-        if isinstance(self.regularizer, Quadratic) and self.regularizer.looks is not None:
-            self.regularizer.looks.load_state(tensors, self._groups)
+        self.regularizer.load_state(tensors)
         if not self.needs_state:
             return
         assert isinstance(self.regularizer, Quadratic)

@@ -148,12 +148,19 @@ def training_value(name: str, value: Any) -> Any:
 
 def _peft_value(name: str, value: Any) -> Any:
     """Text stands for a number, a truth value or, in brackets, a list."""
-    if isinstance(value, str) and value[:1] in ("{", "["):
-        try:
-            return plain(parse_yaml(value))
-        except ValueError as error:
-            raise InputError(f"--peft.{name}: {error}.") from None
+    if isinstance(value, str) and value[:1] in _BRACKETS:
+        return _bracketed(f"--peft.{name}", value)
     return plain(value)
+
+
+_BRACKETS = ("{", "[")
+
+
+def _bracketed(name: str, value: str) -> Any:
+    try:
+        return plain(parse_yaml(value))
+    except ValueError as error:
+        raise InputError(f"{name}: {error}.") from None
 
 
 def _training_value(name: str, value: Any) -> Any:
@@ -165,11 +172,8 @@ def _training_value(name: str, value: Any) -> Any:
     kinds = set(get_args(hint) or (hint,))
     if hint is None or (type(None) in kinds and value.lower() in ("null", "none")):
         return plain(value) if hint is None else None
-    if value[:1] in ("{", "["):
-        try:
-            return plain(parse_yaml(value))
-        except ValueError as error:
-            raise InputError(f"--training.{name}: {error}.") from None
+    if value[:1] in _BRACKETS:
+        return _bracketed(f"--training.{name}", value)
     if str in kinds or any(isinstance(k, type) and issubclass(k, enum.Enum) for k in kinds):
         return _WORDS[value] if bool in kinds and value in ("true", "false") else value
     for kind in (bool, int, float):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import fmean
 
 from hlora.run.means import exp
 from hlora.study.cells import Best
@@ -43,6 +44,12 @@ def _forgetting(group: str) -> Measure:
     return lambda line: line["forgetting"].get(group, {}).get("nats")
 
 
+def divergence(line: Line, kinds: Iterable[str]) -> float | None:
+    """The mean KL from the base over these kinds of text, every kind alike."""
+    found = [line["text"][k].get("divergences") or [] for k in kinds if k in line["text"]]
+    return fmean(map(fmean, found)) if found and all(found) else None
+
+
 def _seconds(phase: str) -> Measure:
     return lambda line: line.get("seconds", {}).get(phase)
 
@@ -59,6 +66,8 @@ METRICS: dict[str, Metric] = {
     "ppl_unseen": Metric("PPL, unseen", lambda line: perplexity(line, line["unseen"]), best=min),
     "forgetting_seen": Metric("forgot, seen", _forgetting("seen"), 3, signed=True, best=min),
     "forgetting_unseen": Metric("forgot, unseen", _forgetting("unseen"), 3, signed=True, best=min),
+    "kl_seen": Metric("KL, seen", lambda line: divergence(line, line["seen"]), 3, best=min),
+    "kl_unseen": Metric("KL, unseen", lambda line: divergence(line, line["unseen"]), 3, best=min),
     "seconds_record": Metric("seconds, general phase (ν)", _seconds("record"), 0),
     "seconds_tune": Metric("seconds, domain phase (μ)", _seconds("tune"), 0),
     "importance_bytes": Metric("importance, bytes", lambda line: line.get("importance_bytes"), 0),

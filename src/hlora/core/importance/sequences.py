@@ -39,7 +39,8 @@ PILOT = 4
 """One sequence in so many finds U and V."""
 TOKENS, WATCHED, WRITTEN = "tokens", "watched", "written"
 """The tensors that hold T, text to measure forgetting on, and text to look at while training."""
-TEXTS = (WATCHED, WRITTEN)
+TEXTS = {WATCHED: 2, WRITTEN: 1}
+"""How many rows they have at least: forgetting is measured on two halves."""
 
 Self = TypeVar("Self", bound="Sequences")
 
@@ -149,13 +150,13 @@ class Sequences(Importance):
         ]
 
     def check(self) -> None:
-        for name in TEXTS:
+        for name, least in TEXTS.items():
             rows = self._tensors.get(name)
             if rows is not None and not (
-                rows.dim() == 2 and min(rows.shape) >= 2 and not rows.is_floating_point()
-                and int(rows.min()) >= 0
+                rows.dim() == 2 and len(rows) >= least and rows.shape[1] >= 2
+                and not rows.is_floating_point() and int(rows.min()) >= 0
             ):  # fmt: skip
-                raise ValueError(f"{name} does not hold two rows of tokens or more")
+                raise ValueError(f"{name} does not hold {least} or more rows of tokens")
         for name, t in self._tensors.items():
             if t.is_floating_point() and not t.isfinite().all():
                 raise ValueError(f"{name} is not finite")
