@@ -7,7 +7,7 @@ import torch
 
 import hlora
 from hlora.hf.distributed import leave_together
-from tests.conftest import lora_model, make_trainer, token_rows
+from tests.conftest import lora_model, make_trainer, perturb, token_rows
 
 
 def main(folder: Path, batch: int, kind: str) -> None:
@@ -15,14 +15,19 @@ def main(folder: Path, batch: int, kind: str) -> None:
         "per_device_train_batch_size": batch, "max_steps": 4, "ddp_backend": "gloo",
         "ddp_find_unused_parameters": False,
     }  # fmt: skip
+    if kind == "looks":
+        penalty = hlora.Penalty(folder / "base", phi=1e3, look_every=1)
+    else:
+        model = lora_model(dtype=torch.float64)
+        make_trainer(
+            model, folder / "run", [hlora.Record(folder / "nu", kind=kind)], **settings
+        ).train()
+        penalty = hlora.Penalty(folder / "nu", phi=5.0)
     model = lora_model(dtype=torch.float64)
-    make_trainer(
-        model, folder / "run", [hlora.Record(folder / "nu", kind=kind)], **settings
-    ).train()
-    model = lora_model(dtype=torch.float64)
+    if kind == "looks":  # at the base there would be nothing to see
+        perturb(model)
     trainer = make_trainer(
-        model, folder / "run", [hlora.Penalty(folder / "nu", phi=5.0)], rows=token_rows(seed=2),
-        **settings,
+        model, folder / "run", [penalty], rows=token_rows(seed=2), **settings,
     )  # fmt: skip
     trainer.train()
     if trainer.is_world_process_zero():
