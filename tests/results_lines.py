@@ -22,7 +22,10 @@ def line(method: str, task: str, seed: int, phi: float | None = None, **changes:
         "machine": {"device": "a CPU", "threads": 1},
         "seen": ["wiki"], "unseen": ["docs"],
         "text": {
-            k: {"loss": 3.0 + lost * (1 if k == "wiki" else 2), "tokens": 100, "perplexity": 0.0}
+            k: {
+                "loss": 3.0 + lost * (1 if k == "wiki" else 2), "tokens": 100, "perplexity": 0.0,
+                "divergences": [abs(lost)] if trained else [],
+            }
             for k in ("wiki", "docs")
         },
         "forgetting": {
