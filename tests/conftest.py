@@ -106,6 +106,12 @@ def _one_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _own_precision(monkeypatch):
+    """Before transformers 5, TrainingArguments(bf16=True) made each later Trainer one of bf16."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def recorded(tmp_path, kind):
     """An importance folder of the tiny LLaMA."""
     import hlora

@@ -2,17 +2,21 @@
 
 import importlib.util
 import json
+import os
 import shutil
 
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 
 import hlora
 from hlora.run import models
 from hlora.run.models import load, load_adapter, new_adapter, pick_device, pick_dtype
+from hlora.run.phases import DomainPhase
 from hlora.run.settings import TrainSettings
 from tests.conftest import base_model, lora_model
+from tests.test_peers import settings
 from tests.tiny import tokenizer
 
 
@@ -149,3 +153,24 @@ def test_targets_that_a_model_has_not_or_that_peft_refuses_are_one_sentence(tmp_
     everything = TrainSettings(model="m", output="o", targets=["all-linear"])
     with pytest.raises(hlora.InputError, match=r"--targets.*out_proj"):
         new_adapter(mamba, everything)
+
+
+@pytest.mark.parametrize("before", [None, "bf16"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_training_computes_in_the_dtype_that_was_asked_for(
+    before, dtype, tiny, tmp_path, monkeypatch
+):
+    """Whatever a Trainer before it in this process, or `accelerate launch`, had set."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    monkeypatch.delenv(name)
+    if before:
+        monkeypatch.setenv(name, before)
+    phase = DomainPhase(settings(tiny, tmp_path, dtype=dtype, max_steps=1, learning_rate=0.0))
+    phase.run()
+    assert os.environ.get(name) == before
+    assert AcceleratorState().mixed_precision == ("bf16" if dtype == "bf16" else "no")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        found = phase.model.eval()(input_ids=ids).logits
+        exact = load(str(tiny))[0](input_ids=ids).logits
+    assert ((found - exact).abs().max() < 1e-6) == (dtype == "fp32")

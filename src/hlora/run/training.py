@@ -11,7 +11,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,20 @@ def read_trained(path: Path) -> Trained:
     return Trained(log, seconds, int(steps), lost)
 
 
+@contextmanager
+def _precision(dtype: str, device: str) -> Iterator[None]:
+    """What --dtype says is how accelerate computes; it would take that of a Trainer before ours."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    before = os.environ.get(name)
+    os.environ[name] = "no" if dtype == "fp32" or (dtype, device) == ("fp16", "cpu") else dtype
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def arguments(settings: TrainSettings) -> TrainingArguments:
     """TrainingArguments from settings, those under `training` included.
 
@@ -148,7 +163,8 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
         **settings.training,
     }
     try:
-        args = TrainingArguments(**values)
+        with _precision(dtype, device):
+            args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
         raise InputError(
             f"TrainingArguments refuses these settings: {one_line(error, 240)}"
@@ -178,6 +194,9 @@ def train(
     """
     work = work_folder(settings)
     args = arguments(settings)
+    device = pick_device(settings.device)
+    with _precision(pick_dtype(settings.dtype, device), device):
+        trainer = make_trainer(model, args, data, collate)
     checkpoint = newest_whole(work) if settings.resume else None
     if checkpoint is not None:
         logger.warning("Resuming from %s.", checkpoint)
@@ -189,7 +208,6 @@ def train(
     if args.gradient_checkpointing:  # else a frozen base has no path for gradients
         model.enable_input_require_grads()  # type: ignore[operator]
     stop = Interruptible(resume_with or "Continue with --resume.")
-    trainer = make_trainer(model, args, data, collate)
     refuse_plan(fsdp2=False)
     attach(trainer, *parts, BadSteps(settings.max_bad_steps), unheld=settings.unheld)
     trainer.remove_callback(PrinterCallback)
