@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ from hlora.core.kinds import kind_named
 from hlora.files import size
 from hlora.hf.peft import find_pairs
 from hlora.run.machine import peak_bytes, reset_peak
+from hlora.run.own_text import own_text
+from hlora.run.phases import WATCHED
+
+TEXT = "the text that the model writes"
+WRITTEN = 32
 
 
 def measure(shape: str, steps: int, batch: int, tokens: int, timed: int) -> list[dict[str, Any]]:
@@ -95,6 +101,15 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
         disk = of.bytes([p.shape for p in bench.pairs], sequences=SEQUENCES_AT_BASE)
         row(f"{kind}, at the base", SEQUENCES_AT_BASE * each, memory(gather), disk,
             f"{len(blocks)} of {SEQUENCES_AT_BASE} sequences")  # fmt: skip
+
+    def write() -> None:
+        words = SimpleNamespace(bos_token_id=0, chat_template=None)
+        own_text(bench.model, words, WRITTEN, tokens)
+
+    write()
+    count = SEQUENCES_AT_BASE + WATCHED
+    row(TEXT, bench.seconds(write, 1) * count / WRITTEN, memory(write), 4 * count * tokens,
+        f"{WRITTEN} of {count} sequences")  # fmt: skip
     return blocks
 
 

@@ -21,7 +21,8 @@ Made by `make bench` on {device} (torch {torch}, Python {python}, hlora {hlora})
 Milliseconds are medians. A row's peers are the plain LoRA step, and the same addition in plain
 torch, of the same run. "Floor" is the time to read the importance once (and to write it, in
 recording) at the speed of a copy in the same run. "Kept" is what stays in memory; the penalty in
-plain torch keeps θ^ν as a dense matrix beside Ω, ours keeps its thin factors.
+plain torch keeps θ^ν as a dense matrix beside Ω, ours keeps its thin factors. In the row with looks
+all steps from one look to the next are timed together, and one of them is given.
 """
 
 BOUNDS = """
@@ -66,7 +67,8 @@ memory is the GPU's, or the process's where there is none, with the model and al
 GOALS = """
 ## What was to be reached
 
-On an H100, at the shapes of Llama-3.2-3B, LoRA of r 8 on q and v, 20 × 128 tokens.
+LoRA of r 8 on q and v. On an H100, at the shapes of Llama-3.2-3B with 20 × 128 tokens; in the rows
+of smollm2 on two cores, with 8 × 128 tokens.
 """
 
 LIMITS = """

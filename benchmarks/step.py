@@ -32,6 +32,7 @@ from benchmarks.shapes import TARGETS, WHOLE, lora_model
 from hlora.core import store
 from hlora.core.importance.sequences import SEQUENCES
 from hlora.core.kinds import kind_named
+from hlora.core.looks import ROWS
 from hlora.core.steps import steps_of
 from hlora.hf.peft import find_pairs
 from hlora.hf.record import save_importance
@@ -42,6 +43,8 @@ from hlora.run.settings import ConvertSettings
 RECORDS = ("dense", "factored")
 PENALTIES = ("fp32", "bf16", "int8", "factored")
 AT_BASE = ("kronecker", "sketch", "blend")
+LOOK_EVERY = 16
+LOOKS = f"penalty, blend, a look in {LOOK_EVERY} steps"
 
 
 class Bench:
@@ -69,6 +72,10 @@ class Bench:
         self.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    def steps(self, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for _ in range(count):
+            self.step(optimizer)
 
     def seconds(self, run: Callable[[], None], repeats: int) -> float:
         """Median of single runs."""
@@ -102,14 +109,14 @@ class Bench:
             self.sync()
         return sum(e.self_device_time_total for e in profile.key_averages()) / 1e6
 
-    def addition(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        """What an attached callback adds to a step, to be run alone after a real backward pass."""
+    def addition(self, optimizer: torch.optim.Optimizer, steps: int = 1) -> Callable[[], None]:
+        """What an attached callback adds to steps, to be run alone after a real backward pass."""
         self.step(optimizer)
         self.backward()
         hooks = steps_of(optimizer)
 
         def added() -> None:
-            for hook in (*hooks.observers, hooks.regularize, *hooks.after):
+            for hook in (*hooks.observers, hooks.regularize, *hooks.after) * steps:
                 hook(optimizer)
 
         added()
@@ -139,16 +146,18 @@ def measure(
     step_peak = bench.peak(lambda: bench.step(plain))
     bandwidth = bench.bandwidth()
     rows = []
-    attached = list(additions(bench))
+    attached = list(additions(bench, looks=True))
     alone = bench.in_turn([added for *_, added in attached], repeats)
-    for (name, kept, optimizer, added), seconds in zip(attached, alone, strict=True):
+    for (name, kept, optimizer, added), taken in zip(attached, alone, strict=True):
+        steps = LOOK_EVERY if name == LOOKS else 1
+        seconds = taken / steps
         floor = kept * (2 if name.startswith("record") else 1) / bandwidth
         busy = bench.busy(added)
         bench.model.zero_grad()
         whole = peak = None
         if bench.device.type == "cuda":
-            whole = _difference(bench, plain, optimizer, repeats)
-            more = bench.peak(lambda o=optimizer: bench.step(o))  # type: ignore[misc]
+            whole = _difference(bench, plain, optimizer, repeats, steps)
+            more = bench.peak(lambda o=optimizer, n=steps: bench.steps(o, n))  # type: ignore[misc]
             peak = (more or 0) - (step_peak or 0)
         rows.append(
             {
@@ -156,7 +165,7 @@ def measure(
                 "tokens": tokens, "matrices": len(bench.pairs), "addition": name,
                 "step_ms": 1e3 * step, "added_ms": 1e3 * seconds,
                 "added_percent": 100 * seconds / step, "floor_ms": 1e3 * floor,
-                "busy_ms": None if busy is None else 1e3 * busy,
+                "busy_ms": None if busy is None else 1e3 * busy / steps,
                 "whole_step_difference_ms": None if whole is None else 1e3 * whole,
                 "added_peak_bytes": peak, "kept_bytes": kept,
             }
@@ -169,20 +178,22 @@ def measure(
     return rows
 
 
-def _difference(bench: Bench, plain: Any, other: Any, repeats: int) -> float:
-    """Median difference of whole steps, taken in turn."""
+def _difference(bench: Bench, plain: Any, other: Any, repeats: int, steps: int) -> float:
+    """Median difference of whole steps, so many at a time, taken in turn."""
     differences = []
     for _ in range(repeats):
-        one = bench.seconds(lambda: bench.step(plain), 1)
-        two = bench.seconds(lambda: bench.step(other), 1)
-        differences.append(two - one)
+        one = bench.seconds(lambda: bench.steps(plain, steps), 1)
+        two = bench.seconds(lambda: bench.steps(other, steps), 1)
+        differences.append((two - one) / steps)
     return statistics.median(differences)
 
 
 def additions(
-    bench: Bench,
+    bench: Bench, *, looks: bool = False
 ) -> Iterator[tuple[str, int, torch.optim.Optimizer, Callable[[], None]]]:
-    """A name, the bytes that it keeps, the optimizer that it is attached to, and what it adds."""
+    """A name, the bytes that it keeps, the optimizer that it is attached to, and what it adds:
+    to one step, but where it looks at the predictions, to as many as there are from look to look.
+    """
     with tempfile.TemporaryDirectory() as place:
         with contextlib.redirect_stdout(io.StringIO()):
             _importance(bench, Path(place))
@@ -190,6 +201,10 @@ def additions(
             optimizer = bench.optimizer()
             kept = start(optimizer)
             yield name, kept, optimizer, bench.addition(optimizer)
+        if looks:
+            optimizer = bench.optimizer()
+            kept = _penalty(bench, Path(place) / "blend", optimizer, look_every=LOOK_EVERY)
+            yield LOOKS, kept, optimizer, bench.addition(optimizer, LOOK_EVERY)
 
 
 def _importance(bench: Bench, folder: Path) -> None:
@@ -210,8 +225,17 @@ def _importance(bench: Bench, folder: Path) -> None:
             for name, t in few.tensors().items()
         }
         importance = kind_named(kind).from_tensors(again)
+        text = bench.ids.cpu().repeat(ROWS, 1)[:ROWS]
+        importance = importance.watching(text, text)  # type: ignore[attr-defined]
         notes = {"recording": {}, "summary": {}}
         save_importance(folder / kind, bench.model, bench.pairs, importance, notes)
+
+
+def _penalty(bench: Bench, folder: Path, optimizer: torch.optim.Optimizer, **settings: Any) -> int:
+    """Attach a penalty; the bytes of its importance."""
+    held = hlora.Penalty(folder, phi=1e-6, anchor="base", **settings)
+    held.start(bench.model, optimizer)
+    return int(held.stored.info["files"][store.TENSORS]["bytes"])
 
 
 def _starts(bench: Bench, folder: Path) -> list[tuple[str, Callable[[torch.optim.Optimizer], int]]]:
@@ -227,12 +251,7 @@ def _starts(bench: Bench, folder: Path) -> list[tuple[str, Callable[[torch.optim
         return start
 
     def penalty(form: str) -> Callable[[torch.optim.Optimizer], int]:
-        def start(optimizer: torch.optim.Optimizer) -> int:
-            held = hlora.Penalty(folder / form, phi=1e-6, anchor="base")
-            held.start(bench.model, optimizer)
-            return int(held.stored.info["files"][store.TENSORS]["bytes"])
-
-        return start
+        return lambda optimizer: _penalty(bench, folder / form, optimizer)
 
     def plain_record(optimizer: torch.optim.Optimizer) -> int:
         PlainRecord(bench.pairs, optimizer)

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import cost
 from benchmarks.shapes import TARGETS, WHOLE, lora_model
+from hlora.core.importance.sequences import SEQUENCES
 from hlora.core.kinds import kind_named
 from hlora.core.pairs import Pair, base_parameters
 from hlora.files import size
@@ -22,13 +23,13 @@ from hlora.hf.peft import find_pairs
 
 FORMS = {
     "factored": ("factored", "fp32"), "dense int8": ("dense", "int8"),
-    "dense bf16": ("dense", "bf16"), "dense fp32": ("dense", "fp32"),
+    "dense bf16": ("dense", "bf16"), "dense fp32": ("dense", "fp32"), "blend": ("blend", "fp32"),
 }  # fmt: skip
 
 
 def size_of(pairs: list[Pair], kind: str, storage: str) -> int:
     """Bytes of an importance of these targets."""
-    return kind_named(kind).bytes([p.shape for p in pairs], storage)
+    return kind_named(kind).bytes([p.shape for p in pairs], storage, sequences=SEQUENCES)
 
 
 def rows() -> list[dict[str, Any]]:

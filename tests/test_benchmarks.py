@@ -49,7 +49,7 @@ def test_the_cost_page_is_made_from_the_benchmarks(results, measured, tmp_path, 
     assert {r["addition"] for r in rows} == {
         "record, plain torch", "record, dense", "record, factored", "penalty, plain torch",
         "penalty, fp32", "penalty, bf16", "penalty, int8", "penalty, factored",
-        "penalty, kronecker", "penalty, sketch", "penalty, blend",
+        "penalty, kronecker", "penalty, sketch", "penalty, blend", step.LOOKS,
     }  # fmt: skip
     assert all(r["step_ms"] > 0 and r["added_ms"] > 0 and r["floor_ms"] > 0 for r in rows)
     run(page, monkeypatch, "--json", results, "--output", tmp_path / "cost.md")
