@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hlora.core.looks import in_turn
+from hlora.core.pairs import Group
 from hlora.core.regularizer import Regularizer
 from hlora.errors import InputError, UnsupportedModelError
 from hlora.hf.peft import unwrap
+
+logger = logging.getLogger(__name__)
 
 
 def divergences(before: Tensor, after: Tensor) -> Tensor:
@@ -129,6 +133,7 @@ class OnPrompts(_Seldom):
 
     def __init__(self, phi: float = 1.0, every: int = 1) -> None:
         super().__init__(phi, every)
+        self._met: Tensor | None = None
 
     def look(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor:
         logits = getattr(outputs, "logits", None)
@@ -141,6 +146,7 @@ class OnPrompts(_Seldom):
         prompt = inputs["labels"][:, 1:] == _NOT_LEARNED
         if mask is not None:
             prompt = prompt & mask[:, 1:].bool()
+        self._met = prompt.any() if self._met is None else self._met | prompt.any()
         with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
             before = model(input_ids=ids, attention_mask=mask).logits
         return torch.stack(
@@ -149,3 +155,10 @@ class OnPrompts(_Seldom):
                 for b, a, here in zip(before[:, :-1], logits[:, :-1], prompt, strict=True)
             ]
         ).mean()
+
+    def at_end(self, groups: list[Group]) -> None:
+        if self._met is not None and not self._met:
+            logger.warning(
+                "KL on the prompts held nothing: no row had a prompt, tokens that are not learned. "
+                "Take KL on general text (Divergence), or rows with prompt and completion."
+            )
