@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -232,12 +231,15 @@ def test_the_reference_is_where_a_new_adapter_starts(kind, tiny, nu, tmp_path, m
 
 
 def test_a_model_that_is_sharded_already_takes_no_reference(tiny, nu, tmp_path, monkeypatch):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("this torch has no FSDP2")
     # On such a model PEFT's own loading can end the process.
     monkeypatch.setattr("hlora.hf.reference.add_reference", lambda *_: None)
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         trainer = make("DPO", tiny, tmp_path)
-        fully_shard(trainer.model)
+        fsdp.fully_shard(trainer.model)
         with pytest.raises(hlora.UnsupportedModelError, match="already sharded"):
             hlora.attach(trainer, hlora.Penalty(nu))
         assert list(trainer.model.peft_config) == ["default"]
