@@ -52,6 +52,13 @@ MUTANTS = [
     # Trainers
     Mutant("the reference is a new adapter", H + "peft.py",
            "    take_over(model, recorded, noted, name)", "    pass", "tests/test_trl.py"),
+    Mutant("A2PO's copy of the model stays at the base model", H + "reference.py",
+           "take_over(trainer.ref_model, recorded, noted)", "pass",
+           "tests/test_trainers.py -k new_adapter"),
+    Mutant("a term on the data never joins the loss", H + "regularize.py",
+           "of.off or self.steps.losses", "of.off or True", "tests/test_trainers.py -k at_once"),
+    Mutant("a budget is measured on a classifier", H + "regularize.py",
+           "        refuse_no_text(model, asked)\n", "", "tests/test_trainers.py -k no_text"),
     Mutant("a new magnitude is not that of the start", H + "peft.py",
            "old.copy_(magnitudes[adapter].weight)", "pass", "tests/test_unheld.py"),
     Mutant("the recorded head is left behind", H + "regularize.py",

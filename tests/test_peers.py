@@ -228,6 +228,14 @@ def test_on_prompts_micro_batches_add_up_to_the_batch(every, tmp_path):
         assert max(float(g.abs().max()) for g in found[1]) > 1e-2
 
 
+def test_on_prompts_rows_without_a_prompt_are_told(tmp_path, caplog):
+    for rows, told in ((prompted(), False), (token_rows(), True)):
+        trainer = make_trainer(lora_model(), tmp_path, rows=rows, max_steps=2)
+        hlora.attach(trainer, OnPrompts())
+        trainer.train()
+        assert ("no row had a prompt" in caplog.text) == told
+
+
 def test_on_prompts_label_smoothing_is_refused(tiny, tmp_path):
     phase = DomainPhase(
         settings(

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from hlora.cli import main as cli
+from hlora.core import store
 from hlora.core.evaluating import evaluating
 from hlora.run.models import load
-from tests.tiny import questions, write_model, write_rows, write_text
+from tests.test_experts import base, is_fused
+from tests.tiny import questions, tokenizer, write_model, write_rows, write_text
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
 needs = pytest.mark.skipif(
@@ -50,6 +52,31 @@ def test_record_tune_eval_and_merge(bits, wide, tmp_path, capsys):
     assert cli.main(back) == 0
     into = ["merge", "--adapter", mu, "--model", str(wide), "--output", str(tmp_path / "out")]
     assert cli.main(into) == 0  # into the model that was quantized
+
+
+@needs
+@pytest.mark.skipif(not is_fused(), reason="this transformers keeps experts as Linear modules")
+@BITS
+@pytest.mark.filterwarnings("ignore")
+def test_experts_that_are_one_parameter_stay_whole_and_are_told(bits, tmp_path, capsys):
+    model = base("Mixtral", hidden_size=128, intermediate_size=128, vocab_size=len(tokenizer()))
+    model.save_pretrained(tmp_path / "m")
+    tokenizer().save_pretrained(tmp_path / "m")
+    write_text(tmp_path / "a.txt")
+    write_rows(tmp_path / "q.jsonl", questions())
+    flags = ["--model", str(tmp_path / "m"), "--device", "cpu", "--dtype", "fp32"]
+    flags += [f"--load-in-{bits}bit", "--targets", "all-linear", "--batch-size", "4"]
+    text = ["--text", str(tmp_path / "a.txt"), "--block-size", "32", "--sequences", "8"]
+    assert cli.main(["record", *flags, *text, "--output", str(tmp_path / "held")]) == 0
+    told = capsys.readouterr().err
+    assert "mlp.experts.gate_up_proj" in told
+    assert "stay in float32" in told
+    tune = ["tune", *flags, "--task", str(tmp_path / "q.jsonl"), "--max-steps", "3"]
+    tune += ["--logging-steps", "1", "--importance", str(tmp_path / "held")]
+    assert cli.main([*tune, "--output", str(tmp_path / "mu")]) == 0
+    assert json.loads((tmp_path / "mu" / "tune.json").read_text())["log"][-1]["R"] > 0
+    norms = store.load(tmp_path / "held").importance.norms()
+    assert norms["model.layers.0.mlp.experts.0.down_proj"] > 0
 
 
 @needs

@@ -101,26 +101,34 @@ def any_trainer(kind, *given, **settings):
     )
 
 
-@pytest.fixture(scope="module")
-def nu(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nu")
+def general_phase(tiny, folder):
     recording = hlora.Record(folder / "nu", quiet=True)
     make("SFT", tiny, folder / "run", recording, max_steps=6, learning_rate=5e-2).train()
     return folder / "nu"
 
 
-@pytest.fixture(scope="module")
-def base(tiny, tmp_path_factory):
-    """Importance gathered at the base, which predicts forgetting."""
+def gathered_at_base(tiny, folder, text=None):
+    """Importance that predicts forgetting, with text to look at or without."""
     from peft import get_peft_model
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lora())
     pairs = find_pairs(model)
     importance, summary = Blend.gather(model, pairs, torch.randint(3, 250, (32, 12)))
+    if text is not None:
+        importance = importance.watching(text, text)
     notes = {"recording": {"storage": "fp32"}, "summary": summary, "settings": {}}
-    folder = tmp_path_factory.mktemp("base") / "base"
-    save_importance(folder, model, pairs, importance, notes)
-    return folder
+    save_importance(folder / "base", model, pairs, importance, notes)
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def nu(tiny, tmp_path_factory):
+    return general_phase(tiny, tmp_path_factory.mktemp("nu"))
+
+
+@pytest.fixture(scope="module")
+def base(tiny, tmp_path_factory):
+    return gathered_at_base(tiny, tmp_path_factory.mktemp("base"))
 
 
 def logged(trainer):
@@ -333,21 +341,6 @@ def test_a_precomputed_reference_must_be_of_the_start(tiny, nu, tmp_path):
     model = PeftModel.from_pretrained(model, nu, is_trainable=True)
     trainer = make("DPO", tiny, tmp_path / "b", hlora.Penalty(nu), model=model, **early)
     assert first(trainer, "DPO") == pytest.approx(START["DPO"][1], abs=6e-5)
-
-
-def test_a_reference_that_can_only_be_the_base_is_refused(tiny, nu, tmp_path):
-    """TRL's online DPO knows no adapter `ref`."""
-    pytest.importorskip("trl.experimental.online_dpo")
-    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-
-    trainer = OnlineDPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(tiny), reward_funcs=longest, peft_config=lora(),
-        args=OnlineDPOConfig(output_dir=str(tmp_path), **COMMON), processing_class=chat(),
-        train_dataset=datasets.Dataset.from_list([{"prompt": "4 is"}]),
-    )  # fmt: skip
-    with pytest.raises(hlora.UnsupportedModelError, match=r"OnlineDPOTrainer.*anchor='base'"):
-        hlora.attach(trainer, hlora.Penalty(nu))
-    hlora.attach(trainer, hlora.Penalty(nu, anchor="base"))
 
 
 def test_a_reference_of_one_s_own_is_left_and_told(tiny, nu, tmp_path, caplog):

@@ -50,6 +50,9 @@ class Regularizer:
         """Whether it has the second face."""
         return type(self).on_forward is not Regularizer.on_forward
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that it cannot act on, before a step is paid for."""
+
     def before_step(self, groups: list[Group]) -> Pull | None:
         """The gradients to add before an optimizer step; None for none."""
         return None

@@ -18,8 +18,14 @@ from hlora.hf.peft import UNHELD, unwrap
 from hlora.hf.reference import refer_to_start
 from hlora.hf.regularize import Penalty, Regularization
 
-_NO_OUTPUTS = ("GRPOTrainer", "RLOOTrainer")
-"""Trainers of TRL whose `compute_loss` hands out no outputs of the model."""
+_OWN_LOOP = ("PPOTrainer",)
+"""Trainers of TRL that are none inside: no loop, no model, no loss of Trainer's."""
+
+_NO_OUTPUTS = (
+    "GRPOTrainer", "RLOOTrainer", "A2POTrainer", "AsyncGRPOTrainer", "SDFTTrainer", "SDPOTrainer",
+    "OnlineDPOTrainer",
+)  # fmt: skip
+"""Trainers of TRL whose `compute_loss` hands out no outputs of the model, or is never called."""
 
 _LAYER_WISE = ("lomo", "adalomo")
 """Optimizers, beside those named `layerwise`, that step inside the backward pass."""
@@ -51,6 +57,11 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer, unheld: str | No
         raise InputError(
             f"attach takes a Trainer of transformers or TRL, not {type(trainer).__name__}: in a "
             "loop of your own call Record.start or Penalty.start."
+        )
+    if own := _is_one_of(trainer, _OWN_LOOP):
+        raise UnsupportedModelError(
+            f"{own} trains a policy and a value model at once, in a loop of its own, where nothing "
+            "can be recorded or held: use GRPOTrainer or RLOOTrainer."
         )
     refuse_plan(trainer.args)
     _refuse_layer_wise(trainer.args)
@@ -105,14 +116,22 @@ def _refuse_layer_wise(args: Any) -> None:
         )
 
 
+def _is_one_of(trainer: Any, names: tuple[str, ...]) -> str | None:
+    """The name of the class that a trainer is, or is derived from."""
+    return next((of.__name__ for of in type(trainer).__mro__ if of.__name__ in names), None)
+
+
 def _refuse_without_outputs(trainer: Any, regularizer: Regularizer) -> None:
-    for of in type(trainer).__mro__:
-        if regularizer.acts_on_data and of.__name__ in _NO_OUTPUTS:
-            raise UnsupportedModelError(
-                f"{type(regularizer).__name__} looks at the outputs of the model, which "
-                f"{of.__name__} does not hand out: use a regularizer of the weights alone, such as "
-                "hlora.Penalty."
-            )
+    of = _is_one_of(trainer, _NO_OUTPUTS)
+    if of and regularizer.acts_on_data:
+        raise _without_outputs(regularizer, of)
+
+
+def _without_outputs(regularizer: Regularizer, trainer: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(regularizer).__name__} acts on the data, and {trainer} hands out no outputs of the "
+        "model beside its loss: use a regularizer of the weights alone, such as hlora.Penalty."
+    )
 
 
 def _join_the_loss(trainer: Any) -> None:
@@ -137,6 +156,8 @@ def _join_the_loss(trainer: Any) -> None:
         more = return_outputs or bool(acting)
         inputs = dict(inputs) if acting else inputs
         got = inner(model, inputs, return_outputs=more, **kwargs)
+        if acting and not isinstance(got, tuple):
+            raise _without_outputs(acting[0][0], type(trainer).__name__)
         loss, outputs = got if more else (got, None)
         watched.note_loss(loss)
         loss = loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # out of the mean that is logged

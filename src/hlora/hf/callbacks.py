@@ -73,7 +73,8 @@ class Attached(TrainerCallback):
         if reached and self.steps is not None and args.learning_rate and not self.steps.moved():
             raise UnsupportedModelError(
                 "No step of the optimizer moved any weight, so nothing was learned: this optimizer "
-                "is not supported, or its learning rate stayed 0."
+                "is not supported, its learning rate stayed 0, or all gradients were zero, as they "
+                "are where all rewards are the same."
             )
 
     @staticmethod

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hlora.core.looks import in_turn
+from hlora.core.pairs import Group
 from hlora.core.regularizer import Regularizer
-from hlora.errors import InputError
+from hlora.errors import InputError, UnsupportedModelError
+from hlora.hf.peft import unwrap
+
+logger = logging.getLogger(__name__)
 
 
 def divergences(before: Tensor, after: Tensor) -> Tensor:
@@ -26,6 +31,23 @@ def by_row(before: Tensor, after: Tensor) -> Tensor:
     return torch.stack([divergences(b, a).mean() for b, a in zip(before, after, strict=True)])
 
 
+def refuse_no_text(model: nn.Module, what: str) -> None:
+    """Refuse a model that predicts no text, or not from `input_ids` alone, for the sake of `what`.
+
+    Raises:
+        UnsupportedModelError: a classifier, or a model with an encoder and a decoder.
+    """
+    inner: Any = unwrap(model)
+    inner = getattr(inner, "get_base_model", lambda: inner)()
+    head = getattr(inner, "get_output_embeddings", lambda: True)()
+    if head is None or getattr(inner.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{what} looks at what the model predicts of text, and {type(inner).__name__} predicts "
+            "none, or not from input_ids alone: leave it out. hlora.Penalty with phi looks at the "
+            "weights alone."
+        )
+
+
 _NOT_LEARNED = -100
 
 
@@ -39,6 +61,9 @@ class _Seldom(Regularizer):
         if every < 1:
             raise InputError(f"{type(self).__name__} needs every >= 1, not {every}.")
         self.phi, self.every, self.seen = phi, every, 0
+
+    def check(self, model: nn.Module) -> None:
+        refuse_no_text(model, type(self).__name__)
 
     def on_forward(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor | None:
         self.seen += 1
@@ -108,9 +133,11 @@ class OnPrompts(_Seldom):
 
     def __init__(self, phi: float = 1.0, every: int = 1) -> None:
         super().__init__(phi, every)
+        self._met: Tensor | None = None
 
     def look(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor:
-        if "labels" not in inputs:
+        logits = getattr(outputs, "logits", None)
+        if "labels" not in inputs or logits is None:
             raise InputError(
                 "KL on the prompts needs the labels beside the logits, and this trainer takes them "
                 "away (label smoothing does): leave that out, or give general text."
@@ -119,11 +146,19 @@ class OnPrompts(_Seldom):
         prompt = inputs["labels"][:, 1:] == _NOT_LEARNED
         if mask is not None:
             prompt = prompt & mask[:, 1:].bool()
+        self._met = prompt.any() if self._met is None else self._met | prompt.any()
         with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
             before = model(input_ids=ids, attention_mask=mask).logits
         return torch.stack(
             [
                 divergences(b[here], a[here]).sum() / here.sum().clamp(min=1)
-                for b, a, here in zip(before[:, :-1], outputs.logits[:, :-1], prompt, strict=True)
+                for b, a, here in zip(before[:, :-1], logits[:, :-1], prompt, strict=True)
             ]
         ).mean()
+
+    def at_end(self, groups: list[Group]) -> None:
+        if self._met is not None and not self._met:
+            logger.warning(
+                "KL on the prompts held nothing: no row had a prompt, tokens that are not learned. "
+                "Take KL on general text (Divergence), or rows with prompt and completion."
+            )

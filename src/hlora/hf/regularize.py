@@ -24,6 +24,7 @@ from hlora.errors import InputError, StoreError, UnsupportedModelError, in_short
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.distributed import refuse_shards
+from hlora.hf.divergence import refuse_no_text
 from hlora.hf.gauge import Gauge
 from hlora.hf.hub import located
 from hlora.hf.peft import UNHELD, base_of, find_pairs, init_of, starts_at_base, take_over
@@ -86,7 +87,9 @@ class Regularization(Attached):
 
     def prepare(self, model: nn.Module, *, fresh: bool) -> list[Group]:
         """The groups to regularize; a subclass makes its regularizer here."""
-        return group(find_pairs(model, self.unheld))
+        pairs = find_pairs(model, self.unheld)
+        self.regularizer.check(model)
+        return group(pairs)
 
     def finish(self) -> None:
         """Stop regularizing."""
@@ -104,6 +107,7 @@ class Regularization(Attached):
 
     def check(self, model: nn.Module, args: Any) -> None:
         find_pairs(model, self.unheld)
+        self.regularizer.check(model)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
         fresh = self.begin(args, state)
@@ -126,6 +130,16 @@ class Regularization(Attached):
             self.steps.forward = []
             every = max(int(state.logging_steps or 1), 1)
             self.steps.measure = (state.global_step + 1) % every == 0
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        of = self.regularizer
+        if self.steps is None or not of.acts_on_data or of.off or self.steps.losses:
+            return
+        raise UnsupportedModelError(
+            f"{type(of).__name__} acts on the data, and this trainer computes its loss elsewhere "
+            "than in compute_loss, where it could join: use a regularizer of the weights alone, "
+            "such as hlora.Penalty."
+        )
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         if self.steps is None or logs is None or "loss" not in logs:
@@ -359,7 +373,10 @@ class Penalty(Regularization):
         self.check_pairs(model, pairs)
         self.needs_state = self.anchor != "nu" and not starts_at_base(model)
         asked = "forget_at_most" if self.forget_at_most is not None else "look_every"
-        if self.needs_state and (self.forget_at_most, self.look_every) != (None, None):
+        if (self.forget_at_most, self.look_every) == (None, None):
+            return group(pairs)
+        refuse_no_text(model, asked)
+        if self.needs_state:
             raise InputError(
                 f"{asked} needs an adapter that starts at the base model: this one's "
                 "initialization moved it."

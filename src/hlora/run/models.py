@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import logging
 import os
 import tempfile
 from dataclasses import fields, replace
@@ -28,6 +29,8 @@ from hlora.run.build import default_of
 from hlora.run.inputs import EMBEDDED as EMBEDDED
 from hlora.run.inputs import check_adapter, check_model, check_quantizable, is_local
 from hlora.run.settings import OTHER_ADAPTERS, TrainSettings
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=TrainSettings)
 
@@ -93,7 +96,10 @@ def load(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False)
-    model = model if bits else model.to(device)
+    if bits:
+        _tell_of_whole(model)
+    else:
+        model = model.to(device)
     check_causal(model, name)
     return model, tokenizer
 
@@ -129,6 +135,20 @@ def _quantizing(name: str, bits: int, dtype: str, device: str) -> dict[str, Any]
         "bnb_4bit_compute_dtype": DTYPES[dtype],
     }  # fmt: skip
     return {"quantization_config": BitsAndBytesConfig(**config), "device_map": {"": device}}
+
+
+def _tell_of_whole(model: nn.Module) -> None:
+    """bitsandbytes quantizes Linear modules: experts that are one parameter stay as they are."""
+    experts = {n: p for n, p in model.named_parameters() if p.ndim == 3 and len(p) > 1}
+    whole = sum(p.nbytes for p in experts.values())
+    share = whole / sum(p.nbytes for p in model.parameters())
+    if share > 0.1:
+        logger.warning(
+            "%s stay in %s, %.0f%% of the memory of the weights: bitsandbytes quantizes Linear "
+            "modules, and these experts are one parameter each.",
+            in_short(list(experts)), str(next(iter(experts.values())).dtype).split(".")[-1],
+            100 * share,
+        )  # fmt: skip
 
 
 def load_as_published(name: str, dtype: torch.dtype | None, **more: Any) -> tuple[Any, Any]:
