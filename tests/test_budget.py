@@ -149,15 +149,25 @@ def test_kept_text_is_read_back_and_damage_is_refused(watching):
 
 
 def test_a_prediction_is_corrected_by_what_is_measured(base, tmp_path):
-    """A gauge that measures five times what is predicted: a fifth of it is what is allowed."""
+    """Of two texts that forget twice and five times what is predicted, the second one counts."""
     free = predicted(trained(tmp_path / "a", hlora.Penalty(base, phi=0.0)).model, base)
     penalty = hlora.Penalty(base, forget_at_most=free / 4)
     trainer = make_trainer(lora_model(), tmp_path / "b", **TRAINING)
 
+    class Fake:
+        def __init__(self, held, times):
+            self.held, self.times = held, times
+
+        def __len__(self):
+            return 9
+
+        def __call__(self, part):
+            return self.times * self.held.predict(penalty._groups)
+
     class Fivefold(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             held = penalty.regularizer
-            held.gauge = lambda part: 5 * held.predict(penalty._groups)
+            held.gauges = [Fake(held, 2), Fake(held, 5)]
 
     hlora.attach(trainer, penalty)
     trainer.add_callback(Fivefold())
@@ -177,6 +187,45 @@ def test_what_is_measured_at_the_end_is_within_the_budget(watching, tmp_path):
     held = trained(tmp_path / "b", penalty).model
     assert 0.2 * most < float(Gauge(held, WATCHED)()) <= 1.02 * most
     assert 0.2 * most < penalty.predicted < 3 * most
+
+
+def test_text_that_is_watched_is_held_to_the_budget_too(watching, tmp_path):
+    """Rows that are forgotten more than those that the importance keeps are what is held."""
+    free = trained(tmp_path / "a", hlora.Penalty(watching, phi=0.0)).model
+    rows = torch.arange(3, 63)[:, None].repeat(1, 12)
+    watch = rows[torch.tensor([float(Gauge(free, r[None])()) for r in rows]).topk(9).indices]
+    of_kept, of_watch = (float(Gauge(free, rows)()) for rows in (WATCHED, watch))
+    assert of_watch > 1.5 * of_kept
+    penalty = hlora.Penalty(watching, forget_at_most=of_watch / 20, watch=watch)
+    held = trained(tmp_path / "b", penalty).model
+    assert float(Gauge(held, watch)()) <= 1.02 * of_watch / 20
+    assert 0.2 * of_watch / 20 < penalty.predicted < 3 * of_watch / 20
+    without = hlora.Penalty(watching, forget_at_most=of_watch / 20)
+    assert float(Gauge(trained(tmp_path / "c", without).model, watch)()) > 1.2 * of_watch / 20
+
+
+@pytest.mark.parametrize("rows", [WATCHED[0], WATCHED[:1], WATCHED.float()])
+def test_what_cannot_be_watched_is_refused(rows, watching):
+    with pytest.raises(hlora.InputError, match="watch"):
+        hlora.Penalty(watching, forget_at_most=0.1, watch=rows)
+    with pytest.raises(hlora.InputError, match="forget_at_most"):
+        hlora.Penalty(watching, watch=WATCHED)
+
+
+def test_watched_text_of_another_tokenizer_is_refused(watching, tmp_path):
+    with pytest.raises(hlora.MismatchError, match="token 63000"):
+        trained(tmp_path, hlora.Penalty(watching, forget_at_most=0.1, watch=WATCHED + 62_937))
+
+
+@pytest.mark.parametrize("steps", [16, 32, 40])
+def test_a_short_run_is_steered_too(steps, watching, tmp_path):
+    """Not scaled back from far above, which costs the domain more than holding does."""
+    short = {"max_steps": steps, "lr_scheduler_type": "linear"}
+    free = trained(tmp_path / "a", hlora.Penalty(watching, phi=0.0), **short).model
+    most = float(Gauge(free, WATCHED)()) / 20
+    penalty = hlora.Penalty(watching, forget_at_most=most)
+    trained(tmp_path / "b", penalty, **short)
+    assert penalty.predicted < 1.7 * most
 
 
 def test_more_budget_learns_more(base, tmp_path):

@@ -97,10 +97,9 @@ def test_a_budget_can_look(base, tmp_path):
     assert float(Gauge(model, WATCHED)()) <= 0.0102
 
 
-@pytest.mark.parametrize("every", [0, -1])
-def test_a_number_of_steps_is_one_or_more(base, every):
+def test_a_number_of_steps_is_not_negative(base):
     with pytest.raises(InputError, match="look_every"):
-        hlora.Penalty(base, look_every=every)
+        hlora.Penalty(base, look_every=-1)
 
 
 def test_a_sharded_model_is_refused_before_training(base, tmp_path, monkeypatch):
@@ -115,3 +114,27 @@ def test_looks_need_text_and_the_base_model(base, tmp_path):
         hlora.Penalty(gathered(tmp_path / "without", WATCHED), look_every=4)
     with pytest.raises(InputError, match="anchor"):
         hlora.Penalty(base, anchor="nu", look_every=4)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "every"),
+    [
+        ({"forget_at_most": 0.1}, 200, 16), ({"forget_at_most": 0.1}, 20, 5),
+        ({"forget_at_most": 0.1}, 2, 1), ({"forget_at_most": 0.1, "look_every": 0}, 200, 0),
+        ({"forget_at_most": 0.1, "look_every": 3}, 200, 3), ({"phi": 1.0}, 200, 0),
+    ],
+)  # fmt: skip
+def test_a_budget_looks_by_default(given, steps, every, base, tmp_path):
+    penalty = hlora.Penalty(base, **given)
+    penalty._planned = steps
+    model = lora_model()
+    penalty.start(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
+    looks = penalty.regularizer.looks
+    assert (looks.every if looks else 0) == every
+
+
+def test_a_budget_does_not_look_where_it_cannot(tmp_path):
+    """Its importance keeps no such text."""
+    penalty = hlora.Penalty(gathered(tmp_path / "base", WATCHED), forget_at_most=0.1)
+    trained(tmp_path / "run", penalty)
+    assert penalty.regularizer.looks is None

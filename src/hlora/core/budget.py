@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from hlora.core.looks import ROWS, in_turn
 from hlora.core.pairs import Group
 from hlora.core.quadratic import Quadratic
 from hlora.core.regularizer import Pull
@@ -21,6 +22,8 @@ RAMP = 0.1
 GAIN, LEVEL_GAIN = 2.0, 0.1
 """Log φ is its level and GAIN times the e-folds by which the forgetting is off the budget; the
 level moves by LEVEL_GAIN times them, at most, a step. Without the first φ swings by orders."""
+SETTLED = 10.0
+"""E-folds that the level may at least move in a run, however short."""
 MOST = 3.0
 """E-folds that count."""
 FIRST, LOWEST, HIGHEST = 1.0, 1e-6, 1e6
@@ -32,8 +35,17 @@ FURTHEST = 100.0
 TRIES, CLOSE = 6, 1.02
 """Scalings at the end, and how far above the budget is near enough."""
 
-Gauge = Callable[[slice], Tensor]
-"""Measures forgetting on a part of some rows: nats per token, a scalar on the device."""
+
+class Gauge(Protocol):
+    """Measures forgetting on some rows of text."""
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        ...
+
+    def __call__(self, part: Tensor | slice) -> Tensor:
+        """On a part of them: nats per token, a scalar on the device."""
+        ...
 
 
 class Budgeted(Quadratic):
@@ -50,7 +62,7 @@ class Budgeted(Quadratic):
     Args:
         at_most: nats per token of KL divergence from the base model.
         steps: optimizer steps of the whole run.
-        gauge: measures it; without one κ is 1.
+        gauges: measure it, each on text of its own, and the largest counts; without one κ is 1.
         of: as for `Quadratic`; the importance must predict forgetting.
 
     Attributes:
@@ -61,11 +73,11 @@ class Budgeted(Quadratic):
         InputError: a budget that is no positive number.
     """
 
-    def __init__(self, at_most: float, steps: int, gauge: Gauge | None, *of: Any) -> None:
+    def __init__(self, at_most: float, steps: int, gauges: Sequence[Gauge], *of: Any) -> None:
         check_budget(at_most)
         super().__init__(*of)
         device = next(iter(self.anchor.values()))[0].device
-        self.at_most, self.steps, self.gauge, self.taken = at_most, steps, gauge, 0
+        self.at_most, self.steps, self.gauges, self.taken = at_most, steps, gauges, 0
         self.phi: Tensor = torch.tensor(FIRST, device=device)
         self.predicted: float | None = None
         self.left, self.share = 0.0, 1.0
@@ -75,20 +87,23 @@ class Budgeted(Quadratic):
     def steer(self, pull: Pull) -> Tensor:
         assert pull.forgetting is not None
         self.taken += 1
-        every = max(1, self.steps // LOOKS)
-        if self.gauge and self.taken % every == 0:
-            self._look(pull.forgetting, self.gauge, self.taken // every)
+        every = max(1, math.ceil(self.steps / LOOKS))
+        if self.gauges and self.taken % every == 0:
+            self._look(pull.forgetting, self.taken // every)
         forgetting = pull.forgetting.to(self.phi) * self.log_kappa.exp()
         opened = min(1.0, self.taken / max(RAMP * self.steps, 1))
         over = (forgetting / (self.at_most * opened)).log().clamp(-MOST, MOST)
-        self.level += LEVEL_GAIN * over.clamp(-1, 1)
+        gain = max(LEVEL_GAIN, SETTLED / max(self.steps, 1))
+        least = -1 if self.taken > RAMP * self.steps else 0  # at first nothing is forgotten yet
+        self.level += gain * over.clamp(least, 1)
         self.level.clamp_(math.log(LOWEST), math.log(HIGHEST))
         self.phi.copy_((self.level + GAIN * over).exp()).clamp_(LOWEST, HIGHEST)
         return forgetting
 
-    def _look(self, predicted: Tensor, gauge: Gauge, count: int) -> None:
+    def _look(self, predicted: Tensor, count: int) -> None:
         """κ as one half of the rows tells it, averaged with what was known: of the other half."""
-        measured = gauge(slice(count % 2, None, 2)).to(self.phi)
+        parts = [in_turn(count, ROWS, len(gauge)) for gauge in self.gauges]
+        measured = self._measured(parts).to(self.phi)
         kappa = measured.clamp(min=LEAST) / predicted.to(self.phi).clamp(min=LEAST)
         kappa = kappa.log().clamp(-math.log(FURTHEST), math.log(FURTHEST))
         self.log_kappa.copy_(kappa if count == 1 else (self.log_kappa + kappa) / 2)
@@ -127,7 +142,13 @@ class Budgeted(Quadratic):
         return first, forgotten, share
 
     def _forgotten(self, groups: list[Group]) -> float:
-        return float(self.gauge(slice(None)) if self.gauge else self.predict(groups))
+        if not self.gauges:
+            return float(self.predict(groups))
+        return float(self._measured([slice(None)] * len(self.gauges)))
+
+    def _measured(self, parts: Sequence[Tensor | slice]) -> Tensor:
+        both = zip(self.gauges, parts, strict=True)
+        return torch.stack([gauge(part) for gauge, part in both]).amax()
 
 
 def check_budget(at_most: float) -> None:

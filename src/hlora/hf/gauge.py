@@ -34,11 +34,14 @@ class Gauge:
         known = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         if (largest := int(rows.max())) >= known:
             raise MismatchError(
-                f"The importance keeps text with token {largest}, and the model knows {known}: "
-                "gather it again on this model."
+                f"The text that forgetting is measured on has token {largest}, and the model knows "
+                f"{known}: it is of another tokenizer. Gather the importance on this model."
             )
 
-    def __call__(self, part: slice = slice(None)) -> Tensor:
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __call__(self, part: Tensor | slice = slice(None)) -> Tensor:
         """A scalar on the model's device."""
         with torch.no_grad(), evaluating(self.model):
             found = [self._of(rows) for rows in self.rows[part].split(BATCH)]

@@ -19,6 +19,7 @@ from hlora.core.pairs import Group, Pair, check_held, digest, group, resized, un
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
+from hlora.core.sharded import is_sharded
 from hlora.core.statefile import pack, read
 from hlora.errors import InputError, StoreError, UnsupportedModelError, in_short, one_of
 from hlora.files import write_whole
@@ -33,6 +34,8 @@ from hlora.hf.record import warn_of_unreached
 logger = logging.getLogger(__name__)
 
 ANCHORS = ("nu", "base", "merged")
+LOOK_EVERY = 16
+"""Steps from one look to the next, in a budget."""
 NATURAL_PHI = 1.0
 """φ where R is in nats per token: one of general text counts as much as one of the domain."""
 WEAK = 1e-3
@@ -243,7 +246,10 @@ class Penalty(Regularization):
         look_every: once in so many optimizer steps also take the gradient of the KL divergence from
             the base model itself, on four rows that it wrote when the importance was gathered, and
             correct by it what the importance pulls. A look is two forward passes and a backward
-            pass on these rows.
+            pass on these rows; 0 never looks. By default 16 in a budget, and more often in a run of
+            less than 64 steps, where the importance keeps such rows and the model is not sharded.
+        watch: (N, T) tokens of general text, two rows or more, on which a budget measures
+            forgetting too; what it finds most of counts. By default what the importance keeps.
         rule: fields of `hlora.core.presets.PenaltyRule` in place of the preset's:
             normalize, layer_weights, softmax_scale, apart.
 
@@ -268,6 +274,7 @@ class Penalty(Regularization):
         anchor: str | None = None,
         unheld: str = "refuse",
         look_every: int | None = None,
+        watch: Tensor | None = None,
         **rule: Any,
     ) -> None:
         super().__init__()
@@ -292,7 +299,7 @@ class Penalty(Regularization):
                 f"{held.kind.capitalize()} importance is of the entries of A and B, so training "
                 f"must start at those that it was gathered at: leave out anchor {self.anchor!r}."
             )
-        self.forget_at_most = forget_at_most
+        self.forget_at_most, self.watch = forget_at_most, watch
         self._planned = 0
         self._first: tuple[weakref.ref[nn.Module], Anchor] | None = None
         self.leads = True
@@ -305,12 +312,18 @@ class Penalty(Regularization):
                     f"forget_at_most needs importance gathered at the base model, which predicts "
                     f"forgetting: record with --kind blend, not {held.kind}."
                 )
+        elif watch is not None:
+            raise InputError("watch is the text that forget_at_most measures on: give both.")
+        if watch is not None and (watch.dim() != 2 or len(watch) < 2 or watch.is_floating_point()):
+            raise InputError(
+                f"watch must be two rows of tokens or more, (N, T): its shape is {(*watch.shape,)}."
+            )
         self.regularizer.phi = self.rule.phi
         self.look_every = look_every
-        if look_every is None:
+        if not look_every:
             return
-        if look_every < 1:
-            raise InputError(f"look_every must be 1 or more, not {look_every}.")
+        if look_every < 0:
+            raise InputError(f"look_every must be 0 or more, not {look_every}.")
         if held.written is None:
             raise InputError(
                 "look_every needs text that the base model wrote, and the importance in "
@@ -344,24 +357,32 @@ class Penalty(Regularization):
         anchor = self._find_anchor(model, groups, fresh=fresh)
         phi, of = self.phi, (self.stored.importance, groups, anchor, self.rule)
         if self.forget_at_most is not None:
-            rows = self.stored.importance.watched
-            gauge = None if rows is None else Gauge(model, rows)
-            self.regularizer = Budgeted(self.forget_at_most, self._planned, gauge, *of)
+            texts = [t for t in (self.stored.importance.watched, self.watch) if t is not None]
+            gauges = [Gauge(model, rows) for rows in texts]
+            self.regularizer = Budgeted(self.forget_at_most, self._planned, gauges, *of)
         else:
             self.regularizer = Quadratic(*of)
             self.regularizer.phi = phi
-        if self.look_every is not None:
-            self.regularizer.looks = self._looks(model, groups, self.look_every)
+        if every := self._looks_every(groups):
+            rows = self.stored.importance.written
+            assert rows is not None
+            self.regularizer.looks = Looks(Gauge(model, rows).pull, len(rows), every)
         return groups
 
-    def _looks(self, model: nn.Module, groups: list[Group], every: int) -> Looks:
-        refuse_shards("look_every", [p.B for g in groups for p in g.pairs])
-        rows = self.stored.importance.written
-        assert rows is not None
-        return Looks(Gauge(model, rows).pull, len(rows), every)
+    def _looks_every(self, groups: list[Group]) -> int:
+        """Steps from one look to the next; 0 never looks."""
+        factors = [p.B for g in groups for p in g.pairs]
+        if self.look_every:
+            refuse_shards("look_every", factors)
+        if self.look_every is not None:
+            return self.look_every
+        able = self.stored.importance.written is not None and not any(map(is_sharded, factors))
+        if self.forget_at_most is None or not able:
+            return 0
+        return min(LOOK_EVERY, max(1, self._planned // 4))
 
     def check(self, model: nn.Module, args: Any) -> None:
-        if self.look_every is not None:
+        if self.look_every:
             refuse_shards("look_every")
         self._checked(model)
         if self.leads:
@@ -373,7 +394,7 @@ class Penalty(Regularization):
         self.check_pairs(model, pairs)
         self.needs_state = self.anchor != "nu" and not starts_at_base(model)
         asked = "forget_at_most" if self.forget_at_most is not None else "look_every"
-        if (self.forget_at_most, self.look_every) == (None, None):
+        if self.forget_at_most is None and not self.look_every:
             return group(pairs)
         refuse_no_text(model, asked)
         if self.needs_state:

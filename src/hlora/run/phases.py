@@ -84,8 +84,9 @@ from hlora.run.training import (
 
 HUB_BLOCKS = 4000
 """Rows taken of a hub data set, which may be endless, unless --text-blocks says otherwise."""
-MEASURED_ON, MEASURED_BLOCKS = ["python-docs@test"], 24
-"""Text that a budget is checked on, and rows of each kind."""
+MEASURED_ON, MEASURED_BLOCKS = ["python-docs@test"], 36
+"""Text of a budget, and rows of each kind: a third is watched while training, and two thirds are
+what the end is checked on."""
 WATCHED, OTHER_SEED = 16, 1 << 20
 """Rows that an importance keeps for measuring, and how their seed differs from the others'."""
 OWN, OWN_BLOCKS = "own", 128
@@ -426,7 +427,11 @@ class DomainPhase(_Phase[Trained]):
             self.held += penalty.stored.info["files"][store.TENSORS]["bytes"]
         self.general = None
         if settings.forget_at_most:
-            self.general = self._general(settings.text or MEASURED_ON, MEASURED_BLOCKS)
+            rows = self._general(settings.text or MEASURED_ON, MEASURED_BLOCKS)
+            watched = len(rows) // 3
+            self.general = rows[watched:]
+            if watched > 1:
+                self.regularizers[0].watch = rows[:watched]
         self.rows = answer_rows(
             self.task, self.tokenizer, settings.max_length,
             vocabulary=vocabulary(self.model), context=context(self.model),

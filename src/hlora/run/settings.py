@@ -276,12 +276,14 @@ class TuneSettings(TrainSettings):
         None, metavar="NATS",
     )  # fmt: skip
     text: list[str] = setting(
-        "general text that --forget-at-most is checked on after training, as for `hlora record` "
-        "(default: python-docs@test)", [], metavar="TEXT", more=True,
+        "general text that --forget-at-most measures on: a third of it while training, the rest "
+        "after it, as for `hlora record` (default: python-docs@test)", [], metavar="TEXT",
+        more=True,
     )  # fmt: skip
     look_every: int | None = setting(
         "once in N steps also look at the predictions, on text that the importance keeps, and "
-        "correct what it pulls", None, more=True, least=1,
+        "correct what it pulls; default 16 with --forget-at-most, else 0: never", None, more=True,
+        least=0,
     )  # fmt: skip
     kl: list[str] = setting(
         "general text on which the predictions are held to the base model's while tuning (KL); "
