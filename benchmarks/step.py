@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument(
         "--growth", choices=WHOLE, help="also more targets, ranks and batches of this shape"
     )
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=20 if torch.cuda.is_available() else 8)
     given = parser.parse_args()
     cases = list(itertools.product(given.shapes, given.targets, given.ranks, given.batches))
     if given.growth:
