@@ -9,9 +9,13 @@ from hlora.core.evaluating import evaluating
 from hlora.core.pairs import Group
 from hlora.errors import MismatchError
 from hlora.hf.divergence import by_row
+from hlora.hf.limits import context, vocabulary
 from hlora.hf.peft import unwrap
 
 BATCH = 4
+SCALE = 1024.0
+"""What the divergence is multiplied by on its way backward: where little is forgotten its gradients
+by the logits are below what fp16 tells from zero. A power of two, so that nothing else changes."""
 
 
 class Gauge:
@@ -26,16 +30,21 @@ class Gauge:
         rows: (N, T) tokens.
 
     Raises:
-        MismatchError: the model does not know a token.
+        MismatchError: the model does not know a token, or does not take as many.
     """
 
     def __init__(self, model: nn.Module, rows: Tensor) -> None:
         self.model, self.rows = unwrap(model), rows
-        known = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        known, most = vocabulary(self.model), context(self.model)
         if (largest := int(rows.max())) >= known:
             raise MismatchError(
                 f"The text that forgetting is measured on has token {largest}, and the model knows "
                 f"{known}: it is of another tokenizer. Gather the importance on this model."
+            )
+        if (length := rows.shape[1] - 1) > most:
+            raise MismatchError(
+                f"The text that forgetting is measured on has rows of {length} tokens, and the "
+                f"model takes {most}: give shorter rows."
             )
 
     def __len__(self) -> int:
@@ -56,12 +65,12 @@ class Gauge:
         own = [p.grad for p in trained]
         with torch.enable_grad(), evaluating(self.model):
             of_rows = [
-                torch.autograd.grad(self._of(row).mean(), trained, allow_unused=True)
+                torch.autograd.grad(SCALE * self._of(row).mean(), trained, allow_unused=True)
                 for row in self.rows[index].split(1)
             ]
         try:
             for p, found in zip(trained, zip(*of_rows, strict=True), strict=True):
-                p.grad = None if found[0] is None else torch.stack(found).mean(0)
+                p.grad = None if found[0] is None else torch.stack(found).mean(0) / SCALE
             return [g.gradients() for g in groups]
         finally:
             for p, grad in zip(trained, own, strict=True):
