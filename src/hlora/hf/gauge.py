@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hlora.core.evaluating import evaluating
 from hlora.core.pairs import Group
+from hlora.core.sharded import agreed
 from hlora.errors import MismatchError
 from hlora.hf.divergence import by_row
 from hlora.hf.limits import context, vocabulary
@@ -54,7 +55,7 @@ class Gauge:
         """A scalar on the model's device."""
         with torch.no_grad(), evaluating(self.model):
             found = [self._of(rows) for rows in self.rows[part].split(BATCH)]
-        return torch.cat(found).mean()
+        return agreed(torch.cat(found).mean())
 
     def pull(self, index: Tensor, groups: list[Group]) -> list[tuple[Tensor, Tensor]]:
         """The gradients of the same on the rows of these numbers, by B (L, m, r) and A (L, r, n).
@@ -71,7 +72,7 @@ class Gauge:
         try:
             for p, found in zip(trained, zip(*of_rows, strict=True), strict=True):
                 p.grad = None if found[0] is None else torch.stack(found).mean(0) / SCALE
-            return [g.gradients() for g in groups]
+            return [(agreed(dB), agreed(dA)) for dB, dA in (g.gradients() for g in groups)]
         finally:
             for p, grad in zip(trained, own, strict=True):
                 p.grad = grad
