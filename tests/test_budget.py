@@ -86,6 +86,7 @@ def test_φ_settles(base, tmp_path):
 def test_what_is_above_the_budget_at_the_end_is_taken_back(base):
     model = lora_model()
     penalty = hlora.Penalty(base, forget_at_most=1e-4)
+    penalty._planned = 1
     penalty.start(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
     perturb(model)
     before = predicted(model, base)
@@ -94,6 +95,57 @@ def test_what_is_above_the_budget_at_the_end_is_taken_back(base):
     assert (first, left) == (pytest.approx(before, rel=1e-4), pytest.approx(1e-4, rel=1e-3))
     assert share == pytest.approx((1e-4 / before) ** 0.5, rel=1e-3)
     assert predicted(model, base) == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_what_scaling_cannot_take_back_leaves_the_adapter(watching, tmp_path, caplog):
+    """What is trained beside the matrices forgets, however small they are."""
+    penalty = hlora.Penalty(watching, forget_at_most=1e-4, unheld="warn")
+    trainer = make_trainer(lora_model(modules_to_save=["lm_head"]), tmp_path, **TRAINING)
+    hlora.attach(trainer, penalty)
+    trainer.train()
+    assert penalty.share == 1
+    assert penalty.left == pytest.approx(penalty.predicted)
+    assert all(g.factors()[0].norm() > 1e-3 for g in group(find_pairs(trainer.model, "warn")))
+    assert "not kept" in caplog.text
+
+
+class Broken:
+    """Of the measurements some are no number, as what overflows in half precision is."""
+
+    def __init__(self, inner, bad):
+        self.inner, self.bad, self.calls = inner, bad, 0
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __call__(self, part):
+        self.calls += 1
+        return self.inner(part) * (torch.nan if self.bad(self.calls, part) else 1)
+
+
+@pytest.mark.parametrize("bad", [lambda n, part: n == 3, lambda n, part: isinstance(part, slice)])
+def test_a_measurement_that_is_no_number_does_no_harm(bad, watching, tmp_path):
+    penalty = hlora.Penalty(watching, forget_at_most=1e-3)
+
+    class Break(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            held = penalty.regularizer
+            held.gauges = [Broken(gauge, bad) for gauge in held.gauges]
+
+    trainer = make_trainer(lora_model(), tmp_path, **TRAINING)
+    hlora.attach(trainer, penalty)
+    trainer.add_callback(Break())
+    trainer.train()
+    assert penalty.phi.isfinite()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert all(g.factors()[0].any() for g in group(find_pairs(trainer.model)))
+
+
+def test_a_budget_in_a_loop_of_ones_own_is_refused(base):
+    """Nobody tells it how many steps there will be."""
+    model = lora_model()
+    with pytest.raises(hlora.InputError, match="steps"):
+        hlora.Penalty(base, forget_at_most=0.1).start(model, torch.optim.SGD(model.parameters()))
 
 
 def test_a_budget_that_is_never_reached_leaves_the_training_alone(base, tmp_path):
@@ -204,7 +256,13 @@ def test_text_that_is_watched_is_held_to_the_budget_too(watching, tmp_path):
     assert float(Gauge(trained(tmp_path / "c", without).model, watch)()) > 1.2 * of_watch / 20
 
 
-@pytest.mark.parametrize("rows", [WATCHED[0], WATCHED[:1], WATCHED.float()])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        WATCHED[0], WATCHED[:1], WATCHED.float(), WATCHED[:, :1], WATCHED[:, :0],
+        WATCHED.where(WATCHED > 9, -100), WATCHED.tolist(),
+    ],
+)  # fmt: skip
 def test_what_cannot_be_watched_is_refused(rows, watching):
     with pytest.raises(hlora.InputError, match="watch"):
         hlora.Penalty(watching, forget_at_most=0.1, watch=rows)
@@ -215,6 +273,28 @@ def test_what_cannot_be_watched_is_refused(rows, watching):
 def test_watched_text_of_another_tokenizer_is_refused(watching, tmp_path):
     with pytest.raises(hlora.MismatchError, match="token 63000"):
         trained(tmp_path, hlora.Penalty(watching, forget_at_most=0.1, watch=WATCHED + 62_937))
+
+
+def test_rows_that_the_model_does_not_take_are_refused_before_training(watching, tmp_path):
+    longer = WATCHED.repeat(1, 6)[:, :66]
+    with pytest.raises(hlora.MismatchError, match=r"65 tokens.* 64"):
+        trained(tmp_path, hlora.Penalty(watching, forget_at_most=0.1, watch=longer))
+    Gauge(lora_model("gpt2"), longer[:, :65])()
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        {"trainable_token_indices": [5]}, {"modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+    ],
+)  # fmt: skip
+def test_embeddings_that_are_trained_too_tell_how_many_tokens_there_are(free, watching, tmp_path):
+    penalty = hlora.Penalty(watching, forget_at_most=10.0, unheld="warn")
+    trainer = make_trainer(lora_model(**free), tmp_path, max_steps=2)
+    hlora.attach(trainer, penalty)
+    trainer.train()
+    assert penalty.left > 0
 
 
 @pytest.mark.parametrize("steps", [16, 32, 40])

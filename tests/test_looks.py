@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import hlora
 from hlora.core import looks
@@ -63,6 +65,34 @@ def test_at_a_look_the_pull_is_that_of_the_divergence(base, tmp_path):
     for n, p in model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(before[n] - p, 0.25 * wanted[n], rtol=1e-3, atol=1e-6)
+
+
+def test_little_forgetting_pulls_in_fp16_too():
+    """Its gradients by the logits are too small for fp16, and nothing scales this loss."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50_000, num_attention_heads=4, **shape))
+    model.lm_head.weight.data.mul_(10)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    perturb(model, size=2e-3)
+    rows = torch.randint(50_000, (2, 128))
+    groups = group(find_pairs(model))
+    exact = Gauge(model, rows).pull(torch.arange(2), groups)
+    with torch.autocast("cpu", torch.float16):
+        found = Gauge(model, rows).pull(torch.arange(2), groups)
+    for one, two in zip(exact, found, strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert (a - b).norm() < 0.1 * a.norm()
+
+
+def test_asking_for_the_value_changes_no_training(base, tmp_path):
+    class Ask(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            penalty.value()
+
+    penalty = hlora.Penalty(base, phi=0.3, look_every=3)
+    quiet = trained(tmp_path / "a", hlora.Penalty(base, phi=0.3, look_every=3))
+    asked = trained(tmp_path / "b", penalty, [Ask()])
+    torch.testing.assert_close(state(quiet.model), state(asked.model), rtol=0, atol=0)
 
 
 def state(model):

@@ -21,7 +21,7 @@ def run(folder, batch, processes, kind):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
          str(processes), "-m", "tests.end_to_end.ddp_worker", str(folder), str(batch), kind],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 

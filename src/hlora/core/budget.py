@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from hlora.core.pairs import Group
 from hlora.core.quadratic import Quadratic
 from hlora.core.regularizer import Pull
 from hlora.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 LEAST = 1e-6
 """Nats per token: a difference of two losses in float32 tells no less."""
@@ -101,12 +104,14 @@ class Budgeted(Quadratic):
         return forgetting
 
     def _look(self, predicted: Tensor, count: int) -> None:
-        """κ as one half of the rows tells it, averaged with what was known: of the other half."""
+        """κ as these rows tell it, averaged with what was known: of others. What overflowed in half
+        precision tells nothing."""
         parts = [in_turn(count, ROWS, len(gauge)) for gauge in self.gauges]
         measured = self._measured(parts).to(self.phi)
         kappa = measured.clamp(min=LEAST) / predicted.to(self.phi).clamp(min=LEAST)
         kappa = kappa.log().clamp(-math.log(FURTHEST), math.log(FURTHEST))
-        self.log_kappa.copy_(kappa if count == 1 else (self.log_kappa + kappa) / 2)
+        kappa = kappa if count == 1 else (self.log_kappa + kappa) / 2
+        self.log_kappa.copy_(torch.where(kappa.isfinite(), kappa, self.log_kappa))
 
     def state(self) -> dict[str, Tensor]:
         steered = {"level": self.level.cpu(), "log_kappa": self.log_kappa.cpu()}
@@ -126,20 +131,34 @@ class Budgeted(Quadratic):
         """Scale B down until what is measured (without a gauge: predicted) is within the budget.
 
         D = s·B·A from the base model, so forgetting falls about with the square of the scale.
+        Where more is forgotten even without them, by what is trained beside them, or the model
+        gives no finite predictions, they stay as they are.
         Returns what it was, what it is, and the scale.
         """
+        whole = [g.factors() for g in groups]
+
+        def at(share: float) -> float:
+            for g, (B, A) in zip(groups, whole, strict=True):
+                g.set_factors(B * share, A)
+            return self._forgotten(groups)
+
         first = forgotten = self._forgotten(groups)
-        share = 1.0
+        share, enough = 1.0, self.at_most * CLOSE
         for _ in range(TRIES):
-            if forgotten <= self.at_most * CLOSE:
+            if not enough < forgotten < math.inf:
                 break
-            scale = math.sqrt(self.at_most / forgotten)
-            share *= scale
-            for g in groups:
-                B, A = g.factors()
-                g.set_factors(B * scale, A)
-            forgotten = self._forgotten(groups)
-        return first, forgotten, share
+            share *= math.sqrt(self.at_most / forgotten)
+            forgotten = at(share)
+        if forgotten <= enough:
+            return first, forgotten, share
+        rest = at(0.0)
+        if rest > self.at_most or not math.isfinite(first):
+            logger.warning(
+                "The budget of %g nats per token is not kept: %.2g are forgotten, and %.2g without "
+                "the matrices that are held, which stay as they are.", self.at_most, first, rest,
+            )  # fmt: skip
+            share = 1.0
+        return first, at(share), share
 
     def _forgotten(self, groups: list[Group]) -> float:
         if not self.gauges:

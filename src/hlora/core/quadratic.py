@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -58,6 +59,13 @@ class Quadratic(Regularizer):
         return LowRank.moved(*self.anchor[group.names], B, A, group.s)
 
     def before_step(self, groups: list[Group]) -> Pull:
+        """R and its gradients, corrected by a look where it is time for one."""
+        pull = self.pull(groups)
+        if self.looks is None:
+            return pull
+        return replace(pull, gradients=self.looks.correct(groups, pull.gradients, self.phi))
+
+    def pull(self, groups: list[Group]) -> Pull:
         """R (Eq. 15), layer weights and normalization included, and its gradients."""
         values, gradients = [], []
         lefts, rights = zip(*(g.factors() for g in groups), strict=True)
@@ -69,8 +77,6 @@ class Quadratic(Regularizer):
             values.append(c @ R)
             gradients.append((weight * GA, weight * BG))
         R = torch.stack([v.double().to(values[0].device) for v in values]).sum()
-        if self.looks is not None:
-            gradients = self.looks.correct(groups, gradients, self.phi)
         return Pull(R, gradients, forgetting)
 
     def state(self) -> dict[str, Tensor]:

@@ -47,6 +47,16 @@ def anywhere(flag: Tensor) -> Tensor:
     return flag
 
 
+def agreed(found: Tensor) -> Tensor:
+    """The mean of what every process found by itself, alike but for the order in which its kernels
+    added. Every process calls this: acting on their own, their weights would drift apart."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        found = found.clone()
+        torch.distributed.all_reduce(found)
+        return found / torch.distributed.get_world_size()
+    return found
+
+
 def anywhere_held(tensors: Iterable[Tensor], flag: bool) -> bool:
     """Whether it is so of any process's parts; where each has the whole, all know it."""
     part = next(filter(is_sharded, tensors), None)

@@ -7,11 +7,16 @@ from torch import Tensor, nn
 
 from hlora.core.evaluating import evaluating
 from hlora.core.pairs import Group
+from hlora.core.sharded import agreed
 from hlora.errors import MismatchError
 from hlora.hf.divergence import by_row
+from hlora.hf.limits import context, vocabulary
 from hlora.hf.peft import unwrap
 
 BATCH = 4
+SCALE = 1024.0
+"""What the divergence is multiplied by on its way backward: where little is forgotten its gradients
+by the logits are below what fp16 tells from zero. A power of two, so that nothing else changes."""
 
 
 class Gauge:
@@ -26,16 +31,21 @@ class Gauge:
         rows: (N, T) tokens.
 
     Raises:
-        MismatchError: the model does not know a token.
+        MismatchError: the model does not know a token, or does not take as many.
     """
 
     def __init__(self, model: nn.Module, rows: Tensor) -> None:
         self.model, self.rows = unwrap(model), rows
-        known = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        known, most = vocabulary(self.model), context(self.model)
         if (largest := int(rows.max())) >= known:
             raise MismatchError(
                 f"The text that forgetting is measured on has token {largest}, and the model knows "
                 f"{known}: it is of another tokenizer. Gather the importance on this model."
+            )
+        if (length := rows.shape[1] - 1) > most:
+            raise MismatchError(
+                f"The text that forgetting is measured on has rows of {length} tokens, and the "
+                f"model takes {most}: give shorter rows."
             )
 
     def __len__(self) -> int:
@@ -45,7 +55,7 @@ class Gauge:
         """A scalar on the model's device."""
         with torch.no_grad(), evaluating(self.model):
             found = [self._of(rows) for rows in self.rows[part].split(BATCH)]
-        return torch.cat(found).mean()
+        return agreed(torch.cat(found).mean())
 
     def pull(self, index: Tensor, groups: list[Group]) -> list[tuple[Tensor, Tensor]]:
         """The gradients of the same on the rows of these numbers, by B (L, m, r) and A (L, r, n).
@@ -56,13 +66,13 @@ class Gauge:
         own = [p.grad for p in trained]
         with torch.enable_grad(), evaluating(self.model):
             of_rows = [
-                torch.autograd.grad(self._of(row).mean(), trained, allow_unused=True)
+                torch.autograd.grad(SCALE * self._of(row).mean(), trained, allow_unused=True)
                 for row in self.rows[index].split(1)
             ]
         try:
             for p, found in zip(trained, zip(*of_rows, strict=True), strict=True):
-                p.grad = None if found[0] is None else torch.stack(found).mean(0)
-            return [g.gradients() for g in groups]
+                p.grad = None if found[0] is None else torch.stack(found).mean(0) / SCALE
+            return [(agreed(dB), agreed(dA)) for dB, dA in (g.gradients() for g in groups)]
         finally:
             for p, grad in zip(trained, own, strict=True):
                 p.grad = grad

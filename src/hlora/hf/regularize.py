@@ -220,6 +220,18 @@ class Regularization(Attached):
         return ""
 
 
+def _check_rows(watch: Tensor) -> None:
+    if not isinstance(watch, Tensor):
+        raise InputError(f"watch must be a tensor of tokens, (N, T), not {type(watch).__name__}.")
+    if watch.dim() != 2 or min(watch.shape) < 2 or watch.is_floating_point():
+        raise InputError(
+            "watch must be two rows or more of two tokens or more, (N, T) whole numbers: it is "
+            f"{(*watch.shape,)} of {watch.dtype}."
+        )
+    if (least := int(watch.min())) < 0:
+        raise InputError(f"watch holds {least}, which is no token: give the ids of text itself.")
+
+
 class Penalty(Regularization):
     """Adds φ · Σ_l w_l Σ_i Ω_i (θ_i − θ_i^ν)² to what a Trainer minimizes (Eq. 14-16).
 
@@ -300,7 +312,7 @@ class Penalty(Regularization):
                 f"must start at those that it was gathered at: leave out anchor {self.anchor!r}."
             )
         self.forget_at_most, self.watch = forget_at_most, watch
-        self._planned = 0
+        self._planned: int | None = None
         self._first: tuple[weakref.ref[nn.Module], Anchor] | None = None
         self.leads = True
         if forget_at_most is not None:
@@ -314,10 +326,8 @@ class Penalty(Regularization):
                 )
         elif watch is not None:
             raise InputError("watch is the text that forget_at_most measures on: give both.")
-        if watch is not None and (watch.dim() != 2 or len(watch) < 2 or watch.is_floating_point()):
-            raise InputError(
-                f"watch must be two rows of tokens or more, (N, T): its shape is {(*watch.shape,)}."
-            )
+        if watch is not None:
+            _check_rows(watch)
         self.regularizer.phi = self.rule.phi
         self.look_every = look_every
         if not look_every:
@@ -347,6 +357,12 @@ class Penalty(Regularization):
     def share(self) -> float:
         return getattr(self.regularizer, "share", 1.0)
 
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """R at the present weights. Asking takes no look, so training goes on as it would have."""
+        of = self.regularizer
+        return of.pull(self._groups).R if isinstance(of, Quadratic) else super().value()
+
     def note_phi(self, value: float | Tensor) -> None:
         if not isinstance(value, Tensor):
             self.rule = replace(self.rule, phi=float(value))  # refuses what is no φ
@@ -357,6 +373,11 @@ class Penalty(Regularization):
         anchor = self._find_anchor(model, groups, fresh=fresh)
         phi, of = self.phi, (self.stored.importance, groups, anchor, self.rule)
         if self.forget_at_most is not None:
+            if self._planned is None:
+                raise InputError(
+                    "forget_at_most needs the number of steps, which a Trainer tells: attach it to "
+                    "one, or give phi."
+                )
             texts = [t for t in (self.stored.importance.watched, self.watch) if t is not None]
             gauges = [Gauge(model, rows) for rows in texts]
             self.regularizer = Budgeted(self.forget_at_most, self._planned, gauges, *of)
@@ -379,7 +400,7 @@ class Penalty(Regularization):
         able = self.stored.importance.written is not None and not any(map(is_sharded, factors))
         if self.forget_at_most is None or not able:
             return 0
-        return min(LOOK_EVERY, max(1, self._planned // 4))
+        return min(LOOK_EVERY, max(1, (self._planned or 0) // 4))
 
     def check(self, model: nn.Module, args: Any) -> None:
         if self.look_every:

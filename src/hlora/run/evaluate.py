@@ -20,8 +20,8 @@ from hlora.core.evaluating import evaluating
 from hlora.data.answers import encode_pair
 from hlora.data.tasks import Task, batches
 from hlora.hf.divergence import by_row
+from hlora.hf.limits import context, vocabulary
 from hlora.run.means import exp, mean_se
-from hlora.run.models import context, vocabulary
 
 Tick = Callable[[int], None]
 """Called with the number of rows just done."""

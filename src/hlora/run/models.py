@@ -24,6 +24,7 @@ from hlora.core.adapter_rules import check_config
 from hlora.core.evaluating import evaluating
 from hlora.errors import InputError, StoreError, in_short, one_line, one_of, optional, suggest
 from hlora.hf.hub import located
+from hlora.hf.limits import context, vocabulary
 from hlora.hf.peft import check_loaded
 from hlora.run.build import default_of
 from hlora.run.inputs import EMBEDDED as EMBEDDED
@@ -167,20 +168,6 @@ def load_as_published(name: str, dtype: torch.dtype | None, **more: Any) -> tupl
     if name == EMBEDDED:
         model.config.name_or_path = EMBEDDED_HUB_NAME
     return model, tokenizer
-
-
-def vocabulary(model: nn.Module) -> int:
-    """How many tokens the model knows."""
-    return model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-
-
-def context(model: nn.Module) -> int:
-    """How many tokens the model takes at once."""
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    for key in ("max_position_embeddings", "n_positions"):
-        if isinstance(getattr(config, key, None), int):
-            return int(getattr(config, key))
-    return 1 << 30
 
 
 def block_size(model: nn.Module, given: int | None, usual: int) -> int:

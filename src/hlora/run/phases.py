@@ -38,6 +38,7 @@ from hlora.hf.corda import Corda
 from hlora.hf.distributed import is_main
 from hlora.hf.divergence import Divergence, OnPrompts
 from hlora.hf.hub import check_name, pinned, push
+from hlora.hf.limits import context, vocabulary
 from hlora.hf.peft import base_of, find_pairs, save_adapter
 from hlora.hf.record import Record, save_importance
 from hlora.hf.regularize import Penalty
@@ -48,14 +49,12 @@ from hlora.run.inputs import bits, check_apart
 from hlora.run.models import (
     adapter_settings,
     block_size,
-    context,
     follow_adapter,
     load,
     load_adapter,
     new_adapter,
     pick_device,
     pick_dtype,
-    vocabulary,
 )
 from hlora.run.own_text import own_text
 from hlora.run.progress import bar
@@ -429,9 +428,9 @@ class DomainPhase(_Phase[Trained]):
         if settings.forget_at_most:
             rows = self._general(settings.text or MEASURED_ON, MEASURED_BLOCKS)
             watched = len(rows) // 3
-            self.general = rows[watched:]
-            if watched > 1:
-                self.regularizers[0].watch = rows[:watched]
+            self.general = rows
+            if watched > 1:  # what is watched has two rows or more
+                self.regularizers[0].watch, self.general = rows[:watched], rows[watched:]
         self.rows = answer_rows(
             self.task, self.tokenizer, settings.max_length,
             vocabulary=vocabulary(self.model), context=context(self.model),

@@ -14,6 +14,7 @@ from hlora.data.tasks import Task, load_tasks
 from hlora.data.text import blocks
 from hlora.errors import InputError
 from hlora.files import refuse_file, write_json
+from hlora.hf.limits import vocabulary
 from hlora.run import harness
 from hlora.run.evaluate import figures_of, forgetting, score_task, score_text
 from hlora.run.inputs import bits
@@ -23,7 +24,6 @@ from hlora.run.models import (
     load_adapter,
     pick_device,
     pick_dtype,
-    vocabulary,
 )
 from hlora.run.progress import bar
 from hlora.run.settings import BLOCK, EvalSettings
