@@ -12,6 +12,8 @@ from hlora.errors import InputError, UnsupportedModelError
 from hlora.hf.divergence import divergences
 from hlora.hf.gauge import Gauge
 from hlora.hf.peft import find_pairs
+from hlora.run.phases import regularizers
+from hlora.run.settings import TuneSettings
 from tests.conftest import lora_model, make_trainer, perturb
 from tests.test_budget import WATCHED, gathered, trained
 from tests.test_distributed import in_force
@@ -168,3 +170,11 @@ def test_a_budget_does_not_look_where_it_cannot(tmp_path):
     penalty = hlora.Penalty(gathered(tmp_path / "base", WATCHED), forget_at_most=0.1)
     trained(tmp_path / "run", penalty)
     assert penalty.regularizer.looks is None
+
+
+def test_of_several_importances_the_first_one_looks(base, tmp_path):
+    """A domain's own importance keeps no text to look at."""
+    other = gathered(tmp_path / "other", WATCHED)
+    given = {"model": "m", "task": "t", "output": "o", "importance": [str(base), str(other)]}
+    first, second = regularizers(TuneSettings(**given, look_every=4))
+    assert (first.look_every, second.look_every) == (4, None)

@@ -577,15 +577,20 @@ def regularizers(settings: TuneSettings) -> list[Penalty]:
         return []
     count = len(settings.importance)
     phis, anchors = (_of_each(n, given.pop(n), count) for n in ("phi", "anchor"))
-    budgets = [given.pop("forget_at_most"), *[None] * (count - 1)]  # the oldest is the base's
+    of_base = {name: given.pop(name) for name in ("forget_at_most", "look_every")}
     penalties = [
         Penalty(
-            folder, preset=settings.preset, phi=phi, anchor=anchor, forget_at_most=budget, **given
+            folder,
+            preset=settings.preset,
+            phi=phi,
+            anchor=anchor,
+            **given,
+            **(of_base if i == 0 else {}),
         )
-        for folder, phi, anchor, budget in zip(
-            settings.importance, phis, anchors, budgets, strict=True
+        for i, (folder, phi, anchor) in enumerate(
+            zip(settings.importance, phis, anchors, strict=True)
         )
-    ]
+    ]  # the oldest is the base model's
     _check_together([p.stored for p in penalties])
     return penalties
 
