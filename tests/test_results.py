@@ -182,6 +182,7 @@ def test_unlike_runs_are_not_averaged_silently(tmp_path):
         read(path)
     assert len(read(path, ["study.tune.max_steps=4"]).lines) == len(lines) - 1
     assert read(path, mixed=True).mixed
+    assert {r["run"]["seed"] for r in read(path, ["run.seed=1"], mixed=True).lines} == {1}
     lines[3] = {**study()[3], "versions": {"hlora": "0.2.0"}}
     with pytest.raises(hlora.InputError, match=r"versions\.hlora.*0\.1\.0"):
         read(write(path, lines))

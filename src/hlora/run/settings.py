@@ -466,7 +466,8 @@ class ReportSettings:
         "two rows for Fig. 3, as METHOD or METHOD@PHI", ["hlora", "ewc"], metavar="ROW"
     )
     where: list[str] = setting(
-        "use only runs with this version or setting, e.g. versions.torch=2.13.0", [],
+        "use only runs with this version, setting, method, task or seed, e.g. run.seed=0 or "
+        "versions.torch=2.13.0", [],
         metavar="KEY=VALUE",
     )  # fmt: skip
     mixed: bool = setting("average over runs of different versions or settings", False)

@@ -103,7 +103,7 @@ def read(path: Path, where: Iterable[str] = (), *, mixed: bool = False) -> Resul
 
     Args:
         where: `KEY=VALUE` conditions on a line, such as `versions.commit=0123456789` or
-            `study.model=tiny`.
+            `study.model=tiny` or `run.seed=0`.
         mixed: take runs of different versions or settings as alike, and say so.
 
     Raises:
@@ -134,7 +134,7 @@ def _chosen(lines: list[Line], where: list[str], path: Path) -> list[Line]:
         key, sep, value = condition.partition("=")
         if not sep:
             raise InputError(f"--where takes KEY=VALUE, not {condition!r}.")
-        found = [_flat(r) for r in lines]
+        found = [_flat(r, "run", "study", "versions") for r in lines]
         if not any(key in f for f in found):
             raise InputError(f"No run in {path} has {key!r}; there are {', '.join(found[0])}.")
         kept = [r for r, f in zip(lines, found, strict=True) if f.get(key) == value]
@@ -145,9 +145,9 @@ def _chosen(lines: list[Line], where: list[str], path: Path) -> list[Line]:
     return lines
 
 
-def _flat(line: Line) -> dict[str, str]:
-    """Everything that must be the same for two runs to be averaged, as `a.b` → text."""
-    return dict(pair for part in ("study", "versions") for pair in _leaves(part, line.get(part)))
+def _flat(line: Line, *parts: str) -> dict[str, str]:
+    """What is in these parts of a line, as `a.b` → text."""
+    return dict(pair for part in parts for pair in _leaves(part, line.get(part)))
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -159,7 +159,8 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _differences(lines: list[Line]) -> list[str]:
-    found = [_flat(r) for r in lines]
+    """In what must be the same for runs to be averaged."""
+    found = [_flat(r, "study", "versions") for r in lines]
     differ = []
     for key in dict.fromkeys(k for f in found for k in f):
         counts = Counter(f.get(key, "not given") for f in found)
