@@ -261,7 +261,11 @@ def test_the_report_of_a_study_cut_short(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("lines", "page", "more"),
-    [("smollm2", "results.md", []), ("forgetting", "forgetting.md", ["--mixed"])],
+    [
+        ("smollm2", "results.md", []),
+        ("forgetting", "forgetting.md", ["--mixed", "--where", "run.seed=0"]),
+        ("forgetting", "forgetting-facts.md", ["--mixed", "--where", "run.task=facts"]),
+    ],
 )
 def test_the_page_in_the_docs_is_that_of_the_results_in_the_repository(lines, page, more, tmp_path):
     root = Path(__file__).parents[1]
