@@ -68,7 +68,7 @@ GOALS = """
 ## What was to be reached
 
 LoRA of r 8 on q and v. On an H100, at the shapes of Llama-3.2-3B with 20 × 128 tokens; in the rows
-of smollm2 on two cores, with 8 × 128 tokens.
+of smollm2 on the processor above, with 8 × 128 tokens.
 """
 
 LIMITS = """
