@@ -36,6 +36,7 @@ from hlora.core.looks import ROWS
 from hlora.core.steps import steps_of
 from hlora.hf.peft import find_pairs
 from hlora.hf.record import save_importance
+from hlora.hf.regularize import LOOK_EVERY
 from hlora.run.convert import convert
 from hlora.run.machine import processor
 from hlora.run.settings import ConvertSettings
@@ -43,7 +44,6 @@ from hlora.run.settings import ConvertSettings
 RECORDS = ("dense", "factored")
 PENALTIES = ("fp32", "bf16", "int8", "factored")
 AT_BASE = ("kronecker", "sketch", "blend")
-LOOK_EVERY = 16
 LOOKS = f"penalty, blend, a look in {LOOK_EVERY} steps"
 
 

@@ -105,11 +105,11 @@ def read_trained(path: Path) -> Trained:
 
 
 @contextmanager
-def _precision(dtype: str, device: str) -> Iterator[None]:
+def _precision(bf16: bool, fp16: bool) -> Iterator[None]:
     """What --dtype says is how accelerate computes; it would take that of a Trainer before ours."""
     name = "ACCELERATE_MIXED_PRECISION"
     before = os.environ.get(name)
-    os.environ[name] = "no" if dtype == "fp32" or (dtype, device) == ("fp16", "cpu") else dtype
+    os.environ[name] = "bf16" if bf16 else "fp16" if fp16 else "no"
     try:
         yield
     finally:
@@ -163,7 +163,7 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
         **settings.training,
     }
     try:
-        with _precision(dtype, device):
+        with _precision(values["bf16"], values["fp16"]):
             args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
         raise InputError(
@@ -194,8 +194,7 @@ def train(
     """
     work = work_folder(settings)
     args = arguments(settings)
-    device = pick_device(settings.device)
-    with _precision(pick_dtype(settings.dtype, device), device):
+    with _precision(args.bf16, args.fp16):
         trainer = make_trainer(model, args, data, collate)
     checkpoint = newest_whole(work) if settings.resume else None
     if checkpoint is not None:
