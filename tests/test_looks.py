@@ -129,9 +129,10 @@ def test_a_budget_can_look(base, tmp_path):
     assert float(Gauge(model, WATCHED)()) <= 0.0102
 
 
-def test_a_number_of_steps_is_not_negative(base):
+@pytest.mark.parametrize("wrong", [-1, 1.5, "16", True])
+def test_a_number_of_steps_is_whole_and_not_negative(wrong, base):
     with pytest.raises(InputError, match="look_every"):
-        hlora.Penalty(base, look_every=-1)
+        hlora.Penalty(base, look_every=wrong)
 
 
 def test_a_sharded_model_is_refused_before_training(base, tmp_path, monkeypatch):

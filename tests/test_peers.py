@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 
 import hlora
 from hlora.cli import main as cli
+from hlora.errors import MismatchError
 from hlora.hf.divergence import Divergence, OnPrompts
 from hlora.run import phases
 from hlora.run.evaluate import divergence
@@ -91,10 +92,25 @@ def test_a_resumed_run_reads_on_where_it_was(tmp_path):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("wrong", [{"rows": ROWS[:0]}, {"batch": 0}, {"every": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rows": ROWS[:0]}, {"rows": ROWS.float()}, {"rows": ROWS[0]}, {"rows": [[1, 2]]},
+        {"rows": -ROWS}, {"batch": 0}, {"batch": 1.5}, {"every": 0}, {"every": 2.5},
+    ],
+)  # fmt: skip
 def test_nothing_to_look_at_is_refused(wrong):
     with pytest.raises(hlora.InputError, match="Divergence"):
         Divergence(**{"rows": ROWS, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"), [(ROWS + 10_000, "tokenizer"), (ROWS.repeat(1, 200), "shorter")]
+)
+def test_text_that_the_model_cannot_read_is_refused_before_training(rows, says, tmp_path):
+    trainer = make_trainer(lora_model(), tmp_path)
+    with pytest.raises(MismatchError, match=says):
+        hlora.attach(trainer, Divergence(rows))
 
 
 def settings(tiny, tmp_path, **more):

@@ -73,6 +73,12 @@ def one_of(what: str, value: str, allowed: Iterable[str]) -> None:
         raise InputError(f"{what} must be one of {', '.join(allowed)}, not {value!r}.")
 
 
+def whole(what: str, value: int, least: int) -> None:
+    """Raise InputError for what is no whole number, or one below the least."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{what} must be a whole number of {least} or more, not {value!r}.")
+
+
 def suggest(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
     """How a sentence ends: `; did you mean NAME?`, or `otherwise` where nothing is near.
 

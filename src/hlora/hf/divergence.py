@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from hlora.core.looks import in_turn
 from hlora.core.pairs import Group
 from hlora.core.regularizer import Regularizer
-from hlora.errors import InputError, UnsupportedModelError
+from hlora.errors import InputError, UnsupportedModelError, whole
+from hlora.hf.limits import check_reads, check_rows
 from hlora.hf.peft import unwrap
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,7 @@ class _Seldom(Regularizer):
     """
 
     def __init__(self, phi: float, every: int) -> None:
-        if every < 1:
-            raise InputError(f"{type(self).__name__} needs every >= 1, not {every}.")
+        whole(f"{type(self).__name__}'s every", every, 1)
         self.phi, self.every, self.seen = phi, every, 0
 
     def check(self, model: nn.Module) -> None:
@@ -93,14 +93,19 @@ class Divergence(_Seldom):
         every: micro-batches from one look to the next.
 
     Raises:
-        InputError: no rows, or a number below one.
+        InputError: no rows, or what is no whole number of one or more.
     """
 
     def __init__(self, rows: Tensor, phi: float = 1.0, batch: int = 4, every: int = 4) -> None:
         super().__init__(phi, every)
-        if not len(rows) or batch < 1:
-            raise InputError("Divergence needs rows of text and batch >= 1.")
+        whole(f"{type(self).__name__}'s batch", batch, 1)
+        check_rows(f"{type(self).__name__}'s rows", rows, 1)
         self.rows, self.batch = rows, batch
+
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        what = f"The text of {type(self).__name__}"
+        check_reads(unwrap(model), what, self.rows, self.rows.shape[1])
 
     def look(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor:
         index = in_turn(self.seen // self.every, self.batch, len(self.rows))
@@ -128,7 +133,8 @@ class OnPrompts(_Seldom):
         every: micro-batches from one look to the next.
 
     Raises:
-        InputError: `every` below one; while training, a trainer that hands out no labels.
+        InputError: `every` is no whole number of one or more; while training, a trainer that hands
+            out no labels.
     """
 
     def __init__(self, phi: float = 1.0, every: int = 1) -> None:

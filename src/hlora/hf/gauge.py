@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from hlora.core.evaluating import evaluating
 from hlora.core.pairs import Group
 from hlora.core.sharded import agreed
-from hlora.errors import MismatchError
 from hlora.hf.divergence import by_row
-from hlora.hf.limits import context, vocabulary
+from hlora.hf.limits import check_reads
 from hlora.hf.peft import unwrap
 
 BATCH = 4
@@ -36,17 +35,7 @@ class Gauge:
 
     def __init__(self, model: nn.Module, rows: Tensor) -> None:
         self.model, self.rows = unwrap(model), rows
-        known, most = vocabulary(self.model), context(self.model)
-        if (largest := int(rows.max())) >= known:
-            raise MismatchError(
-                f"The text that forgetting is measured on has token {largest}, and the model knows "
-                f"{known}: it is of another tokenizer. Gather the importance on this model."
-            )
-        if (length := rows.shape[1] - 1) > most:
-            raise MismatchError(
-                f"The text that forgetting is measured on has rows of {length} tokens, and the "
-                f"model takes {most}: give shorter rows."
-            )
+        check_reads(self.model, "The text that forgetting is measured on", rows, rows.shape[1] - 1)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -21,13 +21,14 @@ from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
 from hlora.core.sharded import is_sharded
 from hlora.core.statefile import pack, read
-from hlora.errors import InputError, StoreError, UnsupportedModelError, in_short, one_of
+from hlora.errors import InputError, StoreError, UnsupportedModelError, in_short, one_of, whole
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.distributed import refuse_shards
 from hlora.hf.divergence import refuse_no_text
 from hlora.hf.gauge import Gauge
 from hlora.hf.hub import located
+from hlora.hf.limits import check_rows
 from hlora.hf.peft import UNHELD, base_of, find_pairs, init_of, starts_at_base, take_over
 from hlora.hf.record import warn_of_unreached
 
@@ -220,18 +221,6 @@ class Regularization(Attached):
         return ""
 
 
-def _check_rows(watch: Tensor) -> None:
-    if not isinstance(watch, Tensor):
-        raise InputError(f"watch must be a tensor of tokens, (N, T), not {type(watch).__name__}.")
-    if watch.dim() != 2 or min(watch.shape) < 2 or watch.is_floating_point():
-        raise InputError(
-            "watch must be two rows or more of two tokens or more, (N, T) whole numbers: it is "
-            f"{(*watch.shape,)} of {watch.dtype}."
-        )
-    if (least := int(watch.min())) < 0:
-        raise InputError(f"watch holds {least}, which is no token: give the ids of text itself.")
-
-
 class Penalty(Regularization):
     """Adds φ · Σ_l w_l Σ_i Ω_i (θ_i − θ_i^ν)² to what a Trainer minimizes (Eq. 14-16).
 
@@ -327,13 +316,13 @@ class Penalty(Regularization):
         elif watch is not None:
             raise InputError("watch is the text that forget_at_most measures on: give both.")
         if watch is not None:
-            _check_rows(watch)
+            check_rows("watch", watch, 2)
         self.regularizer.phi = self.rule.phi
         self.look_every = look_every
+        if look_every is not None:
+            whole("look_every", look_every, 0)
         if not look_every:
             return
-        if look_every < 0:
-            raise InputError(f"look_every must be 0 or more, not {look_every}.")
         if held.written is None:
             raise InputError(
                 "look_every needs text that the base model wrote, and the importance in "
