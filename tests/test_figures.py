@@ -115,3 +115,11 @@ def test_a_figure_is_told_in_words():
     bars = in_words(figures.cost_bars(costs(results)))
     assert bars.count("EWC-LoRA, as published") == 2
     assert "20,000 sequences 2,000;" in bars
+
+
+def test_the_frontier_says_which_methods_have_fewer_seeds():
+    runs = [("lora-mu", 0, None), ("lora-mu", 1, None), ("kl", 0, 1.0), ("kl", 0, 4.0),
+            ("kl", 1, 4.0)]  # fmt: skip
+    figure = figures.frontier(Results([line(m, "sciq", s, phi) for m, s, phi in runs], [], []))
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [label.endswith(" (1 of 2 seeds)") for label in labels] == [False, True]

@@ -126,13 +126,17 @@ def phi_curves(results: Results) -> Any | None:
 
 
 def frontier(results: Results) -> Any:
-    """What the domain costs the rest: lower left is better. One panel a task, mean over seeds."""
+    """What the domain costs the rest: lower left is better. One panel a task, mean over seeds.
+
+    The legend says of how many, where a method was not run with all of them.
+    """
     across, up = "nll", "forgetting_unseen"
     rows = [r for r in results.rows if r.method not in METHODS or METHODS[r.method].trains]
     tasks = [t for t in results.tasks if any(results.values(up, r, t) for r in rows)]
     tasks = tasks or results.tasks[:1]
     figure, [panels] = _panels(1, len(tasks), (max(7.4, 2.9 * len(tasks) + 0.5), 3.9))
     methods = list(dict.fromkeys(r.method for r in rows))
+    seeds = {m: _of_seeds(results, up, [r for r in rows if r.method == m], tasks) for m in methods}
     for task, at in zip(tasks, panels, strict=True):
         for method in methods:
             of = [r for r in rows if r.method == method and results.values(up, r, task)]
@@ -141,13 +145,20 @@ def frontier(results: Results) -> Any:
                 continue
             at.plot(
                 *zip(*points, strict=True), linewidth=0.8, markersize=6,
-                label=_name(Row(method, None).label), **_style(method, methods),
+                label=_name(Row(method, None).label) + seeds[method], **_style(method, methods),
             )  # fmt: skip
         at.axhline(0, color="black", linewidth=0.6, linestyle=":")
         at.set_title(_name(task), loc="left")
         at.set_xlabel(METRICS[across].label)
     panels[0].set_ylabel(METRICS[up].label + " (nats per token)")
     return _with_legend(figure, panels[0])
+
+
+def _of_seeds(results: Results, metric: str, rows: list[Row], tasks: list[str]) -> str:
+    """` (1 of 2 seeds)`, by the rows with the fewest; nothing where they have all."""
+    found = [n for r in rows for t in tasks if (n := len(results.values(metric, r, t)))]
+    least, of = min(found, default=0), len(results.seeds)
+    return f" ({least} of {of} seeds)" if 0 < least < of else ""
 
 
 def task_losses(results: Results) -> Any:
