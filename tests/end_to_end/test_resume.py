@@ -293,6 +293,16 @@ def test_a_lengthened_run_is_the_long_run(place, phase, finished, monkeypatch, c
         assert [e["loss"] for e in logs[0]["log"]] == [e["loss"] for e in logs[1]["log"]]
 
 
+def test_a_run_that_is_lengthened_by_a_step_takes_it(place):
+    """A schedule that falls to zero ends at a rate of zero."""
+    place.record()
+    more = ["--training.lr_scheduler_type", "linear", "--save-steps", "2"]
+    assert place.tune(*more, "--max-steps", "4", "--keep-checkpoint", output="on") == 0
+    before = place.adapter("on")
+    assert place.tune(*more, "--max-steps", "5", "--resume", output="on") == 0
+    assert not same(before, place.adapter("on"))
+
+
 def test_a_lengthened_recording_goes_over_its_text_again(place, monkeypatch):
     assert place.record(*CONSTANT, "--max-steps", "2", "--keep-checkpoint") == 0
     for steps in ("3", "5"):

@@ -34,6 +34,7 @@ from hlora.hf.distributed import is_main, refuse_plan, wait_for_all
 from hlora.hf.hub import located
 from hlora.run.models import pick_device, pick_dtype
 from hlora.run.progress import Interruptible, Progress, bar
+from hlora.run.schedule import ResumedRate
 from hlora.run.settings import OF_EACH, TrainSettings, listed
 from hlora.run.trainer import make_trainer
 
@@ -212,6 +213,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(what))
     trainer.add_callback(stop)
+    trainer.add_callback(ResumedRate())
     if isinstance(data, Rows) and len(data.made) < len(data):  # what is wrong is said now
         tokenize(data, _drawn(trainer, settings.max_steps * settings.gradient_accumulation))
     began = time.monotonic()
