@@ -40,6 +40,24 @@ def join(utils: Any, penalty: hlora.Penalty) -> None:
     setattr(utils, MAKER, joined)
 
 
+def run(suite: Path, importance: Path, phi: float, argv: list[str]) -> None:
+    for name in ("run.py", "utils.py"):
+        if not (suite / name).is_file():
+            raise hlora.InputError(
+                f"{suite} has no {name}: give the folder method_comparison/MetaMathQA of PEFT."
+            )
+    # Held to the base model: the suite compares with the model as it is before the first step.
+    penalty = hlora.Penalty(importance.resolve(), phi=phi, anchor="base")
+    os.chdir(suite)
+    sys.path.insert(0, os.getcwd())
+    join(importlib.import_module("utils"), penalty)
+    sys.argv = ["run.py", *argv]
+    runpy.run_path("run.py", run_name="__main__")
+    if penalty.steps is None:
+        raise hlora.InputError("The suite made no optimizer, so nothing was held.")
+    print(f"φ {phi:g}, R {float(penalty.value()):.4g} at the end")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("suite", type=Path)
@@ -47,16 +65,10 @@ def main() -> None:
     parser.add_argument("phi", type=float)
     parser.add_argument("run", nargs=argparse.REMAINDER, help="arguments of the suite's run.py")
     args = parser.parse_args()
-    # Held to the base model: the suite compares with the model as it is before the first step.
-    penalty = hlora.Penalty(args.importance.resolve(), phi=args.phi, anchor="base")
-    os.chdir(args.suite)
-    sys.path.insert(0, os.getcwd())
-    join(importlib.import_module("utils"), penalty)
-    sys.argv = ["run.py", *args.run]
-    runpy.run_path("run.py", run_name="__main__")
-    if penalty.steps is None:
-        raise hlora.InputError("The suite made no optimizer, so nothing was held.")
-    print(f"φ {args.phi:g}, R {float(penalty.value()):.4g} at the end")
+    try:
+        run(args.suite, args.importance, args.phi, args.run)
+    except hlora.HloraError as error:  # what the suite itself raises is left as it is
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -91,6 +91,22 @@ def test_it_holds_in_a_loop_that_knows_nothing_of_it(suite):
     assert held["loss"] > free["loss"]
 
 
+def refused(suite, phi=1):
+    said = run(suite, phi)
+    assert said.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in said
+    return said
+
+
 def test_another_suite_is_refused(suite):
     (suite / "utils.py").write_text("make_optimizer = None\n")
-    assert "get_optimizer_and_scheduler" in run(suite, 1)
+    assert "get_optimizer_and_scheduler" in refused(suite)
+    (suite / "utils.py").unlink()
+    assert "has no utils.py" in refused(suite)
+
+
+def test_an_experiment_that_cannot_be_held_is_refused(suite):
+    config = json.loads((suite / "exp/adapter_config.json").read_text())
+    (suite / "exp/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    assert "use_dora" in refused(suite)
+    assert "phi" in refused(suite, -1)
