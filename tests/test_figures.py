@@ -117,9 +117,35 @@ def test_a_figure_is_told_in_words():
     assert "20,000 sequences 2,000;" in bars
 
 
-def test_the_frontier_says_which_methods_have_fewer_seeds():
+def test_a_legend_says_which_methods_have_fewer_seeds():
     runs = [("lora-mu", 0, None), ("lora-mu", 1, None), ("kl", 0, 1.0), ("kl", 0, 4.0),
             ("kl", 1, 4.0)]  # fmt: skip
-    figure = figures.frontier(Results([line(m, "sciq", s, phi) for m, s, phi in runs], [], []))
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert [label.endswith(" (1 of 2 seeds)") for label in labels] == [False, True]
+    results = Results([line(m, "sciq", s, phi) for m, s, phi in runs], [], [])
+    for draw, fewer in ((figures.frontier, [False, True]), (figures.phi_curves, [True])):
+        labels = [text.get_text() for text in draw(results).legends[0].get_texts()]
+        assert [label.endswith(" (1 of 2 seeds)") for label in labels] == fewer
+
+
+def test_a_legend_is_whole_and_of_all_panels():
+    methods = ("lora-mu", "kl", "blend-looked-seldom", "lora-rewound", "kl-own", "blend-own")
+    runs = [("lora-mu", "piqa", 0, None)]
+    runs += [(m, "sciq", seed, 1.0) for m in methods for seed in (0, 1)[: 1 + (m == "kl")]]
+    figure = figures.frontier(Results([line(*run) for run in runs], [], []))
+    [legend] = figure.legends
+    assert len(legend.get_texts()) == len(methods)
+    figure.draw_without_rendering()
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+
+
+def test_the_frontier_is_of_the_kl_where_every_run_measured_it():
+    lines = [line(m, "sciq", 0, phi) for m, phi in (("lora-mu", None), ("ewc", 1.0))]
+    unmeasured = {
+        **lines[0],
+        "text": {k: {**v, "divergences": []} for k, v in lines[0]["text"].items()},
+    }
+    for of, scale in ((lines, "log"), ([unmeasured, *lines[1:]], "linear")):
+        figure = figures.frontier(Results(of, [], []))
+        assert figure.axes[0].get_yscale() == scale
+        assert ("KL, unseen" in in_words(figure)) == (scale == "log")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,14 @@ def phi_curves(results: Results) -> Any | None:
     if not sweeps:
         return None
     plain = Row("lora-nu-mu", None)
-    figure, [panels] = _panels(1, len(metrics), (2.3 * len(metrics) + 0.6, 2.9))
+    figure, [panels] = _panels(1, len(metrics), (2.3 * len(metrics) + 0.6, 2.3))
     for metric, at in zip(metrics, panels, strict=True):
         for index, (method, rows) in enumerate(sweeps.items()):
             points = [mean_se(results.values(metric, r, *tasks).values()) for r in rows]
             at.errorbar(
                 [r.phi for r in rows], [m for m, _ in points],
                 yerr=[0 if math.isnan(e) else e for _, e in points], capsize=2, linewidth=1.2,
-                markersize=5, label=_name(Row(method, None).label),
+                markersize=5, label=_label(results, rows, tasks),
                 **{**_style(method, list(sweeps)), "linestyle": STYLES[index % len(STYLES)]},
             )  # fmt: skip
         if plain in results.rows:
@@ -122,43 +123,53 @@ def phi_curves(results: Results) -> Any | None:
         at.minorticks_off()
         at.set_xlabel("φ")
         at.set_title(METRICS[metric].label, loc="left", fontsize="medium")
-    return _with_legend(figure, panels[0])
+    return _with_legend(figure, panels)
 
 
 def frontier(results: Results) -> Any:
     """What the domain costs the rest: lower left is better. One panel a task, mean over seeds.
 
-    The legend says of how many, where a method was not run with all of them.
+    The cost is the KL from the base on a log scale, or the rise of the loss where not every run
+    measured the KL. The legend says of how many seeds, where a method was not run with all.
     """
-    across, up = "nll", "forgetting_unseen"
+    across = "nll"
     rows = [r for r in results.rows if r.method not in METHODS or METHODS[r.method].trains]
+    measured = {
+        metric: sum(len(results.values(metric, r, t)) for r in rows for t in results.tasks)
+        for metric in ("kl_unseen", "forgetting_unseen")
+    }
+    up = max(measured, key=lambda metric: measured[metric])  # the KL where both are as many
     tasks = [t for t in results.tasks if any(results.values(up, r, t) for r in rows)]
     tasks = tasks or results.tasks[:1]
-    figure, [panels] = _panels(1, len(tasks), (max(7.4, 2.9 * len(tasks) + 0.5), 3.9))
-    methods = list(dict.fromkeys(r.method for r in rows))
-    seeds = {m: _of_seeds(results, up, [r for r in rows if r.method == m], tasks) for m in methods}
+    figure, [panels] = _panels(1, len(tasks), (max(7.4, 2.9 * len(tasks) + 0.5), 3.2))
+    methods = {r.method: [of for of in rows if of.method == r.method] for r in rows}
     for task, at in zip(tasks, panels, strict=True):
-        for method in methods:
-            of = [r for r in rows if r.method == method and results.values(up, r, task)]
+        for method, rows_of in methods.items():
+            of = [r for r in rows_of if results.values(up, r, task)]
             points = [[results.mean(m, r, task) for m in (across, up)] for r in of]
             if not points:
                 continue
             at.plot(
                 *zip(*points, strict=True), linewidth=0.8, markersize=6,
-                label=_name(Row(method, None).label) + seeds[method], **_style(method, methods),
+                label=_label(results, rows_of, tasks), **_style(method, list(methods)),
             )  # fmt: skip
-        at.axhline(0, color="black", linewidth=0.6, linestyle=":")
+        if up == "kl_unseen":
+            at.set_yscale("log", subs=(2, 5))  # which are the ticks between the powers of ten
+            for ticks in ("major", "minor"):
+                getattr(at.yaxis, f"set_{ticks}_formatter")("{x:g}")
+        else:
+            at.axhline(0, color="black", linewidth=0.6, linestyle=":")
         at.set_title(_name(task), loc="left")
         at.set_xlabel(METRICS[across].label)
     panels[0].set_ylabel(METRICS[up].label + " (nats per token)")
-    return _with_legend(figure, panels[0])
+    return _with_legend(figure, panels)
 
 
-def _of_seeds(results: Results, metric: str, rows: list[Row], tasks: list[str]) -> str:
-    """` (1 of 2 seeds)`, by the rows with the fewest; nothing where they have all."""
-    found = [n for r in rows for t in tasks if (n := len(results.values(metric, r, t)))]
+def _label(results: Results, rows: list[Row], tasks: list[str]) -> str:
+    """The name of a method, and ` (1 of 2 seeds)` where a row of it was not run with all."""
+    found = [n for r in rows for t in tasks if (n := len(results.of(r, t)))]
     least, of = min(found, default=0), len(results.seeds)
-    return f" ({least} of {of} seeds)" if 0 < least < of else ""
+    return _name(Row(rows[0].method, None).label) + (f" ({least} of {of} seeds)" * (least < of))
 
 
 def task_losses(results: Results) -> Any:
@@ -233,13 +244,19 @@ def _panels(rows: int, columns: int, size: tuple[float, float], **shared: Any) -
     )
 
 
-def _with_legend(figure: Any, panel: Any) -> Any:
-    """One legend below all panels, three inches a column: the longest name must not be cut."""
-    columns = max(1, int(figure.get_figwidth() // 3))
-    figure.legend(
-        *panel.get_legend_handles_labels(),
-        loc="outside lower center", ncols=columns, frameon=False,
-    )  # fmt: skip
+def _with_legend(figure: Any, panels: Sequence[Any]) -> Any:
+    """One legend below all panels, of what any of them shows: it takes no name's end, no panel's
+    height."""
+    both = (zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels)
+    named = {label: handle for of in both for handle, label in of}
+    for columns in range(max(1, int(figure.get_figwidth() // 3)), 0, -1):
+        legend = figure.legend(
+            named.values(), named, loc="outside lower center", ncols=columns, frameon=False
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
     return figure
 
 
