@@ -231,9 +231,11 @@ def _importance(bench: Bench, folder: Path) -> None:
         save_importance(folder / kind, bench.model, bench.pairs, importance, notes)
 
 
-def _penalty(bench: Bench, folder: Path, optimizer: torch.optim.Optimizer, **settings: Any) -> int:
+def _penalty(
+    bench: Bench, folder: Path, optimizer: torch.optim.Optimizer, look_every: int = 0
+) -> int:
     """Attach a penalty; the bytes of its importance."""
-    held = hlora.Penalty(folder, phi=1e-6, anchor="base", **settings)
+    held = hlora.Penalty(folder, phi=1e-6, anchor="base", look_every=look_every)
     held.start(bench.model, optimizer)
     return int(held.stored.info["files"][store.TENSORS]["bytes"])
 

@@ -1,11 +1,14 @@
 """Looks at the predictions that correct a quadratic while training."""
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import hlora
+from hlora.cli import main as cli
 from hlora.core import looks
 from hlora.core.pairs import group
 from hlora.errors import InputError, UnsupportedModelError
@@ -18,6 +21,7 @@ from tests.conftest import lora_model, make_trainer, perturb
 from tests.test_budget import WATCHED, gathered, trained
 from tests.test_distributed import in_force
 from tests.test_peers import straight_and_resumed
+from tests.tiny import questions, write_model, write_rows, write_text
 
 
 @pytest.fixture
@@ -152,25 +156,38 @@ def test_looks_need_text_and_the_base_model(base, tmp_path):
 @pytest.mark.parametrize(
     ("given", "steps", "every"),
     [
-        ({"forget_at_most": 0.1}, 200, 16), ({"forget_at_most": 0.1}, 20, 5),
-        ({"forget_at_most": 0.1}, 2, 1), ({"forget_at_most": 0.1, "look_every": 0}, 200, 0),
-        ({"forget_at_most": 0.1, "look_every": 3}, 200, 3), ({"phi": 1.0}, 200, 0),
+        ({}, 200, 16), ({}, None, 16), ({}, 20, 5), ({}, 2, 1), ({"phi": 0.3}, 200, 16),
+        ({"look_every": 0}, 200, 0), ({"look_every": 3}, 200, 3), ({"anchor": "nu"}, 200, 0),
+        ({"forget_at_most": 0.1}, 200, 16), ({"forget_at_most": 0.1, "look_every": 0}, 200, 0),
     ],
 )  # fmt: skip
-def test_a_budget_looks_by_default(given, steps, every, base, tmp_path):
-    penalty = hlora.Penalty(base, **given)
-    penalty._planned = steps
+def test_looks_by_default(given, steps, every, base):
     model = lora_model()
+    assert _started(hlora.Penalty(base, **given), model, steps) == every
+
+
+@pytest.mark.parametrize("given", [{}, {"forget_at_most": 0.1}])
+def test_no_looks_by_default_where_the_importance_keeps_no_text(given, tmp_path):
+    penalty = hlora.Penalty(gathered(tmp_path / "base", WATCHED), **given)
+    assert _started(penalty, lora_model(), 200) == 0
+
+
+def test_no_looks_by_default_where_there_is_nothing_to_look_at(base, monkeypatch):
+    """A classifier or a sharded model; an adapter that does not start at the base model."""
+    from hlora.hf import regularize
+
+    for name, answer in (("predicts_text", False), ("is_sharded", True), ("starts_at_base", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(regularize, name, lambda *_, answer=answer: answer)
+            assert _started(hlora.Penalty(base), lora_model(), 200) == 0
+
+
+def _started(penalty, model, steps):
+    """Steps from one look to the next, once training has begun."""
+    penalty._planned = steps
     penalty.start(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
     looks = penalty.regularizer.looks
-    assert (looks.every if looks else 0) == every
-
-
-def test_a_budget_does_not_look_where_it_cannot(tmp_path):
-    """Its importance keeps no such text."""
-    penalty = hlora.Penalty(gathered(tmp_path / "base", WATCHED), forget_at_most=0.1)
-    trained(tmp_path / "run", penalty)
-    assert penalty.regularizer.looks is None
+    return looks.every if looks else 0
 
 
 def test_of_several_importances_the_first_one_looks(base, tmp_path):
@@ -179,3 +196,24 @@ def test_of_several_importances_the_first_one_looks(base, tmp_path):
     given = {"model": "m", "task": "t", "output": "o", "importance": [str(base), str(other)]}
     first, second = regularizers(TuneSettings(**given, look_every=4))
     assert (first.look_every, second.look_every) == (4, None)
+
+
+def test_a_dry_run_counts_looks_and_kl(tmp_path, capsys):
+    write_model(tmp_path / "model")
+    write_text(tmp_path / "a.txt")
+    write_rows(tmp_path / "task.jsonl", questions())
+    common = ["--model", str(tmp_path / "model"), "--device", "cpu", "--output"]
+    record = ["record", *common, str(tmp_path / "base"), "--kind", "blend", "--sequences", "16"]
+    assert cli.main([*record, "--block-size", "24"]) == 0
+    tune = ["tune", *common, str(tmp_path / "held"), "--importance", str(tmp_path / "base")]
+    tune += ["--task", str(tmp_path / "task.jsonl"), "--max-steps", "40", "--dry-run"]
+    tune += ["--gradient-accumulation", "2"]
+    capsys.readouterr()
+    for more, lines in (
+        ([], {"looks": 4}), (["--look-every", "0"], {}),
+        (["--look-every", "16", "--kl", str(tmp_path / "a.txt"), "task"],
+         {"looks": 2, "KL": 20, "KL, prompts": 20}),
+    ):  # fmt: skip
+        assert cli.main([*tune, *more]) == 0
+        said = re.findall(r"(.{11}) (\d+) in all, [\d.]+ s each here", capsys.readouterr().out)
+        assert {what.strip(): int(times) for what, times in said} == lines

@@ -25,12 +25,12 @@ def demo(tiny, folder, *more):
 def test_the_demo_ends_in_a_table_and_a_page(tiny, tmp_path, capsys):
     assert demo(tiny, tmp_path / "demo") == 0
     out = capsys.readouterr().out
-    for word in ("LoRA(μ)", "HLoRA", "blend", "forgot, unseen*", "NLL", "importance"):
+    for word in ("LoRA(μ)", "HLoRA", "held", "forgot, unseen*", "NLL", "importance"):
         assert word in out
     assert max(len(line) for line in out.splitlines() if "PPL" in line) <= 80
     results = read_lines(tmp_path / "demo" / "demo.jsonl")
     assert [r["label"] for r in results] == [
-        "Base", "LoRA(μ)", "LoRA(μ) rewound", "HLoRA", "blend at base",
+        "Base", "LoRA(μ)", "LoRA(μ) rewound", "HLoRA", "held at base",
     ]  # fmt: skip
     assert [len(r["answers"]) for r in results] == [8] * 5
     assert all(len(r["text"]["code"]["blocks"]) == 2 for r in results)

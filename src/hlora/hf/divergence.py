@@ -32,27 +32,36 @@ def by_row(before: Tensor, after: Tensor) -> Tensor:
     return torch.stack([divergences(b, a).mean() for b, a in zip(before, after, strict=True)])
 
 
+def predicts_text(model: nn.Module) -> bool:
+    """And from `input_ids` alone: neither a classifier nor an encoder with a decoder."""
+    inner = _inner(model)
+    head = getattr(inner, "get_output_embeddings", lambda: True)()
+    return head is not None and not getattr(inner.config, "is_encoder_decoder", False)
+
+
 def refuse_no_text(model: nn.Module, what: str) -> None:
     """Refuse a model that predicts no text, or not from `input_ids` alone, for the sake of `what`.
 
     Raises:
         UnsupportedModelError: a classifier, or a model with an encoder and a decoder.
     """
-    inner: Any = unwrap(model)
-    inner = getattr(inner, "get_base_model", lambda: inner)()
-    head = getattr(inner, "get_output_embeddings", lambda: True)()
-    if head is None or getattr(inner.config, "is_encoder_decoder", False):
+    if not predicts_text(model):
         raise UnsupportedModelError(
-            f"{what} looks at what the model predicts of text, and {type(inner).__name__} predicts "
-            "none, or not from input_ids alone: leave it out. hlora.Penalty with phi looks at the "
-            "weights alone."
+            f"{what} looks at what the model predicts of text, and {type(_inner(model)).__name__} "
+            "predicts none, or not from input_ids alone: leave it out. hlora.Penalty with phi "
+            "looks at the weights alone."
         )
+
+
+def _inner(model: nn.Module) -> Any:
+    inner: Any = unwrap(model)
+    return getattr(inner, "get_base_model", lambda: inner)()
 
 
 _NOT_LEARNED = -100
 
 
-class _Seldom(Regularizer):
+class Seldom(Regularizer):
     """Looks at one micro-batch in `every`, which counts `every` times.
 
     So φ means the same however seldom it is looked at.
@@ -74,6 +83,10 @@ class _Seldom(Regularizer):
     def look(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor:
         raise NotImplementedError
 
+    def try_out(self, model: nn.Module, inputs: Any) -> None:
+        """One look, to be timed: forward and backward, but for what the task does anyway."""
+        self.look(model, inputs, None).backward()
+
     def state(self) -> dict[str, Tensor]:
         return {"seen": torch.tensor([self.seen])}
 
@@ -81,7 +94,7 @@ class _Seldom(Regularizer):
         self.seen = int(tensors["seen"])
 
 
-class Divergence(_Seldom):
+class Divergence(Seldom):
     """φ · KL(base ‖ model) on rows of general text, nats per token.
 
     A micro-batch in `every` takes the next rows, forward once with the adapter and once without.
@@ -120,7 +133,7 @@ class Divergence(_Seldom):
             return model(input_ids=ids).logits
 
 
-class OnPrompts(_Seldom):
+class OnPrompts(Seldom):
     """φ · KL(base ‖ model) on the prompts of the rows that are trained on, nats per token.
 
     Where a token that is not learned is predicted; the answers are left out, and no other text is
@@ -161,6 +174,11 @@ class OnPrompts(_Seldom):
                 for b, a, here in zip(before[:, :-1], logits[:, :-1], prompt, strict=True)
             ]
         ).mean()
+
+    def try_out(self, model: nn.Module, inputs: Any) -> None:
+        of = {k: v for k, v in inputs.items() if k != "labels"}
+        with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
+            model(**of)
 
     def at_end(self, groups: list[Group]) -> None:
         if self._met is not None and not self._met:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from hlora.core import store
 from hlora.core.adapter_file import read_tensors
 from hlora.core.budget import Budgeted, check_budget
-from hlora.core.looks import Looks
+from hlora.core.looks import ROWS, Looks, in_turn
 from hlora.core.pairs import Group, Pair, check_held, digest, group, resized, unstack
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
 from hlora.core.quadratic import Anchor, Quadratic
@@ -25,7 +26,7 @@ from hlora.errors import InputError, StoreError, UnsupportedModelError, in_short
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.distributed import refuse_shards
-from hlora.hf.divergence import refuse_no_text
+from hlora.hf.divergence import predicts_text, refuse_no_text
 from hlora.hf.gauge import Gauge
 from hlora.hf.hub import located
 from hlora.hf.limits import check_rows
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 ANCHORS = ("nu", "base", "merged")
 LOOK_EVERY = 16
-"""Steps from one look to the next, in a budget."""
+"""Steps from one look to the next."""
 NATURAL_PHI = 1.0
 """φ where R is in nats per token: one of general text counts as much as one of the domain."""
 WEAK = 1e-3
@@ -247,8 +248,9 @@ class Penalty(Regularization):
         look_every: once in so many optimizer steps also take the gradient of the KL divergence from
             the base model itself, on four rows that it wrote when the importance was gathered, and
             correct by it what the importance pulls. A look is two forward passes and a backward
-            pass on these rows; 0 never looks. By default 16 in a budget, and more often in a run of
-            less than 64 steps, where the importance keeps such rows and the model is not sharded.
+            pass on these rows; 0 never looks. By default 16, and more often in a run of less than
+            64 steps, where that can be done: the importance keeps such rows, the anchor is the base
+            model, which predicts text and is not sharded, and the adapter starts there.
         watch: (N, T) tokens of general text, two rows or more, on which a budget measures
             forgetting too; what it finds most of counts. By default what the importance keeps.
         rule: fields of `hlora.core.presets.PenaltyRule` in place of the preset's:
@@ -373,23 +375,33 @@ class Penalty(Regularization):
         else:
             self.regularizer = Quadratic(*of)
             self.regularizer.phi = phi
-        if every := self._looks_every(groups):
+        if every := self._looks_every(model, groups):
             rows = self.stored.importance.written
             assert rows is not None
             self.regularizer.looks = Looks(Gauge(model, rows).pull, len(rows), every)
         return groups
 
-    def _looks_every(self, groups: list[Group]) -> int:
+    def _looks_every(self, model: nn.Module, groups: list[Group]) -> int:
         """Steps from one look to the next; 0 never looks."""
         factors = [p.B for g in groups for p in g.pairs]
         if self.look_every:
             refuse_shards("look_every", factors)
         if self.look_every is not None:
             return self.look_every
-        able = self.stored.importance.written is not None and not any(map(is_sharded, factors))
-        if self.forget_at_most is None or not able:
+        of_base = self.anchor != "nu" and not self.needs_state
+        able = self.stored.importance.written is not None and of_base and predicts_text(model)
+        if not able or any(map(is_sharded, factors)):
             return 0
-        return min(LOOK_EVERY, max(1, (self._planned or 0) // 4))
+        return LOOK_EVERY if self._planned is None else min(LOOK_EVERY, max(1, self._planned // 4))
+
+    def looks_of(self, model: nn.Module, steps: int) -> tuple[int, Callable[[], Any]] | None:
+        """How many looks there are in a run of so many steps, and one of them; None without any."""
+        self._planned = steps
+        groups = self.prepare(model, fresh=False)
+        looks = getattr(self.regularizer, "looks", None)
+        if looks is None:
+            return None
+        return steps // looks.every, lambda: looks.pull(in_turn(1, ROWS, looks.rows), groups)
 
     def check(self, model: nn.Module, args: Any) -> None:
         if self.look_every:

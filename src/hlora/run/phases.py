@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -36,7 +38,7 @@ from hlora.errors import InputError, MismatchError
 from hlora.files import check_space, publish, write_json
 from hlora.hf.corda import Corda
 from hlora.hf.distributed import is_main
-from hlora.hf.divergence import Divergence, OnPrompts
+from hlora.hf.divergence import Divergence, OnPrompts, Seldom
 from hlora.hf.hub import check_name, pinned, push
 from hlora.hf.limits import context, vocabulary
 from hlora.hf.peft import base_of, find_pairs, save_adapter
@@ -198,8 +200,12 @@ class _Phase(Generic[Done]):
         batch = self.collate(self.rows.rows[: self.settings.batch_size])
         return dry_run.describe(
             self.settings, self.model, self.pairs, batch, len(self.rows), self.rows.tokens,
-            self.held,
+            self.held, lambda steps: self._beside(steps, batch),
         )  # fmt: skip
+
+    def _beside(self, steps: int, batch: dict[str, Tensor]) -> Iterator[dry_run.Beside]:
+        """What a run of so many steps does beside its batches."""
+        return iter(())
 
 
 class GeneralPhase(_Phase[Recorded]):
@@ -456,6 +462,15 @@ class DomainPhase(_Phase[Trained]):
         if ITS_PROMPTS in settings.kl:
             self.parts.append(OnPrompts(settings.kl_weight, settings.kl_every))
         check_space(self.output, 64 << 20)
+
+    def _beside(self, steps: int, batch: dict[str, Tensor]) -> Iterator[dry_run.Beside]:
+        for part in self.parts:
+            if isinstance(part, Penalty) and (of := part.looks_of(self.model, steps)):
+                yield dry_run.Beside("looks", *of)
+            if isinstance(part, Seldom):
+                what = "KL, prompts" if isinstance(part, OnPrompts) else "KL"
+                times = steps * self.settings.gradient_accumulation // part.every
+                yield dry_run.Beside(what, times, partial(part.try_out, self.model, batch))
 
     def _run(self) -> Trained:
         if self.finished:

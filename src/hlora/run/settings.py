@@ -282,8 +282,8 @@ class TuneSettings(TrainSettings):
     )  # fmt: skip
     look_every: int | None = setting(
         "once in N steps also look at the predictions, on text that the importance keeps, and "
-        "correct what it pulls; default 16 with --forget-at-most, else 0: never", None, more=True,
-        least=0,
+        "correct what it pulls; 0 never looks (default: 16 where the importance keeps such text)",
+        None, more=True, least=0,
     )  # fmt: skip
     kl: list[str] = setting(
         "general text on which the predictions are held to the base model's while tuning (KL); "

@@ -24,7 +24,7 @@ from hlora.study.rows import Results
 from hlora.study.spec import Study
 
 TITLE = "LoRA that does not forget"
-PLAIN, OURS = "lora-mu", "blend"
+PLAIN, OURS = "lora-mu", "held"
 QUICK: dict[str, dict[str, Any]] = {
     "record": {"max_steps": 2, "sequences": 8}, "tune": {"max_steps": 2},
     "eval": {"text_blocks": 2, "task_rows": 8},

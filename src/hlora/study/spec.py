@@ -175,9 +175,12 @@ def key_of(study: Study, run: Run) -> str:
     read = {*study.general.values(), *study.held_out.values(), *study.others.values()}
     read |= set(task.values())
     method = asdict(METHODS[run.method])
+    # As the keys of earlier results were made, when nothing looked that was not told to.
     for name in ("rewinds", "at", "back_to_nu"):
         if not method[name]:
-            del method[name]  # as the keys of earlier results were made
+            del method[name]
+    if method["tune"] and not method["tune"].get("look_every", 1):
+        method["tune"] = {k: v for k, v in method["tune"].items() if k != "look_every"}
     what = {
         **study.settings(), **asdict(run), "task_files": task, "method_settings": method,
         "digests": {k: v for k, v in study.digests.items() if k in read},
