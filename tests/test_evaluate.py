@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from hlora.data.tasks import Example, Task, load_task
 from hlora.run.evaluate import (
@@ -18,6 +19,7 @@ from hlora.run.evaluate import (
     summarize,
 )
 from hlora.run.models import load
+from hlora.study import basepass
 from tests.conftest import base_model, lora_model, perturb
 from tests.tiny import questions, write_model, write_rows
 
@@ -48,6 +50,35 @@ def test_divergence_from_the_base_is_torch_s():
     assert score.divergence.nats == pytest.approx(float(kl.mean()), rel=1e-4)
     assert score.loss == score_text(model, rows).loss
     assert score_text(model, rows).divergence is None
+
+
+def test_a_kept_base_pass_gives_the_same_divergences(tmp_path):
+    model, rows = lora_model(), torch.randint(3, 60, (5, 9))
+    perturb(model)
+    wanted = score_text(model, rows, batch_size=2, divergence=True)
+    with basepass.listening(base_model()) as reads:
+        score_text(base_model(), rows, batch_size=2)
+    assert reads.batches == []  # it listened to another model
+    with model.disable_adapter(), basepass.listening(model.get_base_model()) as reads:
+        score_text(model, rows, batch_size=2)
+    reads.save(tmp_path / "kept")
+    before = basepass.logits(model, tmp_path / "kept")
+    found = score_text(model, rows, batch_size=2, divergence=True, before=before)
+    assert found.divergences == wanted.divergences
+    assert next(before, None) is None
+    assert basepass.logits(model, tmp_path / "none") is None
+
+
+def test_no_base_pass_is_kept_where_the_logits_are_not_the_heads(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Gemma2Config(vocab_size=60, final_logit_softcapping=1.0, **shape, **heads)
+    model = Gemma2ForCausalLM(config)
+    with basepass.listening(model) as reads:
+        score_text(model, torch.randint(3, 60, (2, 9)))
+    reads.save(tmp_path / "kept")
+    assert reads.batches is None
+    assert not (tmp_path / "kept").exists()
 
 
 def test_a_model_that_predicts_only_itself_is_caught():

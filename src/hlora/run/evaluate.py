@@ -8,7 +8,7 @@ length in characters (acc_norm). Every figure comes with its standard error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -114,12 +114,13 @@ def pooled_forgetting(pairs: Iterable[tuple[TextScore, TextScore]]) -> Forgettin
 @torch.no_grad()
 def score_text(
     model: nn.Module, blocks: Tensor, *, batch_size: int = 8, tick: Tick | None = None,
-    divergence: bool = False,
+    divergence: bool = False, before: Iterator[Tensor] | None = None,
 ) -> TextScore:  # fmt: skip
     """Loss on blocks of tokens (N, T): each token but a block's first is predicted.
 
     Args:
         divergence: also compare the predictions of a PEFT model with its base model's.
+        before: the base model's logits, batch by batch, where they are there already.
     """
     sums: list[float] = []
     found: list[float] = []
@@ -131,9 +132,12 @@ def score_text(
             for row, target in zip(logits, ids[:, 1:], strict=True):
                 sums.append(float(F.cross_entropy(row.float(), target, reduction="sum")))
             if divergence:
-                with model.disable_adapter():  # type: ignore[operator]
-                    before = model(input_ids=ids[:, :-1]).logits
-                found += by_row(before, logits).tolist()
+                if before is not None:
+                    of_base = next(before)
+                else:
+                    with model.disable_adapter():  # type: ignore[operator]
+                        of_base = model(input_ids=ids[:, :-1]).logits
+                found += by_row(of_base, logits).tolist()
             if tick:
                 tick(part.stop - part.start)
     per_block = blocks.shape[1] - 1

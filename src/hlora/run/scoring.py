@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,14 +97,19 @@ def prepare(
 def score(
     model: nn.Module, tokenizer: Any, kinds: dict[str, Tensor], tasks: list[Task],
     batch_size: int, divergence: bool = False,
+    before: Mapping[str, Iterator[Tensor] | None] | None = None,
 ) -> Scores:  # fmt: skip
-    """Scores by kind of text under `text`, by task under `task`."""
+    """Scores by kind of text under `text`, by task under `task`.
+
+    `before` has the base model's logits by kind of text, where they are there already.
+    """
     result: Scores = {"text": {}, "task": {}}
     for name, rows in kinds.items():
         with bar(name, len(rows)) as shown:
             result["text"][name] = score_text(
-                model, rows, batch_size=batch_size, tick=shown.update, divergence=divergence
-            )
+                model, rows, batch_size=batch_size, tick=shown.update, divergence=divergence,
+                before=(before or {}).get(name),
+            )  # fmt: skip
     for task in tasks:
         with bar(task.name, sum(len(e.choices) for e in task.examples)) as shown:
             result["task"][task.name] = score_task(

@@ -23,7 +23,7 @@ from hlora.run.models import load_adapter
 from hlora.run.phases import TUNED, record, tune
 from hlora.run.scoring import prepare, score
 from hlora.run.settings import ConvertSettings
-from hlora.study import spec
+from hlora.study import basepass, spec
 from hlora.study.lines import groups_of_text
 from hlora.study.methods import METHODS
 from hlora.study.spec import Run, Study
@@ -164,7 +164,7 @@ def _scores(
             scale_adapter(model, scale)
         else:
             scale_from(model, start, scale)
-    scores = score(model, tokenizer, kinds, tasks, settings.batch_size, adapter is not None)
+    scores = _all_scores(study, model, tokenizer, kinds, tasks, settings.batch_size)
     of_task, *others = scores["task"].values()
     return {
         "text": {k: asdict(s) for k, s in scores["text"].items()},
@@ -176,6 +176,26 @@ def _scores(
             for name, s in zip(study.others, others, strict=True)
         },
     }
+
+
+def _all_scores(
+    study: Study, model: Any, tokenizer: Any, kinds: dict[str, Any], tasks: list[Any], size: int
+) -> dict[str, Any]:
+    """The base model's predictions are kept, and serve every adapter."""
+    digests = {v: study.digests.get(v) for v in study.held_out.values()}
+    what = {"model": study.model, "held_out": study.held_out, "eval": study.eval, "of": digests}
+    folder = Path(study.work) / "base" / spec.digest(what)
+    paths = {kind: folder / f"{i}.safetensors" for i, kind in enumerate(kinds)}
+    if hasattr(model, "disable_adapter"):
+        before = {kind: basepass.logits(model, path) for kind, path in paths.items()}
+        return score(model, tokenizer, kinds, tasks, size, True, before)
+    folder.mkdir(parents=True, exist_ok=True)
+    text: dict[str, TextScore] = {}
+    for kind, rows in kinds.items():
+        with basepass.listening(model) as reads:
+            text |= score(model, tokenizer, {kind: rows}, [], size)["text"]
+        reads.save(paths[kind])
+    return {"text": text, "task": score(model, tokenizer, {}, tasks, size)["task"]}
 
 
 def _summary(study: Study, base: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
