@@ -5,6 +5,7 @@ import torch
 from transformers import TrainerCallback
 
 import hlora
+from hlora.core import budget
 from hlora.core.evaluating import evaluating
 from hlora.core.importance.blend import Blend
 from hlora.core.pairs import group
@@ -368,3 +369,16 @@ def test_any_rank_can_be_held_to_the_base(base, tmp_path):
 def test_φ_is_one_in_nats_and_the_base_is_the_anchor(base):
     penalty = hlora.Penalty(base)
     assert (penalty.phi, penalty.anchor) == (1.0, "base")
+
+
+def test_a_tight_budget_pulls_no_harder_than_it_helps(tmp_path, monkeypatch):
+    """Else Adam, which takes steps of one size, runs away and remembers it for a thousand steps."""
+    of = gathered(tmp_path / "base", WATCHED, WATCHED)
+
+    def hardest(folder):
+        trainer = trained(folder, hlora.Penalty(of, forget_at_most=1e-5), logging_steps=1)
+        return max(e.get("penalty_grad_ratio", 0) for e in trainer.state.log_history)
+
+    assert 5 < hardest(tmp_path / "limited") <= budget.MOST_PULL * 1.001
+    monkeypatch.setattr(budget, "MOST_PULL", torch.inf)
+    assert hardest(tmp_path / "free") > 20

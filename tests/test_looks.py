@@ -11,6 +11,8 @@ import hlora
 from hlora.cli import main as cli
 from hlora.core import looks
 from hlora.core.pairs import group
+from hlora.core.regularizer import Pull
+from hlora.core.steps import limited
 from hlora.errors import InputError, UnsupportedModelError
 from hlora.hf.divergence import divergences
 from hlora.hf.gauge import Gauge
@@ -65,12 +67,12 @@ def test_at_a_look_the_pull_is_that_of_the_divergence(base, tmp_path):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     penalty.start(model, optimizer)
     for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
+        p.grad = torch.ones_like(p) if p.requires_grad else None
     wanted = reference(model, WATCHED[: looks.ROWS])
     optimizer.step()
     for n, p in model.named_parameters():
         if p.requires_grad:
-            torch.testing.assert_close(before[n] - p, 0.25 * wanted[n], rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(before[n] - p - 1, 0.25 * wanted[n], rtol=1e-3, atol=1e-6)
 
 
 def test_little_forgetting_pulls_in_fp16_too():
@@ -116,10 +118,36 @@ def test_between_looks_the_quadratic_tells_only_the_change(base):
     plain = quadratic.before_step(groups).gradients
     for g, (dB, _) in zip(groups, plain, strict=True):
         assert dB.any(), g.names
-    looked, again = (quadratic.before_step(groups).gradients for _ in range(2))
-    for one, two, alone in zip(looked, again, plain, strict=True):
+    looked, again = (quadratic.before_step(groups) for _ in range(2))
+    for one, two, alone in zip(looked.gradients, again.gradients, plain, strict=True):
         torch.testing.assert_close(one, two)
-        assert not torch.allclose(one[0], alone[0], rtol=0.1)
+        torch.testing.assert_close(one, alone)
+    for one, two in zip(looked.correction, again.correction, strict=True):
+        torch.testing.assert_close(one, two)
+        assert one[0].any()
+
+
+@pytest.mark.parametrize("scale", [None, 8.0])
+@pytest.mark.parametrize("size", [0.1, 1e3])
+@pytest.mark.parametrize("most", [0.5, torch.inf])
+def test_what_is_added_keeps_within_the_tasks_gradient(size, most, scale):
+    """A correction within the norm of it, and all of a budget's pull within so many times it."""
+    groups = group(find_pairs(lora_model()))
+    ones = [tuple(torch.ones_like(f) for f in g.factors()) for g in groups]
+    for g, (B, A) in zip(groups, ones, strict=True):
+        g.add_gradients(B * (scale or 1), A * (scale or 1))
+    of = [(size * B, size * A) for B, A in ones]
+    pull = Pull(torch.ones(()), ones, correction=of, most=most)
+    found = limited(pull, groups, scale and torch.tensor(scale))
+    wanted = min(1 + min(size, 1.0), most)
+    for (B, A), (one, two) in zip(found, ones, strict=True):
+        torch.testing.assert_close((B, A), (wanted * one, wanted * two))
+
+
+def test_without_limits_gradients_are_as_they_are():
+    groups = group(find_pairs(lora_model()))
+    pulled = [g.factors() for g in groups]
+    assert limited(Pull(torch.ones(()), pulled), groups, None) is pulled
 
 
 def test_a_resumed_run_looks_as_one_that_went_through(base, tmp_path):

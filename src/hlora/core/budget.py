@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,8 @@ LOOKS = 16
 """How often in a run forgetting is measured, to correct what the importance predicts."""
 FURTHEST = 100.0
 """A correction beyond which a measurement says nothing."""
+MOST_PULL = 10.0
+"""Times the task's gradient: more turns no step further, and Adam's mean square remembers it."""
 TRIES, CLOSE = 6, 1.02
 """Scalings at the end, and how far above the budget is near enough."""
 
@@ -85,6 +88,9 @@ class Budgeted(Quadratic):
         self.predicted: float | None = None
         self.left, self.share = 0.0, 1.0
         self.level, self.log_kappa = (torch.zeros((), device=device) for _ in range(2))
+
+    def before_step(self, groups: list[Group]) -> Pull:
+        return replace(super().before_step(groups), most=MOST_PULL)
 
     @torch.no_grad()
     def steer(self, pull: Pull) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hlora.core.pairs import Group, unstack
+from hlora.core.regularizer import Gradients
 
 ROWS = 4
 """Of text, in a look."""
@@ -15,17 +16,16 @@ SHARE = 0.5
 """Of the newest look in what corrects. The rest is of earlier ones, which saw other rows."""
 _KEYS = ("looks.B.{}", "looks.A.{}")
 
-Gradients = list[tuple[Tensor, Tensor]]
-"""By B (L, m, r) and A (L, r, n), a pair a group."""
-
 
 class Looks:
-    """Adds ∇KL − ∇R, as it was at the last looks, to the gradients of R.
+    """∇KL − ∇R, as it was at the last looks, which corrects the gradients of R.
 
     R is the quadratic of the base model. Near it R is the KL divergence; further away the two part,
     and a training that R alone holds is kept out of places where nothing would be forgotten, and
     let into others. So once in `every` steps ∇KL is taken on some rows, and until the next look R
-    tells only how the pull has changed since.
+    tells only how the pull has changed since. Where R is blind nothing tells that: whoever adds the
+    correction keeps it smaller than the task's gradient, or Adam runs along one look until the
+    next.
 
     Args:
         pull: ∇KL on some of the rows, given their numbers, at the present weights.
@@ -40,8 +40,10 @@ class Looks:
         self.taken = 0
         self.found: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
-    def correct(self, groups: list[Group], gradients: Gradients, phi: float | Tensor) -> Gradients:
-        """φ·∇R of each group, corrected."""
+    def correction(
+        self, groups: list[Group], gradients: Gradients, phi: float | Tensor
+    ) -> Gradients | None:
+        """Times φ, where the gradients are φ·∇R of each group; None before the first look."""
         self.taken += 1
         if self.taken % self.every == 0:
             index = in_turn(self.taken // self.every, ROWS, self.rows)
@@ -52,11 +54,9 @@ class Looks:
                 B, A = (o.lerp(n, SHARE) for o, n in zip(old, new, strict=True))
                 self.found[g.names] = B, A
         if not self.found:
-            return gradients
-        return [
-            (dB + phi * self.found[g.names][0], dA + phi * self.found[g.names][1])
-            for g, (dB, dA) in zip(groups, gradients, strict=True)
-        ]
+            return None
+        both = (self.found[g.names] for g in groups)
+        return [(phi * B, phi * A) for B, A in both]
 
     def state(self) -> dict[str, Tensor]:
         found = {"looks.taken": torch.tensor([self.taken])}

@@ -63,7 +63,7 @@ class Quadratic(Regularizer):
         pull = self.pull(groups)
         if self.looks is None:
             return pull
-        return replace(pull, gradients=self.looks.correct(groups, pull.gradients, self.phi))
+        return replace(pull, correction=self.looks.correction(groups, pull.gradients, self.phi))
 
     def pull(self, groups: list[Group]) -> Pull:
         """R (Eq. 15), layer weights and normalization included, and its gradients."""

@@ -7,12 +7,16 @@ micro-batch: for what depends on the data, such as a distance from another model
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from hlora.core.pairs import Group
+
+Gradients = list[tuple[Tensor, Tensor]]
+"""By B (L, m, r) and A (L, r, n), a pair a group."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,15 @@ class Pull:
         R: its value before φ, a scalar on any device.
         gradients: of φ·R by B (L, m, r) and A (L, r, n), one pair for each group.
         forgetting: what it predicts that the model has forgotten, nats per token, a scalar.
+        correction: added to the gradients, and no larger than the task's own, by the norm.
+        most: how many times as large as the task's own all of it may be, by the norm.
     """
 
     R: Tensor
-    gradients: list[tuple[Tensor, Tensor]]
+    gradients: Gradients
     forgetting: Tensor | None = None
+    correction: Gradients | None = None
+    most: float = math.inf
 
 
 class Regularizer:

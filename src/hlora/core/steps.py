@@ -7,6 +7,7 @@ callbacks also fire for a step that mixed precision drops because of infinite gr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hlora.core.pairs import Group
-from hlora.core.regularizer import Regularizer
+from hlora.core.regularizer import Gradients, Pull, Regularizer
 from hlora.core.sharded import anywhere, anywhere_held, local
 
 Watcher = Callable[[Optimizer], None]
@@ -170,6 +171,7 @@ class Steps:
         self._count(self.forward)
         self.forward = []
         total: dict[tuple[str, ...], tuple[Group, Tensor, Tensor]] = {}
+        scale = pending_scale(optimizer)
         for regularizer, groups in self.regularizers:
             pull = None if regularizer.off else regularizer.before_step(groups)
             if pull is None:
@@ -177,14 +179,13 @@ class Steps:
             self._count([(regularizer.phi, pull.R)])
             if (forgetting := regularizer.steer(pull)) is not None:
                 self._forgetting = forgetting
-            for group, (dB, dA) in zip(groups, pull.gradients, strict=True):
+            for group, (dB, dA) in zip(groups, limited(pull, groups, scale), strict=True):
                 if group.names in total:
                     _, B, A = total[group.names]
                     dB, dA = B + dB, A + dA
                 total[group.names] = (group, dB, dA)
         if not total:
             return
-        scale = pending_scale(optimizer)
         if scale is not None:
             total = {n: (g, B * scale.to(B), A * scale.to(A)) for n, (g, B, A) in total.items()}
         if self.measure:
@@ -222,6 +223,37 @@ class Steps:
                 self.largest_ratio = max(self.largest_ratio or 0.0, ours / task)
         self._clear()
         return entry
+
+
+def limited(pull: Pull, groups: list[Group], scale: Tensor | None) -> Gradients:
+    """The gradients of a pull with its correction, within the limits that it sets.
+
+    Args:
+        scale: what the task's gradients still carry.
+    """
+    gradients = pull.gradients
+    if pull.correction is None and math.isinf(pull.most):
+        return gradients
+    task = _norm([g.gradients() for g in groups])
+    task = task if scale is None else task / scale.to(task)
+    if pull.correction is not None:
+        correction = _within(pull.correction, task)
+        gradients = [
+            (dB + B, dA + A) for (dB, dA), (B, A) in zip(gradients, correction, strict=True)
+        ]
+    return gradients if math.isinf(pull.most) else _within(gradients, pull.most * task)
+
+
+def _within(pairs: Gradients, most: Tensor) -> Gradients:
+    """Scaled down where their norm is above `most`."""
+    share = (most / _norm(pairs).clamp(min=torch.finfo(most.dtype).tiny)).clamp(max=1)
+    return [(share.to(B) * B, share.to(A) * A) for B, A in pairs]
+
+
+def _norm(pairs: Gradients) -> Tensor:
+    """Over all of them, a float32 scalar."""
+    norms = [t.float().norm() for both in pairs for t in both]
+    return torch.stack([n.to(norms[0].device) for n in norms]).norm()
 
 
 def _squared(pairs: Any) -> Tensor:
