@@ -14,6 +14,7 @@ from hlora.run.settings import USUAL_METRICS
 from hlora.study import claims, tables
 from hlora.study.cost import costs
 from hlora.study.metrics import METRICS, perplexity
+from hlora.study.page import parts
 from hlora.study.paper import TABLE_1, TABLE_2, e_perplexity
 from hlora.study.rows import Results, Row, read
 from hlora.study.stats import shown
@@ -138,11 +139,32 @@ def test_tables_hold_every_row(whole):
     assert first.rows[0][5] == "10.02"
     second = tables.beside_the_paper(whole, whole.rows, TABLE_1, tables.ACCURACY)
     assert second.rows[0][3] == "95.1"
-    assert {len(r) for t in (first, second) for r in [t.headings, *t.rows]} == {11, 9}
+    assert {len(r) for t in (first, second) for r in [t.headings, *t.rows]} == {9, 7}
     kinds = tables.by_kind(whole, whole.rows)
     assert kinds.headings == ["method", "wiki", "docs*"]
     t = tables.t_tests(whole, Row("hlora", 0.01), Row("ewc", 0.01))
     assert all(len(r) == len(t.headings) for r in t.rows)
+
+
+def test_only_the_papers_tasks_stand_beside_the_papers_figures():
+    lines = [line("lora-mu", "sciq", 0), line("lora-mu", "facts", 0), line("hlora", "facts", 0)]
+    table = tables.beside_the_paper(
+        Results(lines, [], []), [Row("lora-mu", None)], TABLE_1, ("acc",)
+    )
+    assert table.headings == ["method", "sciq, accuracy %", "LLaMA-3.2, sciq", "GPT-J, sciq"]
+    of_facts = Results(lines[1:], [], [])
+    titles = [part.title for part in parts(of_facts, None, None, USUAL_METRICS)]
+    assert not any("the paper's" in title for title in titles)
+
+
+def test_a_strength_is_named_where_the_method_names_it():
+    labels = [Row(*of).label for of in (
+        ("budget", 0.05), ("lora-steps", 100), ("blend", 1.0), ("blend-rewound", 0.5),
+    )]  # fmt: skip
+    assert labels == [
+        "blend, a budget of 0.05", "LoRA(μ), 100 steps", "blend at base, φ 1",
+        "blend at base of φ 0.3, rewound, φ 0.5",
+    ]  # fmt: skip
 
 
 def test_the_best_is_that_of_rivals_with_as_many_runs(whole):

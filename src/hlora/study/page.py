@@ -24,7 +24,7 @@ from hlora.study.alternatives import in_words
 from hlora.study.cells import Table, as_markdown
 from hlora.study.claims import JUDGED, judge, mean_norms
 from hlora.study.cost import costs
-from hlora.study.paper import TABLE_1, TABLE_2
+from hlora.study.paper import TABLE_1, TABLE_2, TASKS
 from hlora.study.rows import Results, Row
 from hlora.study.tables import ABLATION, ACCURACY, PERPLEXITY
 
@@ -66,6 +66,8 @@ def parts(
         found.append(Part(said["title"], said.get("text", ""), table, drawn, name=at))
 
     def beside(name: str, rows: Sequence[Row], paper: dict) -> None:
+        if not set(TASKS) & set(results.tasks):
+            return
         for at, metrics in ((name, PERPLEXITY), (f"{name}_acc", ACCURACY)):
             add(at, tables.beside_the_paper(results, rows, paper, metrics))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,11 @@ class Row:
     @property
     def label(self) -> str:
         name = METHODS[self.method].label if self.method in METHODS else self.method
-        return name if self.phi is None else f"{name}, φ {self.phi:g}"
+        if self.phi is None:
+            return name
+        # A φ that stands for the strength, and not with a number as what is fixed.
+        named = re.sub(r"φ(?! [\d.])", f"{self.phi:g}", name)
+        return named if named != name else f"{name}, φ {self.phi:g}"
 
 
 @dataclass(frozen=True)

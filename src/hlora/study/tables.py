@@ -52,26 +52,31 @@ PERPLEXITY, ACCURACY = ("ppl_seen", "ppl_unseen"), ("acc",)
 def beside_the_paper(
     results: Results, rows: Sequence[Row], paper: dict, metrics: Sequence[str]
 ) -> Table:
-    """Perplexity or accuracy by task: ours, then the paper's.
+    """Perplexity or accuracy by task: ours, then the paper's, of the tasks that both have.
 
     The paper's perplexities, 2 to the nats, are converted to e to the nats.
     """
-    ours = list(product(results.tasks, metrics))
+    shared = [t for t in results.tasks if t in TASKS]
+    ours = list(product(shared, metrics))
     headings = ["method", *(f"{t}, {METRICS[m].label}" for t, m in ours)]
-    headings += [f"{model.rsplit('-', 1)[0]}, {task}" for model in paper for task in TASKS]
+    headings += [f"{model.rsplit('-', 1)[0]}, {task}" for model in paper for task in shared]
     cells = []
     for row in rows:
+        if not any(results.of(row, t) for t in shared):
+            continue
         found = (results.values(m, row, t).values() for t, m in ours)
         cells.append([row.label, *(_mean(v, METRICS[metrics[0]].digits) for v in found)])
         for scores in paper.values():
             of = scores.get(PAPER_NAMES.get(row.method, row.method))
-            told = [
-                f"{s[1]:.1f}" if metrics == ACCURACY else f"{e_perplexity(s[0]):.2f}"
-                for s in of or ()
-            ]
-            cells[-1] += told or ["–"] * len(TASKS)
+            by_task = dict(zip(TASKS, of or (), strict=False))
+            told = [by_task.get(t) for t in shared]
+            cells[-1] += [
+                "–" if s is None else f"{s[1]:.1f}" if metrics == ACCURACY
+                else f"{e_perplexity(s[0]):.2f}"
+                for s in told
+            ]  # fmt: skip
     best = {i: of for i, (_, m) in enumerate(ours, 1) if (of := METRICS[m].best)}
-    return Table(headings, cells, best=best, apart=no_rivals(results, results.tasks))
+    return Table(headings, cells, best=best, apart=no_rivals(results, shared))
 
 
 def _mean(values: Collection[float], digits: int) -> str:
