@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import hlora
+from hlora.hf.peft import UNHELD
 
 MAKER = "get_optimizer_and_scheduler"
 """The function of the suite's utils.py that makes the optimizer of a model."""
@@ -40,33 +41,41 @@ def join(utils: Any, penalty: hlora.Penalty) -> None:
     setattr(utils, MAKER, joined)
 
 
-def run(suite: Path, importance: Path, phi: float, argv: list[str]) -> None:
+def run(suite: Path, argv: list[str], penalty: hlora.Penalty | None) -> None:
+    """The suite's run.py with these arguments; without a penalty, as the suite is."""
     for name in ("run.py", "utils.py"):
         if not (suite / name).is_file():
             raise hlora.InputError(
                 f"{suite} has no {name}: give the folder method_comparison/MetaMathQA of PEFT."
             )
-    # Held to the base model: the suite compares with the model as it is before the first step.
-    penalty = hlora.Penalty(importance.resolve(), phi=phi, anchor="base")
     os.chdir(suite)
     sys.path.insert(0, os.getcwd())
-    join(importlib.import_module("utils"), penalty)
+    if penalty is not None:
+        join(importlib.import_module("utils"), penalty)
     sys.argv = ["run.py", *argv]
     runpy.run_path("run.py", run_name="__main__")
+    if penalty is None:
+        return
     if penalty.steps is None:
         raise hlora.InputError("The suite made no optimizer, so nothing was held.")
-    print(f"φ {phi:g}, R {float(penalty.value()):.4g} at the end")
+    print(f"φ {float(penalty.phi):g}, R {float(penalty.value()):.4g} at the end")
+
+
+def held(importance: Path, phi: float, **settings: Any) -> hlora.Penalty:
+    """To the base model: the suite compares with the model as it is before the first step."""
+    return hlora.Penalty(importance.resolve(), phi=phi, anchor="base", **settings)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--unheld", choices=UNHELD, default="refuse", help="as of hlora.Penalty")
     parser.add_argument("suite", type=Path)
     parser.add_argument("importance", type=Path)
     parser.add_argument("phi", type=float)
     parser.add_argument("run", nargs=argparse.REMAINDER, help="arguments of the suite's run.py")
     args = parser.parse_args()
     try:
-        run(args.suite, args.importance, args.phi, args.run)
+        run(args.suite, args.run, held(args.importance, args.phi, unheld=args.unheld))
     except hlora.HloraError as error:  # what the suite itself raises is left as it is
         sys.exit(f"error: {error}")
 
