@@ -16,10 +16,10 @@ from hlora.core.steps import limited
 from hlora.errors import InputError, UnsupportedModelError
 from hlora.hf.divergence import divergences
 from hlora.hf.gauge import Gauge
-from hlora.hf.peft import find_pairs
+from hlora.hf.peft import find_pairs, without_adapter
 from hlora.run.phases import regularizers
 from hlora.run.settings import TuneSettings
-from tests.conftest import lora_model, make_trainer, perturb
+from tests.conftest import base_model, lora_model, make_trainer, perturb
 from tests.test_budget import WATCHED, gathered, trained
 from tests.test_distributed import in_force
 from tests.test_peers import straight_and_resumed
@@ -219,11 +219,85 @@ def _started(penalty, model, steps):
 
 
 def test_of_several_importances_the_first_one_looks(base, tmp_path):
-    """A domain's own importance keeps no text to look at."""
-    other = gathered(tmp_path / "other", WATCHED)
-    given = {"model": "m", "task": "t", "output": "o", "importance": [str(base), str(other)]}
-    first, second = regularizers(TuneSettings(**given, look_every=4))
-    assert (first.look_every, second.look_every) == (4, None)
+    for other in (base, gathered(tmp_path / "other", WATCHED)):
+        given = {"model": "m", "task": "t", "output": "o", "importance": [str(base), str(other)]}
+        for every in (0, 4):
+            first, second = regularizers(TuneSettings(**given, look_every=every))
+            assert (first.look_every, second.look_every) == (every, 0)
+        both = regularizers(TuneSettings(**given))
+        trainer = make_trainer(lora_model(), tmp_path)
+        hlora.attach(trainer, *both)
+        assert [_started(p, trainer.model, 200) for p in both] == [16, 0]
+
+
+def test_what_is_frozen_stays_so_and_has_no_part_in_a_look(base):
+    """PEFT thaws a whole adapter when it comes back."""
+    model = lora_model()
+    perturb(model)
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and "lora_A" not in name)
+    free = [n for n, p in model.named_parameters() if p.requires_grad]
+    penalty = hlora.Penalty(base, phi=0.5, look_every=1)
+    assert _started(penalty, model, 200) == 1
+    groups = group(find_pairs(model))
+    correction = penalty.regularizer.before_step(groups).correction
+    assert all(dB.any() and not dA.any() for dB, dA in correction)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == free
+
+
+def test_a_look_that_overflows_saw_nothing(base, tmp_path):
+    """Else what it left would be in every later step, and in the checkpoint."""
+    model = lora_model()
+    perturb(model)
+    penalty = hlora.Penalty(base, phi=0.5, look_every=1)
+    _started(penalty, model, 200)
+    groups = group(find_pairs(model))
+    looks, pull = penalty.regularizer.looks, penalty.regularizer.looks.pull
+
+    def overflowed(index, of):
+        return [(B * torch.inf, A) for B, A in pull(index, of)]
+
+    looks.pull = overflowed
+    first = penalty.regularizer.before_step(groups).correction
+    assert not any(t.any() for both in first for t in both)
+    looks.pull = pull
+    second = penalty.regularizer.before_step(groups).correction
+    looks.pull = overflowed
+    third = penalty.regularizer.before_step(groups).correction
+    assert any(t.any() for both in second for t in both)
+    torch.testing.assert_close(third, second)
+    state = {k: torch.full_like(t, torch.nan) for k, t in looks.state().items() if "." in k[6:]}
+    looks.found = {}
+    looks.load_state(state, penalty.regularizer.anchor)
+    assert not looks.found
+
+
+def test_a_model_that_cannot_be_looked_at_trains_without(base, tmp_path, caplog):
+    model = lora_model()
+    forward = model.get_base_model().forward
+
+    def without_cache(input_ids, attention_mask=None, labels=None, **kwargs):
+        if "use_cache" in kwargs:
+            raise TypeError("unexpected keyword 'use_cache'")
+        return forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+    model.get_base_model().forward = without_cache
+    assert _started(hlora.Penalty(base), model, 200) == 0
+    assert "without looks" in caplog.text
+    assert "use_cache" in caplog.text
+    caplog.clear()
+    _started(hlora.Penalty(base, look_every=16), model, 200)
+    assert "without looks" not in caplog.text
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_within_a_limit_nothing_is_not_finite(broken):
+    groups = group(find_pairs(lora_model()))
+    ones = [tuple(torch.ones_like(f) for f in g.factors()) for g in groups]
+    for g, (B, A) in zip(groups, ones, strict=True):
+        g.add_gradients(B, A)
+    pull = Pull(torch.ones(()), ones, correction=[(B * broken, A) for B, A in ones])
+    torch.testing.assert_close(limited(pull, groups, None), ones)
 
 
 def test_a_dry_run_counts_looks_and_kl(tmp_path, capsys):
@@ -238,10 +312,26 @@ def test_a_dry_run_counts_looks_and_kl(tmp_path, capsys):
     tune += ["--gradient-accumulation", "2"]
     capsys.readouterr()
     for more, lines in (
-        ([], {"looks": 4}), (["--look-every", "0"], {}),
+        ([], {"looks": 4}), (["--look-every", "0"], {}), (["--phi", "0"], {}),
+        (["--forget-at-most", "0.1", "--text", str(tmp_path / "a.txt")],
+         {"looks": 4, "measuring": 16}),
         (["--look-every", "16", "--kl", str(tmp_path / "a.txt"), "task"],
          {"looks": 2, "KL": 20, "KL, prompts": 20}),
     ):  # fmt: skip
         assert cli.main([*tune, *more]) == 0
         said = re.findall(r"(.{11}) (\d+) in all, [\d.]+ s each here", capsys.readouterr().out)
         assert {what.strip(): int(times) for what, times in said} == lines
+
+
+def test_an_adapter_of_transformers_itself_is_taken_away_too(monkeypatch):
+    # The newest asks for a PEFT that is not out yet.
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    model, ids = base_model(), WATCHED[:1].long()
+    before = model(input_ids=ids).logits
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    perturb(model)
+    after = model(input_ids=ids).logits
+    with without_adapter(model):
+        torch.testing.assert_close(model(input_ids=ids).logits, before)
+    torch.testing.assert_close(model(input_ids=ids).logits, after)
+    assert (after - before).abs().max() > 1e-3

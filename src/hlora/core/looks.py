@@ -47,16 +47,32 @@ class Looks:
         self.taken += 1
         if self.taken % self.every == 0:
             index = in_turn(self.taken // self.every, ROWS, self.rows)
-            seen = self.pull(index, groups)
-            for g, true, ours in zip(groups, seen, gradients, strict=True):
-                new = [t - o / phi for t, o in zip(true, ours, strict=True)]
-                old = self.found.get(g.names, new)
-                B, A = (o.lerp(n, SHARE) for o, n in zip(old, new, strict=True))
-                self.found[g.names] = B, A
+            self._learn(groups, self.pull(index, groups), gradients, phi)
         if not self.found:
             return None
         both = (self.found[g.names] for g in groups)
         return [(phi * B, phi * A) for B, A in both]
+
+    def _learn(
+        self, groups: list[Group], seen: Gradients, gradients: Gradients, phi: float | Tensor
+    ) -> None:
+        """What this look saw joins what the earlier ones did. One that is not finite saw nothing:
+        in half precision a row may overflow."""
+        flags = [t.isfinite().all() for both in seen for t in both]
+        finite = torch.stack([f.to(flags[0].device) for f in flags]).all()
+        for g, true, ours in zip(groups, seen, gradients, strict=True):
+            trains = (g.trains_B, g.trains_A)
+            # Nothing is added to what is frozen, so it must not count for the norm either.
+            new = [(t - o / phi) * w for t, o, w in zip(true, ours, trains, strict=True)]
+            before = self.found.get(g.names)
+            old = (
+                [torch.where(finite.to(n.device), n, 0) for n in new] if before is None else before
+            )
+            B, A = (
+                torch.where(finite.to(n.device), o.lerp(n, SHARE), o)
+                for o, n in zip(old, new, strict=True)
+            )
+            self.found[g.names] = B, A
 
     def state(self) -> dict[str, Tensor]:
         found = {"looks.taken": torch.tensor([self.taken])}
@@ -72,7 +88,8 @@ class Looks:
         for names, (B, A) in like.items():
             if _KEYS[0].format(names[0]) in tensors:
                 b, a = (torch.stack([tensors[key.format(n)] for n in names]) for key in _KEYS)
-                self.found[names] = b.to(B), a.to(A)
+                if b.isfinite().all() and a.isfinite().all():
+                    self.found[names] = b.to(B), a.to(A)
 
 
 def in_turn(look: int, count: int, rows: int) -> Tensor:

@@ -228,12 +228,16 @@ class Steps:
 def limited(pull: Pull, groups: list[Group], scale: Tensor | None) -> Gradients:
     """The gradients of a pull with its correction, within the limits that it sets.
 
+    Nothing of a budget is pulled at a step whose task has no gradient.
+
     Args:
         scale: what the task's gradients still carry.
     """
     gradients = pull.gradients
     if pull.correction is None and math.isinf(pull.most):
         return gradients
+    trained = zip(groups, gradients, strict=True)
+    gradients = [(dB * g.trains_B, dA * g.trains_A) for g, (dB, dA) in trained]
     task = _norm([g.gradients() for g in groups])
     task = task if scale is None else task / scale.to(task)
     if pull.correction is not None:
@@ -245,9 +249,14 @@ def limited(pull: Pull, groups: list[Group], scale: Tensor | None) -> Gradients:
 
 
 def _within(pairs: Gradients, most: Tensor) -> Gradients:
-    """Scaled down where their norm is above `most`."""
-    share = (most / _norm(pairs).clamp(min=torch.finfo(most.dtype).tiny)).clamp(max=1)
-    return [(share.to(B) * B, share.to(A) * A) for B, A in pairs]
+    """Scaled down where their norm is above `most`; nothing where it is not finite."""
+    norm = _norm(pairs)
+    share = (most / norm.clamp(min=torch.finfo(most.dtype).tiny)).clamp(max=1)
+
+    def scaled(t: Tensor) -> Tensor:
+        return torch.where(norm.isfinite().to(t.device), share.to(t) * t, 0)
+
+    return [(scaled(B), scaled(A)) for B, A in pairs]
 
 
 def _norm(pairs: Gradients) -> Tensor:

@@ -71,6 +71,9 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer, unheld: str | No
     starts = [p for p in penalties if p.anchor == "nu"]
     for penalty in starts:
         penalty.leads = penalty is starts[-1]
+    keeping = [p for p in penalties if p.stored.importance.written is not None]
+    for penalty in keeping:
+        penalty.sees = penalty is keeping[0]
     callbacks: list[TrainerCallback] = []
     for part in parts:
         callback = Regularization(part) if isinstance(part, Regularizer) else part

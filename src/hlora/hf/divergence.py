@@ -13,7 +13,7 @@ from hlora.core.pairs import Group
 from hlora.core.regularizer import Regularizer
 from hlora.errors import InputError, UnsupportedModelError, whole
 from hlora.hf.limits import check_reads, check_rows
-from hlora.hf.peft import unwrap
+from hlora.hf.peft import unwrap, without_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class Divergence(Seldom):
 
     def before(self, model: nn.Module, ids: Tensor) -> Tensor:
         """The logits (N, T, V) to be held to."""
-        with model.disable_adapter():  # type: ignore[operator]
+        with without_adapter(model):
             return model(input_ids=ids).logits
 
 
@@ -166,7 +166,7 @@ class OnPrompts(Seldom):
         if mask is not None:
             prompt = prompt & mask[:, 1:].bool()
         self._met = prompt.any() if self._met is None else self._met | prompt.any()
-        with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
+        with torch.no_grad(), without_adapter(model):
             before = model(input_ids=ids, attention_mask=mask).logits
         return torch.stack(
             [
@@ -176,8 +176,9 @@ class OnPrompts(Seldom):
         ).mean()
 
     def try_out(self, model: nn.Module, inputs: Any) -> None:
-        of = {k: v for k, v in inputs.items() if k != "labels"}
-        with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
+        device = next(model.parameters()).device
+        of = {k: v.to(device) for k, v in inputs.items() if k != "labels"}
+        with torch.no_grad(), without_adapter(model):
             model(**of)
 
     def at_end(self, groups: list[Group]) -> None:

@@ -10,7 +10,7 @@ from hlora.core.pairs import Group
 from hlora.core.sharded import agreed
 from hlora.hf.divergence import by_row
 from hlora.hf.limits import check_reads
-from hlora.hf.peft import unwrap
+from hlora.hf.peft import unwrap, without_adapter
 
 BATCH = 4
 SCALE = 1024.0
@@ -55,19 +55,22 @@ class Gauge:
         own = [p.grad for p in trained]
         with torch.enable_grad(), evaluating(self.model):
             of_rows = [
-                torch.autograd.grad(SCALE * self._of(row).mean(), trained, allow_unused=True)
+                torch.autograd.grad(
+                    SCALE * self._of(row).mean(), trained, allow_unused=True, materialize_grads=True
+                )
                 for row in self.rows[index].split(1)
             ]
         try:
             for p, found in zip(trained, zip(*of_rows, strict=True), strict=True):
-                p.grad = None if found[0] is None else torch.stack(found).mean(0) / SCALE
-            return [(agreed(dB), agreed(dA)) for dB, dA in (g.gradients() for g in groups)]
+                p.grad = torch.stack(found).mean(0)
+            both = (g.gradients() for g in groups)  # in float32: only there it can be scaled back
+            return [(agreed(dB / SCALE), agreed(dA / SCALE)) for dB, dA in both]
         finally:
             for p, grad in zip(trained, own, strict=True):
                 p.grad = grad
 
     def _of(self, rows: Tensor) -> Tensor:
         ids = rows[:, :-1].long().to(next(self.model.parameters()).device)
-        with torch.no_grad(), self.model.disable_adapter():  # type: ignore[operator]
+        with torch.no_grad(), without_adapter(self.model):
             before = self.model(input_ids=ids, use_cache=False).logits
         return by_row(before, self.model(input_ids=ids, use_cache=False).logits)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,29 @@ Noted = Mapping[str, Mapping[str, float]]
 
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations that take B₀A₀ out of the base weights, so that B = 0 is not the base model."""
+
+
+@contextlib.contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """The base model's predictions inside, also of a model that transformers gave its adapter.
+
+    What was frozen stays so: PEFT thaws a whole adapter when it comes back.
+    """
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        if hasattr(model, "disable_adapter"):
+            with model.disable_adapter():
+                yield
+        else:
+            model.disable_adapters()
+            try:
+                yield
+            finally:
+                model.enable_adapters()
+    finally:
+        for p, trained in before:
+            if p.requires_grad != trained:
+                p.requires_grad_(trained)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from hlora.core import store
 from hlora.core.adapter_file import read_tensors
-from hlora.core.budget import Budgeted, check_budget
+from hlora.core.budget import LOOKS, Budgeted, check_budget
 from hlora.core.looks import ROWS, Looks, in_turn
 from hlora.core.pairs import Group, Pair, check_held, digest, group, resized, unstack
 from hlora.core.presets import PENALTY_PRESETS, PenaltyRule, choose
@@ -22,7 +23,15 @@ from hlora.core.quadratic import Anchor, Quadratic
 from hlora.core.regularizer import Regularizer
 from hlora.core.sharded import is_sharded
 from hlora.core.statefile import pack, read
-from hlora.errors import InputError, StoreError, UnsupportedModelError, in_short, one_of, whole
+from hlora.errors import (
+    InputError,
+    StoreError,
+    UnsupportedModelError,
+    in_short,
+    one_line,
+    one_of,
+    whole,
+)
 from hlora.files import write_whole
 from hlora.hf.callbacks import Attached
 from hlora.hf.distributed import refuse_shards
@@ -261,6 +270,7 @@ class Penalty(Regularization):
             back; as the importance predicts it, where it was gathered without that text.
         left, share: the same after, and what the adapter was scaled by.
         leads: training starts at its θ^ν; `attach` leaves it to the last of several.
+        sees: it looks by default; `attach` leaves it to the first of several that can.
 
     Raises:
         InputError, StoreError: an unusable setting or importance folder.
@@ -305,7 +315,7 @@ class Penalty(Regularization):
         self.forget_at_most, self.watch = forget_at_most, watch
         self._planned: int | None = None
         self._first: tuple[weakref.ref[nn.Module], Anchor] | None = None
-        self.leads = True
+        self.leads = self.sees = True
         if forget_at_most is not None:
             check_budget(forget_at_most)
             if phi is not None:
@@ -376,10 +386,27 @@ class Penalty(Regularization):
             self.regularizer = Quadratic(*of)
             self.regularizer.phi = phi
         if every := self._looks_every(model, groups):
-            rows = self.stored.importance.written
-            assert rows is not None
-            self.regularizer.looks = Looks(Gauge(model, rows).pull, len(rows), every)
+            self.regularizer.looks = self._looks(model, groups, every)
         return groups
+
+    def _looks(self, model: nn.Module, groups: list[Group], every: int) -> Looks | None:
+        """Where nobody asked for looks, a model that cannot be looked at goes without."""
+        rows = self.stored.importance.written
+        assert rows is not None
+        asked = self.look_every is not None or self.forget_at_most is not None
+        try:
+            gauge = Gauge(model, rows)
+            if not asked:
+                gauge.pull(torch.arange(1), groups)
+        except Exception as error:
+            if asked:
+                raise
+            logger.warning(
+                "Training goes without looks at the predictions, as with look_every=0: the model "
+                "could not be run on the text that the importance keeps (%s).", one_line(error),
+            )  # fmt: skip
+            return None
+        return Looks(gauge.pull, len(rows), every)
 
     def _looks_every(self, model: nn.Module, groups: list[Group]) -> int:
         """Steps from one look to the next; 0 never looks."""
@@ -390,18 +417,23 @@ class Penalty(Regularization):
             return self.look_every
         of_base = self.anchor != "nu" and not self.needs_state
         able = self.stored.importance.written is not None and of_base and predicts_text(model)
-        if not able or any(map(is_sharded, factors)):
+        if not (able and self.sees) or any(map(is_sharded, factors)):
             return 0
         return LOOK_EVERY if self._planned is None else min(LOOK_EVERY, max(1, self._planned // 4))
 
-    def looks_of(self, model: nn.Module, steps: int) -> tuple[int, Callable[[], Any]] | None:
-        """How many looks there are in a run of so many steps, and one of them; None without any."""
+    def beside(self, model: nn.Module, steps: int) -> list[tuple[str, int, Callable[[], Any]]]:
+        """What a run of so many steps does beside its batches: a word, how often, and once."""
         self._planned = steps
         groups = self.prepare(model, fresh=False)
-        looks = getattr(self.regularizer, "looks", None)
-        if looks is None:
-            return None
-        return steps // looks.every, lambda: looks.pull(in_turn(1, ROWS, looks.rows), groups)
+        of, found = self.regularizer, list[tuple[str, int, Callable[[], Any]]]()
+        if of.off or not isinstance(of, Quadratic):
+            return found
+        if looks := of.looks:
+            once = partial(looks.pull, in_turn(1, ROWS, looks.rows), groups)
+            found.append(("looks", steps // looks.every, once))
+        if isinstance(of, Budgeted) and of.gauges:
+            found.append(("measuring", min(LOOKS, steps), of.measure))
+        return found
 
     def check(self, model: nn.Module, args: Any) -> None:
         if self.look_every:

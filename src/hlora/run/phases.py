@@ -41,7 +41,7 @@ from hlora.hf.distributed import is_main
 from hlora.hf.divergence import Divergence, OnPrompts, Seldom
 from hlora.hf.hub import check_name, pinned, push
 from hlora.hf.limits import context, vocabulary
-from hlora.hf.peft import base_of, find_pairs, save_adapter
+from hlora.hf.peft import base_of, find_pairs, save_adapter, without_adapter
 from hlora.hf.record import Record, save_importance
 from hlora.hf.regularize import Penalty
 from hlora.hf.slow import ToSlow
@@ -465,9 +465,9 @@ class DomainPhase(_Phase[Trained]):
 
     def _beside(self, steps: int, batch: dict[str, Tensor]) -> Iterator[dry_run.Beside]:
         for part in self.parts:
-            if isinstance(part, Penalty) and (of := part.looks_of(self.model, steps)):
-                yield dry_run.Beside("looks", *of)
-            if isinstance(part, Seldom):
+            if isinstance(part, Penalty):
+                yield from (dry_run.Beside(*of) for of in part.beside(self.model, steps))
+            if isinstance(part, Seldom) and not part.off:
                 what = "KL, prompts" if isinstance(part, OnPrompts) else "KL"
                 times = steps * self.settings.gradient_accumulation // part.every
                 yield dry_run.Beside(what, times, partial(part.try_out, self.model, batch))
@@ -477,7 +477,7 @@ class DomainPhase(_Phase[Trained]):
             return read_trained(self.output / TUNED)
         run = self._begin()
         for rows, which in self.unwritten:
-            with self.model.disable_adapter():  # type: ignore[operator]
+            with without_adapter(self.model):
                 rows[which] = self._write_own(len(which), rows.shape[1])
         trained = train(
             self.settings, self.model, self.rows, self.parts,
@@ -593,6 +593,7 @@ def regularizers(settings: TuneSettings) -> list[Penalty]:
     count = len(settings.importance)
     phis, anchors = (_of_each(n, given.pop(n), count) for n in ("phi", "anchor"))
     of_base = {name: given.pop(name) for name in ("forget_at_most", "look_every")}
+    of_others = {"look_every": None if of_base["look_every"] is None else 0}
     penalties = [
         Penalty(
             folder,
@@ -600,7 +601,7 @@ def regularizers(settings: TuneSettings) -> list[Penalty]:
             phi=phi,
             anchor=anchor,
             **given,
-            **(of_base if i == 0 else {}),
+            **(of_base if i == 0 else of_others),
         )
         for i, (folder, phi, anchor) in enumerate(
             zip(settings.importance, phis, anchors, strict=True)
