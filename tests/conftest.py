@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -110,6 +111,14 @@ def _one_seed():
 def _own_precision(monkeypatch):
     """Before transformers 5, TrainingArguments(bf16=True) made each later Trainer one of bf16."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+@pytest.fixture(autouse=True)
+def _figures_closed():
+    """One that is drawn and not saved stays open, and pyplot warns of many."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 def recorded(tmp_path, kind):
