@@ -61,9 +61,7 @@ class Looks:
         flags = [t.isfinite().all() for both in seen for t in both]
         finite = torch.stack([f.to(flags[0].device) for f in flags]).all()
         for g, true, ours in zip(groups, seen, gradients, strict=True):
-            trains = (g.trains_B, g.trains_A)
-            # Nothing is added to what is frozen, so it must not count for the norm either.
-            new = [(t - o / phi) * w for t, o, w in zip(true, ours, trains, strict=True)]
+            new = [t - o / phi for t, o in zip(true, ours, strict=True)]
             before = self.found.get(g.names)
             old = (
                 [torch.where(finite.to(n.device), n, 0) for n in new] if before is None else before

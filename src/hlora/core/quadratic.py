@@ -75,7 +75,8 @@ class Quadratic(Regularizer):
             c = self._coefficients[g.names]
             weight = (2 * self.phi * c).reshape(-1, 1, 1) * g.s
             values.append(c @ R)
-            gradients.append((weight * GA, weight * BG))
+            # Nothing is added to what is frozen, so it counts for no norm either.
+            gradients.append((weight * GA * g.trains_B, weight * BG * g.trains_A))
         R = torch.stack([v.double().to(values[0].device) for v in values]).sum()
         return Pull(R, gradients, forgetting)
 

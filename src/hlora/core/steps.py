@@ -189,12 +189,8 @@ class Steps:
         if scale is not None:
             total = {n: (g, B * scale.to(B), A * scale.to(A)) for n, (g, B, A) in total.items()}
         if self.measure:
-            self._norms = torch.stack(
-                [
-                    _squared(g.gradients() for g, _, _ in total.values()),
-                    _squared((B, A) for _, B, A in total.values()),
-                ]
-            ).sqrt()
+            task = _norm([g.gradients() for g, _, _ in total.values()])
+            self._norms = torch.stack([task, _norm([(B, A) for _, B, A in total.values()])])
         for group, dB, dA in total.values():
             group.add_gradients(dB, dA)
 
@@ -236,8 +232,6 @@ def limited(pull: Pull, groups: list[Group], scale: Tensor | None) -> Gradients:
     gradients = pull.gradients
     if pull.correction is None and math.isinf(pull.most):
         return gradients
-    trained = zip(groups, gradients, strict=True)
-    gradients = [(dB * g.trains_B, dA * g.trains_A) for g, (dB, dA) in trained]
     task = _norm([g.gradients() for g in groups])
     task = task if scale is None else task / scale.to(task)
     if pull.correction is not None:
@@ -260,15 +254,9 @@ def _within(pairs: Gradients, most: Tensor) -> Gradients:
 
 
 def _norm(pairs: Gradients) -> Tensor:
-    """Over all of them, a float32 scalar."""
-    norms = [t.float().norm() for both in pairs for t in both]
+    """Over all of them, a float64 scalar."""
+    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for both in pairs for t in both]
     return torch.stack([n.to(norms[0].device) for n in norms]).norm()
-
-
-def _squared(pairs: Any) -> Tensor:
-    """Σ of squares over (B, A) pairs, a float64 scalar."""
-    squares = [t.double().square().sum() for both in pairs for t in both]
-    return torch.stack([s.to(squares[0].device) for s in squares]).sum()
 
 
 _STEPS: WeakKeyDictionary[Optimizer, Steps] = WeakKeyDictionary()

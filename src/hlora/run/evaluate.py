@@ -21,6 +21,7 @@ from hlora.data.answers import encode_pair
 from hlora.data.tasks import Task, batches
 from hlora.hf.divergence import by_row
 from hlora.hf.limits import context, vocabulary
+from hlora.hf.peft import without_adapter
 from hlora.run.means import exp, mean_se
 
 Tick = Callable[[int], None]
@@ -135,7 +136,7 @@ def score_text(
                 if before is not None:
                     of_base = next(before)
                 else:
-                    with model.disable_adapter():  # type: ignore[operator]
+                    with without_adapter(model):
                         of_base = model(input_ids=ids[:, :-1]).logits
                 found += by_row(of_base, logits).tolist()
             if tick:

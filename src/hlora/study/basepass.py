@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from hlora.files import write_whole
+from hlora.hf.peft import without_adapter
 
 
 class Reads:
@@ -73,6 +74,6 @@ def logits(model: Any, path: Path) -> Iterator[Tensor] | None:
 def _each(model: Any, batches: list[Tensor]) -> Iterator[Tensor]:
     head = model.get_output_embeddings()
     for batch in batches:
-        with torch.no_grad(), model.disable_adapter():
+        with torch.no_grad(), without_adapter(model):
             found = head(batch.to(next(model.parameters()).device))
         yield found  # outside, lest the caller's own passes be without the adapter

@@ -164,7 +164,9 @@ def _scores(
             scale_adapter(model, scale)
         else:
             scale_from(model, start, scale)
-    scores = _all_scores(study, model, tokenizer, kinds, tasks, settings.batch_size)
+    scores = _all_scores(
+        study, model, tokenizer, kinds, tasks, settings.batch_size, adapter is not None
+    )
     of_task, *others = scores["task"].values()
     return {
         "text": {k: asdict(s) for k, s in scores["text"].items()},
@@ -179,14 +181,20 @@ def _scores(
 
 
 def _all_scores(
-    study: Study, model: Any, tokenizer: Any, kinds: dict[str, Any], tasks: list[Any], size: int
+    study: Study,
+    model: Any,
+    tokenizer: Any,
+    kinds: dict[str, Any],
+    tasks: list[Any],
+    size: int,
+    adapted: bool,
 ) -> dict[str, Any]:
     """The base model's predictions are kept, and serve every adapter."""
     digests = {v: study.digests.get(v) for v in study.held_out.values()}
     what = {"model": study.model, "held_out": study.held_out, "eval": study.eval, "of": digests}
     folder = Path(study.work) / "base" / spec.digest(what)
     paths = {kind: folder / f"{i}.safetensors" for i, kind in enumerate(kinds)}
-    if hasattr(model, "disable_adapter"):
+    if adapted:
         before = {kind: basepass.logits(model, path) for kind, path in paths.items()}
         return score(model, tokenizer, kinds, tasks, size, True, before)
     folder.mkdir(parents=True, exist_ok=True)
