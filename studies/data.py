@@ -2,9 +2,10 @@
 
     python studies/data.py runs/data --data ../shared/data
 
-Domains: `facts`, invented people, closed book; `finnish`, messages of programs and their Finnish
-translations, from the catalogs of PyPI packages (pip install --no-deps Django wagtail django-oscar
-django-cms). Text: one row a document, for `per_document`. All of it is drawn with fixed seeds.
+Domains: `facts`, invented people, closed book; `people`, a fifth of them, asked five times as often;
+`finnish`, messages of programs and their Finnish translations, from the catalogs of PyPI packages
+(pip install --no-deps Django wagtail django-oscar django-cms). Text: one row a document, for
+`per_document`. All of it is drawn with fixed seeds.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pathlib import Path
 CATALOGS = ("django", "wagtail", "oscar", "cms")
 LANGUAGE = "fi"
 PEOPLE, FACTS_TEST, TEST = 160, 200, 300
+FEW = 32
+"""So few that 200 steps of 16 rows ask about each twenty times, five in every wording."""
 DOCUMENTS, CHARACTERS = 200, 1200
 
 SYLLABLES = "ba, do, fe, ka, lu, mi, no, pe, ra, so, ta, vu, ze, gri, sta, mor, vel, tan, dri, nok"
@@ -58,18 +61,18 @@ ASKED = {
 """The last wording of each is asked in the test only."""
 
 
-def facts(seed: int = 0) -> tuple[list[dict], list[dict]]:
+def facts(seed: int = 0, people: int = PEOPLE) -> tuple[list[dict], list[dict]]:
     """Questions about invented people: the test asks known facts in a wording of its own."""
     draw = random.Random(seed)
 
     def name(parts: int) -> str:
         return "".join(draw.choice(SYLLABLES.split(", ")) for _ in range(parts)).capitalize()
 
-    people = sorted({f"{name(2)} {name(3)}" for _ in range(PEOPLE)})
+    named = sorted({f"{name(2)} {name(3)}" for _ in range(people)})
     values = {k: v.split(", ") if v else sorted({name(3) for _ in range(40)})
               for k, v in FACTS.items()}  # fmt: skip
     train, test = [], []
-    for person in people:
+    for person in named:
         for about, known in values.items():
             answer = draw.choice(known)
             wrong = draw.sample([v for v in known if v != answer], 3)
@@ -189,7 +192,8 @@ def main() -> None:
     of = parser.parse_args()
     of.output.mkdir(parents=True, exist_ok=True)
     files = dict(kinds(of.data))
-    for name, (train, test) in {"facts": facts(), "finnish": finnish()}.items():
+    tasks = {"facts": facts(), "people": facts(people=FEW), "finnish": finnish()}
+    for name, (train, test) in tasks.items():
         files |= {f"{name}.train": train, f"{name}.test": test}
     for name, rows in files.items():
         lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in rows)

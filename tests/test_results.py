@@ -58,12 +58,28 @@ def test_values_are_by_seed_and_over_tasks(whole):
     assert whole.values("forgetting_seen", row, "sciq") == pytest.approx(
         {0: 0.05, 1: 0.064, 2: 0.07}, abs=0.002
     )
-    assert whole.values("nll", row, *whole.tasks) == pytest.approx({0: 4.0, 1: 4.1, 2: 4.2})
+    assert whole.values("nll", row, "sciq") == pytest.approx({0: 4.0, 1: 4.1, 2: 4.2})
     assert [r.label for r in whole.rows][:3] == ["Base", "LoRA(μ)", "LoRA(ν+μ)"]
     # Seeds that lack a task are left out of the mean over tasks.
     short = Results(whole.lines[:-1], [], [])
-    assert list(short.values("nll", Row("l2", 0.03), *whole.tasks)) == [0, 1]
+    assert list(short.values("acc", Row("l2", 0.03), *whole.tasks)) == [0, 1]
+    assert short.whole(Row("l2", 0.03), *whole.tasks) == [0, 1]
     assert whole.values("nll", row) == {}  # over no task
+
+
+def test_the_nll_is_never_pooled_over_tasks(whole):
+    """The longest answers would be all that a mean shows."""
+    row = Row("hlora", 0.01)
+    assert whole.values("nll", row, *whole.tasks) == {}
+    heads = tables.means(whole, whole.tasks, USUAL_METRICS).headings
+    assert "NLL" not in heads
+    assert tables.means(whole, ["sciq"], USUAL_METRICS).headings == [*heads[:2], "NLL", *heads[2:]]
+    against = tables.head_to_head(whole, row).headings
+    assert [h for h in against if "NLL" in h] == ["NLL, sciq", "NLL, piqa"]
+    [nll] = [v for v in claims.judge(whole, row) if v.claim.startswith("NLL")]
+    against = [of.against for of in nll.evidence]
+    assert len(against) == len(set(against)) > 2
+    assert all(name.endswith(("(sciq)", "(piqa)")) for name in against)
 
 
 def test_claims_are_judged_from_the_figures(whole):
@@ -107,14 +123,15 @@ def test_a_method_is_compared_on_the_tasks_where_its_seeds_are(whole):
     lines.append(line("l2", "piqa", 0, 0.03))
     part = Results(lines, [], [])
     assert claims.shared_tasks(part, ours, dear) == ["sciq"]
-    assert claims.difference(part, "nll", ours, dear).n == 3
+    assert claims.difference(part, "nll", ours, dear, "sciq").n == 3
+    assert claims.difference(part, "acc", ours, dear).n == 3
     assert claims.named_with_tasks(part, ours, dear) == (
         "L2 to the general-phase weights (θ^ν), φ 0.03 (sciq)"
     )
     assert claims.shared_tasks(part, ours, Row("lora-mu", None)) == ["sciq", "piqa"]
     nobody = Row("ewc-nu", None)
     assert claims.shared_tasks(part, ours, nobody) == []
-    assert claims.difference(part, "nll", ours, nobody).n == 0
+    assert claims.difference(part, "acc", ours, nobody).n == 0
 
 
 def test_a_claim_of_one_seed_stays_open():

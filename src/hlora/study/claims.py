@@ -1,7 +1,8 @@
 """The paper's claims (`claims.yaml`), each judged from the runs at hand.
 
 A difference counts when a t-test over seeds decides it at the 5 % level: runs that share their seed
-are compared, each the mean over tasks. So a claim can also stay open.
+are compared, each the mean over tasks, or task by task where tasks are on scales of their own. So
+a claim can also stay open.
 """
 
 from __future__ import annotations
@@ -61,17 +62,16 @@ def shared_tasks(results: Results, ours: Row, other: Row) -> list[str]:
 
     A method that is too dear for every task is compared on those where its seeds are.
     """
-    common = {
-        t: len(results.values("nll", ours, t).keys() & results.values("nll", other, t).keys())
-        for t in results.tasks
-    }
+    common = {t: len({*results.whole(ours, t)} & {*results.whole(other, t)}) for t in results.tasks}
     most = max(common.values(), default=0)
     return [t for t, n in common.items() if n == most > 0]
 
 
-def difference(results: Results, metric: str, ours: Row, other: Row) -> Paired:
-    """Ours minus the other's over seeds, each the mean over the tasks that they share."""
-    tasks = shared_tasks(results, ours, other)
+def difference(
+    results: Results, metric: str, ours: Row, other: Row, task: str | None = None
+) -> Paired:
+    """Ours minus the other's over seeds, on a task, or each the mean over those that they share."""
+    tasks = [task] if task else shared_tasks(results, ours, other)
     return paired(results.values(metric, ours, *tasks), results.values(metric, other, *tasks))
 
 
@@ -95,12 +95,15 @@ def _against(
     """Better than every row of these methods; with `or_equal`, worse than none that can be seen."""
     said = []
     for other in [r for r in results.rows if r.method in methods and r != ours]:
-        d = difference(results, metric, ours, other)
-        if not d.n or (d.n == 1 and len(results.seeds) > 1):  # nothing to tell
-            continue
-        undecided = ALIKE if or_equal else OPEN
-        word = (HOLDS if (d.mean > 0) == higher else FAILS) if d.decided else undecided
-        said.append(_evidence(named_with_tasks(results, ours, other), d, metric, word))
+        pooled = METRICS[metric].pooled
+        for task in [None] if pooled else shared_tasks(results, ours, other):
+            d = difference(results, metric, ours, other, task)
+            if not d.n or (d.n == 1 and len(results.seeds) > 1):  # nothing to tell
+                continue
+            undecided = ALIKE if or_equal else OPEN
+            word = (HOLDS if (d.mean > 0) == higher else FAILS) if d.decided else undecided
+            name = f"{other.label} ({task})" if task else named_with_tasks(results, ours, other)
+            said.append(_evidence(name, d, metric, word))
     return _together(said), said
 
 

@@ -23,6 +23,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p", "d", "8")
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
 """Okabe and Ito's, told apart by the color-blind; markers and lines tell methods apart in print."""
 OURS, RIVAL = COLORS[0], COLORS[4]
+OURS_AT_BASE = ("kronecker", "sketch", "blend")
 
 
 def violins(results: Results, ours: Row, rival: Row) -> Any:
@@ -94,36 +95,57 @@ def cost_bars(found: dict[str, Cost]) -> Any:
 
 
 def phi_curves(results: Results) -> Any | None:
-    """Fig. 6: each measure against φ, the mean over tasks, ± one standard error over seeds."""
+    """Fig. 6: each measure against φ, a row of panels a task, ± one standard error over seeds.
+
+    Of the methods that a task has with several strengths; None without any.
+    """
     metrics = ("forgetting_seen", "forgetting_unseen", "nll", "acc")
-    tasks = results.tasks
-    swept = groupby((r for r in results.rows if r.phi), key=lambda r: r.method)
-    sweeps = {method: list(rows) for method, rows in swept}
-    # Only means over the same tasks can be compared.
-    sweeps = {m: rs for m, rs in sweeps.items() if all(results.of(r, t) for r in rs for t in tasks)}
-    if not sweeps:
+    rows = [r for r in results.rows if r.phi]
+    by_task = {
+        task: {
+            method: of
+            for method, found in groupby(rows, key=lambda r: r.method)
+            if len(of := [r for r in found if results.of(r, task)]) > 1
+        }
+        for task in results.tasks
+    }
+    by_task = {task: sweeps for task, sweeps in by_task.items() if sweeps}
+    if not by_task:
         return None
+    methods = list(dict.fromkeys(m for sweeps in by_task.values() for m in sweeps))
+    size = (2.3 * len(metrics) + 0.6, 2.2 * len(by_task))
+    figure, panels = _panels(len(by_task), len(metrics), size)
+    for (task, sweeps), across in zip(by_task.items(), panels, strict=True):
+        for metric, at in zip(metrics, across, strict=True):
+            _phi_curve(results, metric, task, sweeps, list(by_task), methods, at)
+            title = f"{_name(task)}: {METRICS[metric].label}"
+            at.set_title(title, loc="left", fontsize="medium")
+            at.set_xlabel("φ")
+    return _with_legend(figure, panels.flat)
+
+
+def _phi_curve(
+    results: Results, metric: str, task: str, sweeps: dict[str, list[Row]], tasks: list[str],
+    methods: list[str], at: Any,
+) -> None:  # fmt: skip
+    for method, rows in sweeps.items():
+        points = [mean_se(results.values(metric, r, task).values()) for r in rows]
+        style = {
+            **_style(method, methods),
+            "linestyle": STYLES[methods.index(method) % len(STYLES)],
+        }
+        at.errorbar(
+            [r.phi for r in rows], [m for m, _ in points],
+            yerr=[0 if math.isnan(e) else e for _, e in points], capsize=2, linewidth=1.2,
+            markersize=5, label=_label(results, rows, tasks), **style,
+        )  # fmt: skip
     plain = Row("lora-nu-mu", None)
-    figure, [panels] = _panels(1, len(metrics), (2.3 * len(metrics) + 0.6, 2.3))
-    for metric, at in zip(metrics, panels, strict=True):
-        for index, (method, rows) in enumerate(sweeps.items()):
-            points = [mean_se(results.values(metric, r, *tasks).values()) for r in rows]
-            at.errorbar(
-                [r.phi for r in rows], [m for m, _ in points],
-                yerr=[0 if math.isnan(e) else e for _, e in points], capsize=2, linewidth=1.2,
-                markersize=5, label=_label(results, rows, tasks),
-                **{**_style(method, list(sweeps)), "linestyle": STYLES[index % len(STYLES)]},
-            )  # fmt: skip
-        if plain in results.rows:
-            level = results.mean(metric, plain, *tasks)
-            at.axhline(level, color="black", linewidth=0.8, linestyle=":", label="no penalty (ν+μ)")
-        at.set_xscale("log")
-        values = sorted({r.phi for rows in sweeps.values() for r in rows if r.phi})
-        at.set_xticks(values, [f"{v:g}" for v in values], fontsize="x-small")
-        at.minorticks_off()
-        at.set_xlabel("φ")
-        at.set_title(METRICS[metric].label, loc="left", fontsize="medium")
-    return _with_legend(figure, panels)
+    if results.of(plain, task):
+        level = results.mean(metric, plain, task)
+        at.axhline(level, color="black", linewidth=0.8, linestyle=":", label="no penalty (ν+μ)")
+    at.set_xscale("log")
+    at.xaxis.set_major_formatter("{x:g}")
+    at.xaxis.set_minor_formatter("")
 
 
 def frontier(results: Results) -> Any:
@@ -222,14 +244,21 @@ def load_pyplot() -> Any:
 
 
 def _style(method: str, methods: list[str]) -> dict[str, Any]:
-    """HLoRA's markers are filled and in one color; every method of a figure has its own shape."""
-    index, ours = methods.index(method), method.startswith("hlora")
-    others = [m for m in methods if not m.startswith("hlora")]
+    """What this library holds is filled and in one color; every method has its own shape."""
+    index, ours = methods.index(method), _is_ours(method)
+    others = [m for m in methods if not _is_ours(m)]
     color = OURS if ours else COLORS[1:][others.index(method) % len(COLORS[1:])]
     return {
         "color": color, "marker": MARKERS[index % len(MARKERS)], "linestyle": "-",
         "markerfacecolor": color if ours else "white",
     }  # fmt: skip
+
+
+def _is_ours(method: str) -> bool:
+    """HLoRA as in the paper, or held by importance gathered at the base; not what is rewound."""
+    of = METHODS.get(method)
+    at_base = of and not of.rewinds and (of.record or {}).get("kind") in OURS_AT_BASE
+    return method.startswith("hlora") or bool(at_base)
 
 
 def _name(text: str) -> str:

@@ -22,6 +22,7 @@ class Metric:
         of: from a line of the results; None where the run has no such measure.
         digits: behind the point.
         best: of several values; None where none is better for itself.
+        pooled: tasks are on one scale, so that a mean over them says something.
     """
 
     label: str
@@ -29,6 +30,7 @@ class Metric:
     digits: int = 2
     signed: bool = False
     best: Best | None = None
+    pooled: bool = True
 
 
 def perplexity(line: Line, kinds: Iterable[str]) -> float | None:
@@ -61,7 +63,7 @@ def _percent(of: Callable[[Line], float]) -> Measure:
 METRICS: dict[str, Metric] = {
     "acc": Metric("accuracy %", _percent(lambda line: line["task"]["acc"]), 1, best=max),
     "acc_norm": Metric("acc_norm %", _percent(lambda line: line["task"]["acc_norm"]), 1, best=max),
-    "nll": Metric("NLL", lambda line: line["task"]["nll"], 3, best=min),
+    "nll": Metric("NLL", lambda line: line["task"]["nll"], 3, best=min, pooled=False),
     "ppl_seen": Metric("PPL, seen", lambda line: perplexity(line, line["seen"]), best=min),
     "ppl_unseen": Metric("PPL, unseen", lambda line: perplexity(line, line["unseen"]), best=min),
     "forgetting_seen": Metric("forgot, seen", _forgetting("seen"), 3, signed=True, best=min),

@@ -72,7 +72,8 @@ def parts(
             add(at, tables.beside_the_paper(results, rows, paper, metrics))
 
     add("run", about=about(results))
-    add("means", tables.means(results, results.tasks, metrics))
+    if len(results.tasks) > 1:
+        add("means", tables.means(results, results.tasks, metrics))
     by_row = {r: judge(results, r) for r in results.rows if r.method in JUDGED}
     if by_row:
         add("claims", tables.verdicts(by_row))

@@ -89,14 +89,23 @@ class Results:
         return found
 
     def values(self, metric: str, row: Row, *tasks: str) -> dict[int, float]:
-        """By seed, the mean over these tasks, for the seeds that have them all."""
-        found = {}
+        """By seed, the mean over these tasks, for the seeds that have them all.
+
+        None where tasks are on scales of their own (the NLL of answers of unlike length).
+        """
+        found = dict[int, float]()
+        if len(tasks) > 1 and metric in METRICS and not METRICS[metric].pooled:
+            return found
         for seed, of in self.cells.get(row.label, {}).items():
             told = [of.get(task, {}).get(metric) for task in tasks]
             values = [float(v) for v in told if v is not None and not math.isnan(v)]
             if tasks and len(values) == len(tasks):
                 found[seed] = sum(values) / len(values)
         return found
+
+    def whole(self, row: Row, *tasks: str) -> list[int]:
+        """The seeds that have all these tasks."""
+        return [s for s, of in self.cells.get(row.label, {}).items() if {*tasks} <= of.keys()]
 
     def mean(self, metric: str, row: Row, *tasks: str) -> float:
         """Over the seeds that have all these tasks."""

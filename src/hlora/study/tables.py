@@ -84,14 +84,18 @@ def _mean(values: Collection[float], digits: int) -> str:
 
 
 def means(results: Results, tasks: Sequence[str], metrics: Sequence[str]) -> Table:
-    """The methods that have all these tasks: means over them ± standard error over seeds."""
+    """The methods that have all these tasks: means over them ± standard error over seeds.
+
+    What no mean over tasks says anything of is left out where there are several.
+    """
+    metrics = [m for m in metrics if len(tasks) == 1 or METRICS[m].pooled]
     cells = []
     for row in results.rows:
         if not all(results.of(row, t) for t in tasks):
             continue
         found = {m: results.values(m, row, *tasks) for m in metrics}
-        seeds = len(results.values("nll", row, *tasks))
-        cells.append([row.label, *(_shown(m, v) for m, v in found.items()), str(seeds)])
+        seeds = str(len(results.whole(row, *tasks)))
+        cells.append([row.label, *(_shown(m, v) for m, v in found.items()), seeds])
     best = {i: of for i, m in enumerate(metrics, 1) if (of := METRICS[m].best)}
     headings = ["method", *(METRICS[m].label for m in metrics), "seeds"]
     return Table(headings, cells, best=best, apart=no_rivals(results, tasks))
@@ -120,18 +124,25 @@ def by_kind(results: Results, rows: Sequence[Row]) -> Table | None:
 
 
 def head_to_head(results: Results, ours: Row) -> Table:
-    """Differences to every other row, paired by seed, each the mean over the tasks they share."""
-    metrics = ("forgetting_seen", "forgetting_unseen", "nll", "acc")
+    """Differences to every other row, paired by seed, each the mean over the tasks they share.
+
+    Of the NLL, task by task.
+    """
+    columns = [
+        (metric, task)
+        for metric in ("forgetting_seen", "forgetting_unseen", "nll", "acc")
+        for task in ([None] if METRICS[metric].pooled else results.tasks)
+    ]
     headings = [f"{ours.label} minus"]
-    for metric in metrics:
-        headings += [METRICS[metric].label, "p"]
+    for metric, task in columns:
+        headings += [METRICS[metric].label + (f", {task}" if task else ""), "p"]
     cells = []
     for other in results.rows:
         if other == ours or other.method == "base":
             continue
         row = [named_with_tasks(results, ours, other)]
-        for metric in metrics:
-            d = difference(results, metric, ours, other)
+        for metric, task in columns:
+            d = difference(results, metric, ours, other, task)
             row += [d.shown(METRICS[metric].digits), p_text(d.p)]
         cells.append(row)
     return Table(headings, cells)
