@@ -2,7 +2,7 @@
 
     python studies/data.py runs/data --data ../shared/data
 
-Domains: `facts`, invented people, closed book; `people`, a fifth of them, asked five times as often;
+Domains: `facts`, invented people, closed book; `people`, a fifth of them, five times as often;
 `finnish`, messages of programs and their Finnish translations, from the catalogs of PyPI packages
 (pip install --no-deps Django wagtail django-oscar django-cms). Text: one row a document, for
 `per_document`. All of it is drawn with fixed seeds.

@@ -40,17 +40,55 @@ def test_between_two_strengths_a_line_is_read():
     found = results(
         a_run("lora-mu", nll=1.0, kl=0.2, rise=0.1),
         a_run("kl", phi=1.0, nll=1.2, kl=0.1, rise=0.05),  # 95 % of the gain of 4
-        a_run("kl", phi=4.0, nll=2.0, kl=0.02, rise=0.01),  # 75 %
+        a_run("kl", phi=4.0, nll=2.0, kl=0.025, rise=0.015),  # 75 %
     )
     of = Matched.of(found, "a")
     assert of.plain()[0] == pytest.approx(0.4)  # the mean of 0.2 and 0.6
     assert of.least("kl", 0.95)[0] == pytest.approx(0.2)
-    assert of.least("kl", 0.99)[0] == pytest.approx(0.4 - 0.2 * 0.2)  # a fifth of the way
-    assert of.least("kl", 0.85)[0] == pytest.approx(0.2 - 0.16 * 0.5)
-    assert of.least("kl", 0.5)[0] == pytest.approx(0.04)  # the strongest: nothing is extrapolated
-    assert Matched.of(found, "a", measure="loss").least("kl", 0.95)[0] == pytest.approx(0.1)
+    assert of.least("kl", 0.99)[0] == pytest.approx(0.4 * 0.5**0.2)  # a fifth of the way, in logs
+    assert of.least("kl", 0.85)[0] == pytest.approx(0.2 * 0.25**0.5)
+    assert of.least("kl", 0.75)[0] == pytest.approx(0.05)
+    by_loss = Matched.of(found, "a", measure="loss")
+    assert by_loss.least("kl", 0.95)[0] == pytest.approx(0.1)
+    assert by_loss.least("kl", 0.85)[0] == pytest.approx((0.1 + 0.03) / 2)  # it may be below zero
     assert Matched.of(found, "a", "seen").least("kl", 0.95)[0] == pytest.approx(0.05)
     assert of.least("kl", 0.95)[1:].std() < 1e-12  # documents and questions that are all alike
+
+
+def test_the_strongest_run_is_a_bound_and_nothing_is_extrapolated():
+    found = results(a_run("lora-mu", kl=0.2), a_run("kl", phi=1.0, nll=2.0, kl=0.1))
+    of = Matched.of(found, "a")
+    assert of.least("kl", 0.5)[0] == pytest.approx(0.2)
+    assert of.bounded("kl", 0.5)
+    assert not of.bounded("kl", 0.9)
+    cells = dict(zip((table := tables.matched(found, "a")).headings, table.rows[-1], strict=True))
+    assert not cells["KL, far, at 95%"].startswith("≤")
+    weaker = results(a_run("lora-mu", kl=0.2), a_run("kl", phi=1.0, kl=0.1))
+    assert tables.matched(weaker, "a").rows[-1][1].startswith("≤ 0.2")
+
+
+def test_runs_that_are_far_apart_are_not_joined():
+    """Between plain LoRA and a run that forgets a tenth as much, nothing is known."""
+    lora = a_run("lora-mu", nll=1.0, kl=0.2)
+    for kl, joined in ((0.06, True), (0.02, False)):
+        of = Matched.of(results(lora, a_run("kl", phi=4.0, nll=1.4, kl=kl)), "a")
+        assert math.isfinite(of.least("kl", 0.95)[0]) == joined
+        assert of.least("kl", 0.9)[0] == pytest.approx(2 * kl)  # at the run itself
+        if not joined:
+            table = tables.matched(of.results, "a")
+            assert table.rows[-1][1:3] == ["–", "–"]
+
+
+def test_runs_are_joined_by_what_they_are_held_with_not_by_the_loss():
+    """A loss below the base's may rise again as a method holds more strongly."""
+    found = results(
+        a_run("lora-mu", nll=1.0, kl=0.2, rise=0.1),
+        a_run("kl", phi=1.0, nll=1.2, kl=0.1, rise=-0.03),
+        a_run("kl", phi=4.0, nll=2.0, kl=0.05, rise=-0.02),
+    )
+    of = Matched.of(found, "a", measure="loss")
+    assert [p.gone for p in of.curve("kl")[0]] == pytest.approx([0.4, 0.2, 0.1])
+    assert of.least("kl", 0.99)[0] == pytest.approx(2 * (0.1 - 0.13 * 0.2))
 
 
 def test_a_method_is_read_where_it_forgets_least():
@@ -72,7 +110,7 @@ def test_a_gain_that_is_not_reached_is_said():
     assert of.least("hlora", 0.5)[0] == pytest.approx(0.2)
     table = tables.matched(found, "a")
     assert table.rows[-1][0] == METHODS["hlora"].label
-    assert table.rows[-1][1] == "not reached"
+    assert table.rows[-1][1] == "–"
 
 
 def test_a_rewound_method_begins_where_that_method_ended():
@@ -82,7 +120,7 @@ def test_a_rewound_method_begins_where_that_method_ended():
         a_run("blend-rewound", phi=0.5, nll=1.5, kl=0.02),
     )  # fmt: skip
     points = Matched.of(found, "a").curve("blend-rewound")[0]
-    assert [lost[0] for _, lost in points] == pytest.approx([0.2, 0.04])
+    assert [p.lost[0] for p in points] == pytest.approx([0.2, 0.04])
 
 
 def test_differences_are_paired_over_documents():
@@ -115,7 +153,15 @@ def test_the_error_over_seeds_is_the_bootstrap_s():
     draws = of.least("blend", 0.99)
     assert draws[0] == pytest.approx(2 * np.mean(list(gains.values())))
     assert draws[1:].std() == pytest.approx(2 * np.std(list(gains.values())) / 3**0.5, rel=0.1)
-    assert of.least("kl", 0.99) is None  # one seed of three is no comparison
+    # A method with fewer seeds is read on those, and compared on those that both have.
+    assert (of.seeds("kl"), of.seeds("blend"), of.seeds("kl", "blend")) == ([0], [0, 1, 2], [0])
+    assert of.least("kl", 0.99)[0] == pytest.approx(0.2)
+    assert of.least("blend", 0.99, [0])[0] == pytest.approx(2 * gains[0])
+    assert of.least("kl-own", 0.99) is None
+    rows = {row[0]: row[-1] for row in tables.matched(found, "a").rows}
+    assert rows == {
+        METHODS["lora-mu"].label: "3", METHODS["blend"].label: "3", METHODS["kl"].label: "1"
+    }  # fmt: skip
 
 
 def test_no_table_where_the_runs_do_not_tell():
@@ -130,11 +176,18 @@ def test_contrasts_are_corrected_for_their_number():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.5]) == [1.0, 1.0]
     assert {m for pair in [*CONTRASTS, *LATER] for m in pair} <= set(METHODS)
-    of = {m: a_run(m, phi=1.0, kl=0.1 + i / 100) for i, m in enumerate(METHODS) if m != "lora-mu"}
-    table = tables.contrasts(results(a_run("lora-mu", kl=0.9), *of.values()))
-    assert [row[0].endswith("*") for row in table.rows] == [
-        *[False] * len(CONTRASTS), *[True] * len(LATER)
-    ]  # fmt: skip
+    of = {m: a_run(m, phi=1.0, kl=0.4 + i / 500) for i, m in enumerate(METHODS) if m != "lora-mu"}
+    weak = [a_run(m, phi=1.0, kl=0.8, nll=1.0) for m in of if m != "base"]
+    strong = [{**r, "run": {**r["run"], "phi": 2.0}, "losses": [1.3] * 20} for r in of.values()]
+    found = results(a_run("lora-mu", kl=0.9), *weak, *strong[1:])
+    table = tables.contrasts(found)
+    # 92.5 % of the gain at the strongest: both shares are read between two runs.
+    marks = [row[0].endswith("*") for row in table.rows]
+    assert marks == [*[False] * 2 * len(CONTRASTS), *[True] * 2 * len(LATER)]
+    assert not tables.not_run(found)
+    only_bounds = results(a_run("lora-mu", kl=0.9), *weak)
+    assert tables.contrasts(only_bounds) is None
+    assert len(tables.not_run(results(a_run("kl", phi=1.0)))) == len(CONTRASTS) + len(LATER)
     assert f"within ±{MARGIN:g}" in table.headings
 
 

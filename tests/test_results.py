@@ -227,6 +227,34 @@ def test_unlike_runs_are_not_averaged_silently(tmp_path):
         read(write(path, lines))
 
 
+def test_kinds_that_are_set_apart_are_neither_seen_nor_unseen(tmp_path):
+    def blocks(r, kinds):
+        lost = {"wiki": 0.1, "docs": 0.2, "chat": 0.9}
+        rise = 0.0 if r["run"]["method"] == "base" else 1.0
+        text = {
+            k: {"loss": 3.0, "tokens": 40 * n, "blocks": [3.0 + rise * lost[k]] * n}
+            for k, n in kinds.items()
+        }
+        return {**r, "text": text, "unseen": ["docs", "chat"]}
+
+    kinds = {"wiki": 2, "docs": 3, "chat": 5}
+    lines = [blocks(line(m, "sciq", 0), kinds) for m in ("base", "lora-mu")]
+    path = write(tmp_path / "r.jsonl", lines)
+    whole, found = read(path), read(path, apart=["chat"])
+    assert whole.lines[1]["unseen"] == ["docs", "chat"]
+    assert found.lines[1]["unseen"] == ["docs"]
+    assert found.lines[1]["apart"] == ["chat"]
+    assert found.lines[1]["forgetting"]["unseen"]["nats"] == pytest.approx(0.2)
+    assert found.lines[1]["forgetting"]["seen"]["nats"] == pytest.approx(0.1)
+
+    with pytest.raises(hlora.InputError, match="no such kind of text 'chatt'; did you mean chat"):
+        read(path, apart=["chatt"])
+    with pytest.raises(hlora.InputError, match="base model's run, which sciq has not"):
+        read(write(path, lines[1:]), apart=["chat"])
+    with pytest.raises(hlora.InputError, match="kept every block's loss; wiki has none"):
+        read(write(path, [line("base", "sciq", 0), line("lora-mu", "sciq", 0)]), apart=["docs"])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -302,8 +330,7 @@ def test_the_report_of_a_study_cut_short(tmp_path, monkeypatch, capsys):
     ("lines", "page", "more"),
     [
         ("smollm2", "results.md", []),
-        ("forgetting", "forgetting.md", ["--mixed", "--where", "run.seed=0"]),
-        ("forgetting", "forgetting-facts.md", ["--mixed", "--where", "run.task=facts"]),
+        ("forgetting", "forgetting.md", ["--mixed", "--apart", "chat"]),
     ],
 )
 def test_the_page_in_the_docs_is_that_of_the_results_in_the_repository(lines, page, more, tmp_path):

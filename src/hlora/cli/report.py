@@ -21,7 +21,7 @@ def run(settings: ReportSettings) -> None:
     """Write the page and print where, with the first table."""
     refuse_unknown(settings.metrics, METRICS, "--metrics: unknown metric")
     source = Path(settings.results)
-    results = read(source, settings.where, mixed=settings.mixed)
+    results = read(source, settings.where, mixed=settings.mixed, apart=settings.apart)
     if len(settings.compare) != 2:
         raise InputError("--compare takes two rows, such as: --compare hlora@0.003 ewc@0.003")
     usual = settings.compare == ReportSettings(results="").compare

@@ -471,6 +471,11 @@ class ReportSettings:
         metavar="KEY=VALUE",
     )  # fmt: skip
     mixed: bool = setting("average over runs of different versions or settings", False)
+    apart: list[str] = setting(
+        "kinds of text that count as neither seen nor unseen, such as those that the model's own "
+        "text is like", [],
+        metavar="KIND", more=True,
+    )  # fmt: skip
 
 
 @dataclass(kw_only=True)

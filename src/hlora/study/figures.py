@@ -188,9 +188,12 @@ def frontier(results: Results) -> Any:
 
 
 def _label(results: Results, rows: list[Row], tasks: list[str]) -> str:
-    """The name of a method, and ` (1 of 2 seeds)` where a row of it was not run with all."""
-    found = [n for r in rows for t in tasks if (n := len(results.of(r, t)))]
-    least, of = min(found, default=0), len(results.seeds)
+    """The name of a method, and ` (1 of 2 seeds)` where a row of it has not all of its task's."""
+    whole = {
+        t: len({r["run"]["seed"] for r in results.lines if r["run"]["task"] == t}) for t in tasks
+    }
+    found = [(n, whole[t]) for r in rows for t in tasks if (n := len(results.of(r, t)))]
+    least, of = min((both for both in found if both[0] < both[1]), default=(0, 0))
     return _name(Row(rows[0].method, None).label) + (f" ({least} of {of} seeds)" * (least < of))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, TypedDict, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 from hlora.errors import InputError
+from hlora.run.means import mean_se
 
 
 class RunLine(TypedDict):
@@ -41,7 +42,8 @@ class Line(TypedDict, total=False):
     `TaskScore`. `answers` is the choice that the model made for each question, `losses` the NLL of
     the right one; `others` are tasks that were not trained on. Forgetting is by kind of text, and
     over all that were `seen` and `unseen`, as {nats, se}. `budgeted` is what `hlora tune` says of a
-    budget: predicted, measured, and the share of the change that it kept.
+    budget: predicted, measured, and the share of the change that it kept. `apart` are kinds that a
+    report counts as neither seen nor unseen.
     """
 
     key: str
@@ -52,6 +54,7 @@ class Line(TypedDict, total=False):
     task_files: dict[str, str]
     seen: list[str]
     unseen: list[str]
+    apart: list[str]
     versions: dict[str, str | None]
     machine: dict[str, Any]
     settings: dict[str, Any]
@@ -121,6 +124,34 @@ def _fits(value: Any, hint: Any) -> bool:
         fits = isinstance(value, kind) and not isinstance(value, bool)
         return fits and (isinstance(value, float) or abs(value) < 2**63)
     return isinstance(value, hint)
+
+
+def kinds_of(line: Line, group: str) -> list[str]:
+    """The kinds of text of a group: `seen`, `unseen` or `apart`."""
+    return list(cast(Any, line).get(group, []))
+
+
+def with_apart(line: Line, base: Line, apart: Collection[str]) -> Line:
+    """The line with these kinds of text neither seen nor unseen, its forgetting pooled anew.
+
+    Raises:
+        InputError: it lacks the losses of the blocks, of which each counts once.
+    """
+    groups = {g: [k for k in kinds_of(line, g) if k not in apart] for g in ("seen", "unseen")}
+    forgetting = {k: v for k, v in line["forgetting"].items() if k not in groups}
+    for group, kinds in groups.items():
+        lost = []
+        for kind in kinds:
+            before, after = (of["text"][kind].get("blocks") for of in (base, line))
+            if not before or not after:
+                raise InputError(
+                    f"--apart needs runs that kept every block's loss; {kind} has none."
+                )
+            lost += [b - a for a, b in zip(before, after, strict=True)]
+        if lost:
+            forgetting[group] = dict(zip(("nats", "se"), mean_se(lost), strict=True))
+    named = [k for k in line["text"] if k in apart]
+    return cast(Line, {**line, **groups, "apart": named, "forgetting": forgetting})
 
 
 def groups_of_text(held_out: list[str], general: list[str]) -> dict[str, list[str]]:

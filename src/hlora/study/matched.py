@@ -1,32 +1,36 @@
 """How little does a method forget for a given part of what LoRA learns?
 
-A method is the curve of its strengths, with plain LoRA (after the general phase, if it has one) as
-strength zero; of a rewound one, what was rewound is. At a share of LoRA's gain
-(base NLL minus NLL, on the task) it is read where it forgets least: at a point, or on the line
-between two. Errors are of a paired bootstrap over seeds, documents (within their kind) and
-questions: all methods see the same draws. The contrasts are named beforehand, or said to be
-named later (`contrasts.yaml`).
+A method is the curve of its strengths, from plain LoRA (after the general phase, if it has one) on;
+of a rewound one, from what was rewound. At a share of LoRA's gain (base NLL minus NLL, on the task)
+it is read where it forgets least: at a run, or on the line between two that are no further apart
+than `GAP`, the KL on a log scale: what is further apart was not measured. Errors are of a paired
+bootstrap over seeds, documents (within their kind) and questions: all methods see the same draws.
+The contrasts are named beforehand, or said to be named later (`contrasts.yaml`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hlora.data.parse import packaged
-from hlora.study.lines import Line
+from hlora.study.lines import Line, kinds_of
 from hlora.study.methods import METHODS
 from hlora.study.rows import Results, Row
 
 LORA, AFTER_NU = Row("lora-mu", None), Row("lora-nu-mu", None)
-DRAWS = 2000
+DRAWS = 20_000
+"""So many that a p that is corrected for fifty tests is still known where it is small."""
 MARGIN = 0.005
 """Nats per token within which two methods forget alike."""
+GAP = 4.0
+"""Two runs of a method are joined where one forgets at most so many times as much as the other."""
 MEASURES = {"loss": "blocks", "KL": "divergences"}
 """What is forgotten: the rise of the loss on a document, or the KL from the base model there."""
 
@@ -34,6 +38,14 @@ _SAID = packaged("study", "contrasts.yaml")
 SHARES: tuple[float, ...] = tuple(_SAID["shares"])
 CONTRASTS: list[list[str]] = _SAID["contrasts"]
 LATER: list[list[str]] = _SAID["later"]
+
+
+class Point(NamedTuple):
+    """A run: what it keeps of LoRA's gain and what it forgets, by draw, and how far it has gone."""
+
+    gain: Any
+    lost: Any
+    gone: float
 
 
 @dataclass(frozen=True)
@@ -64,10 +76,10 @@ class Matched:
 
     @classmethod
     def of(cls, results: Results, task: str, group: str = "unseen", measure: str = "KL") -> Any:
-        """On the kinds that no method read, or on the `seen`; None where the runs do not tell."""
+        """On a group of the kinds of text: those that no method read (`unseen`), those that were
+        `seen`, or those `apart`; None where the runs do not tell."""
         base, lora = (results.of(r, task) for r in (Row("base", None), LORA))
-        line = results.lines[0]
-        kinds = tuple(line["seen"] if group == "seen" else line["unseen"])
+        kinds = tuple(kinds_of(results.lines[0], group))
         if not (base and lora and kinds and base[0].get("losses")):
             return None
         if not all(line["text"][k].get(MEASURES[measure]) for line in lora for k in kinds):
@@ -85,81 +97,114 @@ class Matched:
         return self.results.of(Row("base", None), self.task)[0]
 
     @cached_property
-    def _draws(self) -> Any:
-        """(draws + 1, seeds), (draws + 1, kinds, documents) and (draws + 1, questions): how much
-        each counts; the first draw is the sample itself."""
+    def _draws(self) -> tuple[list[Any], Any]:
+        """(draws + 1, documents) of each kind, and (draws + 1, questions): how much each counts;
+        the first draw is the sample itself."""
         random = np.random.default_rng(0)
+        documents = [_counts(random, len(self._base["text"][k]["blocks"])) for k in self.kinds]
+        return documents, _counts(random, len(self._base["losses"]))
 
-        def counts(n: int, *shape: int) -> Any:
-            drawn = random.multinomial(n, [1 / n] * n, size=(DRAWS, *shape)) / n
-            return np.concatenate([np.full((1, *shape, n), 1 / n), drawn])
-
-        documents = [counts(len(self._base["text"][k]["blocks"])) for k in self.kinds]
-        seeds = {line["run"]["seed"] for line in self.results.of(LORA, self.task)}
-        return counts(len(seeds)), documents, counts(len(self._base["losses"]))
-
-    def _point(self, line: Line) -> tuple[Any, Any]:
-        """NLL and forgetting of a run, by draw."""
-        _, documents, questions = self._draws
+    def _point(self, line: Line) -> Point:
+        """Its gain as the NLL."""
+        documents, questions = self._draws
         key = MEASURES[self.measure]
-        lost = []
+        lost, gone = [], []
         for kind, weights in zip(self.kinds, documents, strict=True):
             values = np.array(line["text"][kind].get(key) or [0.0] * weights.shape[1])
             if self.measure == "loss":
                 values = values - np.array(self._base["text"][kind]["blocks"])
             lost.append(weights @ values)
-        return questions @ np.array(line["losses"]), np.mean(lost, axis=0)
+            gone.append(np.mean(line["text"][kind].get("divergences") or values))
+        return Point(
+            questions @ np.array(line["losses"]), np.mean(lost, axis=0), float(np.mean(gone))
+        )
 
     @cached_property
-    def _plain(self) -> dict[int, tuple[Any, Any]]:
+    def _plain(self) -> dict[int, Point]:
         lines = self.results.of(LORA, self.task)
         return {line["run"]["seed"]: self._point(line) for line in lines}
 
-    def curve(self, method: str) -> dict[int, list[tuple[Any, Any]]]:
-        """By seed: (share of LoRA's gain, forgetting) of each strength, by draw; LoRA first."""
-        nll, _ = self._point(self._base)
+    def seeds(self, *methods: str) -> list[int]:
+        """Those that all these methods were run with."""
+        return [s for s in self._plain if all(len(self.curve(m).get(s, [])) > 1 for m in methods)]
+
+    def curve(self, method: str) -> dict[int, list[Point]]:
+        """By seed: its runs, what it starts from first, and then from the weakest to the strongest.
+
+        A run that forgets less was held more strongly, whatever its strength is called.
+        """
+        if method not in self._curves:
+            self._curves[method] = self._curve(method)
+        return self._curves[method]
+
+    @cached_property
+    def _curves(self) -> dict[str, dict[int, list[Point]]]:
+        return {}
+
+    def _curve(self, method: str) -> dict[int, list[Point]]:
+        nll = self._point(self._base).gain
         of = METHODS[method]
         start = LORA if of.from_base else AFTER_NU
         if of.rewinds:
             start = Row(of.rewinds, of.at)
         rows = [start, *(r for r in self.results.rows if r.method == method)]
-        found: dict[int, list[tuple[Any, Any]]] = {}
-        for seed, (plain, _) in self._plain.items():
-            lines = [line for r in rows for line in self.results.of(r, self.task)]
+        lines = [line for r in rows for line in self.results.of(r, self.task)]
+        found: dict[int, list[Point]] = {}
+        for seed, plain in self._plain.items():
             points = [self._point(line) for line in lines if line["run"]["seed"] == seed]
-            if len(points) > 1:
-                found[seed] = [((nll - of) / (nll - plain), lost) for of, lost in points]
+            gains = [p._replace(gain=(nll - p.gain) / (nll - plain.gain)) for p in points]
+            found[seed] = gains[:1] + sorted(gains[1:], key=lambda p: -p.gone)
         return found
 
-    def least(self, method: str, share: float) -> Any | None:
+    def least(self, method: str, share: float, seeds: Collection[int] = ()) -> Any | None:
         """The least that the method forgets with so much of the gain, by draw; None without runs.
 
-        The mean over seeds.
+        The mean over these seeds, by default all that it was run with. Infinite where no run keeps
+        so much, nor a line between two.
         """
-        curve = self.curve(method)
-        if curve.keys() != self._plain.keys():
+        seeds = seeds or self.seeds(method)
+        if not seeds:
             return None
-        return self._over_seeds([_least(curve[seed], share) for seed in self._plain])
+        curve = self.curve(method)
+        return self._over_seeds([self._least(curve[s], share) for s in seeds])
+
+    def bounded(self, method: str, share: float) -> bool:
+        """Whether even the strongest run keeps so much: a stronger one may forget less."""
+        curve = self.curve(method)
+        return any(curve[s][-1].gain[0] >= share for s in self.seeds(method))
 
     def plain(self) -> Any:
         """What plain LoRA forgets, by draw."""
-        return self._over_seeds([lost for _, lost in self._plain.values()])
+        return self._over_seeds([p.lost for p in self._plain.values()])
 
     def _over_seeds(self, by_seed: list[Any]) -> Any:
-        return (self._draws[0] * np.stack(by_seed, axis=1)).sum(1)
+        weights = _counts(np.random.default_rng(1), len(by_seed))
+        return (weights * np.stack(by_seed, axis=1)).sum(1)
+
+    def _least(self, points: Sequence[Point], share: float) -> Any:
+        """Of one seed, by draw: over the runs with the gain, and where a line has it."""
+        found = np.full(DRAWS + 1, np.inf)
+        for point in points[1:]:
+            found = np.minimum(found, np.where(point.gain >= share, point.lost, np.inf))
+        for a, b in pairwise(points):
+            low, high = sorted((a.gone, b.gone))
+            if low <= 0 or high <= GAP * low:  # where no KL was measured, what is learned
+                found = np.minimum(found, self._between(a, b, share))
+        return found
+
+    def _between(self, a: Point, b: Point, share: float) -> Any:
+        log = self.measure == "KL" and min(a.lost.min(), b.lost.min()) > 0
+        f0, f1 = (np.log(p.lost) if log else p.lost for p in (a, b))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = (share - a.gain) / (b.gain - a.gain)
+            read = f0 + t * (f1 - f0)
+        return np.where((t > 0) & (t < 1), np.exp(read) if log else read, np.inf)
 
 
-def _least(points: Sequence[tuple[Any, Any]], share: float) -> Any:
-    """Of one seed, by draw: over the points with the gain, and where a line between two has it."""
-    gains, lost = (np.stack(part) for part in zip(*points, strict=True))
-    order = np.argsort(-lost, axis=0)  # from plain LoRA to the strongest
-    gains, lost = np.take_along_axis(gains, order, 0), np.take_along_axis(lost, order, 0)
-    best = np.where(gains >= share, lost, np.inf).min(0)
-    g0, g1, f0, f1 = gains[:-1], gains[1:], lost[:-1], lost[1:]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = (share - g0) / (g1 - g0)
-    crossed = np.where((t > 0) & (t < 1), f0 + t * (f1 - f0), np.inf).min(0, initial=np.inf)
-    return np.minimum(best, crossed)
+def _counts(random: Any, n: int) -> Any:
+    """(draws + 1, n): how much each of n counts in a draw with replacement; first, all alike."""
+    drawn = random.multinomial(n, [1 / n] * n, size=DRAWS) / n
+    return np.concatenate([np.full((1, n), 1 / n), drawn])
 
 
 def estimate(draws: Any) -> Estimate:

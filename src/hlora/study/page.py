@@ -30,6 +30,8 @@ from hlora.study.tables import ABLATION, ACCURACY, PERPLEXITY
 
 _SAID = packaged("study", "page.yaml")
 TITLE: str = _SAID["title"]
+FEW = 6
+"""Rows that are named where they lack runs; more are counted."""
 _THEMED = {
     "#000000": "currentColor",
     **{color: f"var(--c{color[1:]}, {color})" for color in ("#ffffff", *figures.COLORS)},
@@ -85,7 +87,8 @@ def parts(
         if at := tables.matched(results, task):
             add("matched", at, task=task)
     if named := tables.contrasts(results):
-        add("contrasts", named)
+        missing = "; ".join(tables.not_run(results)) or "none"
+        add("contrasts", named, missing=missing)
     adapted = [r for r in results.rows if r.method != "base"]
     add("frontier", tables.by_kind(results, adapted), figures.frontier(results))
     if ablation := [r for m in ABLATION for r in results.rows if r.method == m]:
@@ -124,7 +127,9 @@ def about(results: Results) -> str:
         f"{len(results.lines)} runs of {study['model']}: {len(results.rows)} rows × "
         f"{len(results.tasks)} tasks ({', '.join(results.tasks)}) × "
         f"{len(n)} seed{'s' * (len(n) != 1)}.",
-        f"General text: {', '.join(line['seen'])}; unseen: {', '.join(line['unseen']) or 'none'}.",
+        f"General text: {', '.join(line['seen'])}; unseen: {', '.join(line['unseen']) or 'none'}"
+        + "".join(f"; apart from both: {k}" for k in line.get("apart", []))
+        + ".",
     ]
     if trained.get("tune"):
         nu, mu = trained["record"], trained["tune"]
@@ -137,11 +142,12 @@ def about(results: Results) -> str:
             f"{mu['batch_size']} rows; r {mu['lora_rank']}, α {mu['lora_alpha']:g}, "
             f"learning rate {mu['learning_rate']:g}, {mu['dtype']}."
         )
-    text = next(iter(line["text"].values()))
+    tokens = sorted({t["tokens"] for t in line["text"].values()})
+    many = " to ".join(f"{n:,}" for n in dict.fromkeys((tokens[0], tokens[-1])))
     said.append(
         f"Scored on {line['task']['n']} questions (±"
         f"{100 * line['task']['acc_se']:.0f} points of accuracy from these alone) and "
-        f"{text['tokens']:,} tokens of each kind of text (forgetting: ±{_text_error(results):.3f} "
+        f"{many} tokens of each kind of text (forgetting: ±{_text_error(results):.3f} "
         "from these alone)."
     )
     versions = ", ".join(f"{k} {v}" for k, v in line["versions"].items() if v)
@@ -159,7 +165,15 @@ def about(results: Results) -> str:
         row.label for row in results.rows
         if any(len(results.of(row, t)) < len(results.seeds) for t in results.tasks)
     ]  # fmt: skip
-    if short:
+    if len(short) > FEW:
+        of = {t: sorted({r["run"]["seed"] for r in results.lines if r["run"]["task"] == t})
+              for t in results.tasks}  # fmt: skip
+        seeds = "; ".join(f"{t} {', '.join(map(str, found))}" for t, found in of.items())
+        said.append(
+            f"Seeds by task: {seeds}; {len(short)} of {len(results.rows)} rows were not run on "
+            "every task with every seed, as the tables say."
+        )
+    elif short:
         said.append(f"Not on every task with every seed: {', '.join(short)}.")
     if results.mixed:
         said.append(f"MIXED: {'; '.join(results.mixed)}.")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hlora.errors import InputError
+from hlora.errors import InputError, refuse_unknown
 from hlora.run.means import mean_se
-from hlora.study.lines import Line, read_lines
+from hlora.study.lines import Line, read_lines, with_apart
 from hlora.study.methods import METHODS
 from hlora.study.metrics import METRICS
 
@@ -112,13 +112,16 @@ class Results:
         return mean_se(self.values(metric, row, *tasks).values())[0]
 
 
-def read(path: Path, where: Iterable[str] = (), *, mixed: bool = False) -> Results:
+def read(
+    path: Path, where: Iterable[str] = (), *, mixed: bool = False, apart: Collection[str] = ()
+) -> Results:
     """The runs of a results file that may be averaged together.
 
     Args:
         where: `KEY=VALUE` conditions on a line, such as `versions.commit=0123456789` or
             `study.model=tiny` or `run.seed=0`.
         mixed: take runs of different versions or settings as alike, and say so.
+        apart: kinds of text that count as neither seen nor unseen.
 
     Raises:
         InputError: no such file, nothing in it, or runs that differ in version or settings.
@@ -140,7 +143,18 @@ def read(path: Path, where: Iterable[str] = (), *, mixed: bool = False) -> Resul
             f"{path} holds runs of different settings or versions: {'; '.join(differ)}. Choose "
             f"with --where {differ[0].partition(' is ')[0]}=..., or average all with --mixed."
         )
-    return Results(done, failed, differ)
+    return Results(_set_apart(done, apart), failed, differ)
+
+
+def _set_apart(lines: list[Line], apart: Collection[str]) -> list[Line]:
+    if not apart:
+        return lines
+    refuse_unknown(apart, lines[0]["text"], "--apart: no such kind of text")
+    bases = {r["run"]["task"]: r for r in lines if r["run"]["method"] == "base"}
+    lacking = {r["run"]["task"] for r in lines} - bases.keys()
+    if lacking:
+        raise InputError(f"--apart needs the base model's run, which {min(lacking)} has not.")
+    return [with_apart(r, bases[r["run"]["task"]], apart) for r in lines]
 
 
 def _chosen(lines: list[Line], where: list[str], path: Path) -> list[Line]:

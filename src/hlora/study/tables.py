@@ -6,10 +6,13 @@ import math
 from collections.abc import Collection, Sequence
 from itertools import product
 
+import numpy as np
+
 from hlora.run.means import mean_se
 from hlora.study.cells import Table
 from hlora.study.claims import MISSING, Verdict, difference, named_with_tasks
 from hlora.study.cost import Cost
+from hlora.study.lines import kinds_of
 from hlora.study.matched import (
     CONTRASTS,
     LATER,
@@ -106,11 +109,14 @@ def _shown(metric: str, values: dict[int, float]) -> str:
 
 
 def by_kind(results: Results, rows: Sequence[Row]) -> Table | None:
-    """Forgetting on each kind of text, the mean over tasks; unseen kinds carry a star.
+    """Forgetting on each kind of text, the mean over tasks; unseen kinds carry a star,
+    those apart a dagger.
 
     None where no row has all tasks.
     """
-    kinds, unseen = results.lines[0]["text"], results.lines[0]["unseen"]
+    kinds = results.lines[0]["text"]
+    groups = (("unseen", "*"), ("apart", "†"))
+    marks = {k: mark for group, mark in groups for k in kinds_of(results.lines[0], group)}
     cells = []
     for row in rows:
         lost = [results.values(f"forgetting_{k}", row, *results.tasks).values() for k in kinds]
@@ -118,7 +124,7 @@ def by_kind(results: Results, rows: Sequence[Row]) -> Table | None:
             cells.append([row.label, *(shown(v, 3, signed=True) for v in lost)])
     if not cells:
         return None
-    headings = ["method", *(k + ("*" if k in unseen else "") for k in kinds)]
+    headings = ["method", *(k + marks.get(k, "") for k in kinds)]
     best = dict.fromkeys(range(1, len(headings)), min)
     return Table(headings, cells, best=best, apart=no_rivals(results, results.tasks))
 
@@ -148,34 +154,51 @@ def head_to_head(results: Results, ours: Row) -> Table:
     return Table(headings, cells)
 
 
+GROUPS = {"unseen": "far", "seen": "near", "apart": "apart"}
+"""Kinds of text, as the tables of what is forgotten for what is learned call them."""
+
+
 def matched(results: Results, task: str) -> Table | None:
     """What is forgotten at shares of plain LoRA's gain on the task: no kind far and near pooled."""
     found = {
         (measure, group): of
-        for measure, group in (("KL", "unseen"), ("loss", "unseen"), ("KL", "seen"))
+        for measure, group in (
+            ("KL", "unseen"),
+            ("loss", "unseen"),
+            ("KL", "seen"),
+            ("KL", "apart"),
+        )
         if (of := Matched.of(results, task, group, measure))
     }
     if not found:
         return None
     first = next(iter(found.values()))
-    names = {"unseen": "far", "seen": "near"}
     headings = [
-        f"{measure}, {names[group]}, at {share:.0%}"
+        f"{measure}, {GROUPS[group]}, at {share:.0%}"
         for measure, group in found for share in SHARES
     ]  # fmt: skip
-    cells = [
-        [LORA.label] + [_interval(estimate(m.plain())) for m in found.values() for _ in SHARES]
-    ]
+    cells, fewer = [], set()
+    plain = [_interval(estimate(m.plain())) for m in found.values() for _ in SHARES]
+    cells.append([LORA.label, *plain, str(len(results.of(LORA, task)))])
     for method in first.methods:
-        least = [m.least(method, share) for m in found.values() for share in SHARES]
-        shown_ = ["–" if d is None else _interval(estimate(d)) for d in least]
-        cells.append([Row(method, None).label, *shown_])
-    return Table(["method", *headings], cells, best=dict.fromkeys(range(1, len(headings) + 1), min))
+        label, seeds = Row(method, None).label, first.seeds(method)
+        if seeds:
+            told = [_at(m, method, share) for m in found.values() for share in SHARES]
+            cells.append([label, *told, str(len(seeds))])
+        if len(seeds) < len(results.of(LORA, task)):
+            fewer.add(label)
+    best = dict.fromkeys(range(1, len(headings) + 1), min)
+    return Table(["method", *headings, "seeds"], cells, best=best, apart=frozenset(fewer))
+
+
+def _at(of: Matched, method: str, share: float) -> str:
+    found = of.least(method, share)
+    if found is None or not math.isfinite(found[0]):
+        return "–"
+    return "≤ " * of.bounded(method, share) + _interval(estimate(found))
 
 
 def _interval(of: Estimate, sign: str = "") -> str:
-    if not math.isfinite(of.value):
-        return "not reached"
     return f"{of.value:{sign}.3f} [{of.low:{sign}.3f}, {of.high:{sign}.3f}]"
 
 
@@ -185,21 +208,35 @@ def contrasts(results: Results) -> Table | None:
     for task in results.tasks:
         of = Matched.of(results, task)
         for ours, other in [*CONTRASTS, *LATER] if of else []:
-            a, b = (of.least(m, SHARES[0]) for m in (ours, other))
-            if a is not None and b is not None:
-                mark = "*" if [ours, other] in LATER else ""
-                names.append([f"{METHODS[ours].label} minus {METHODS[other].label}{mark}", task])
-                found.append(estimate(a - b))
+            seeds = of.seeds(ours, other)
+            for share in SHARES if seeds else ():
+                a, b = (of.least(m, share, seeds) for m in (ours, other))
+                open_ = any(of.bounded(m, share) for m in (ours, other))
+                if not open_ and np.isfinite(a[0]) and np.isfinite(b[0]):
+                    mark = "*" if [ours, other] in LATER else ""
+                    name = f"{METHODS[ours].label} minus {METHODS[other].label}{mark}"
+                    names.append(
+                        [name, task, f"{share:.0%}", str(len(seeds)), f"{a[0] / b[0]:.2f}"]
+                    )
+                    found.append(estimate(a - b))
     if not found:
         return None
-    tested = [i for i, of in enumerate(found) if math.isfinite(of.p)]
-    ps = dict(zip(tested, holm([found[i].p for i in tested]), strict=True))
+    ps = holm([of.p for of in found])
     cells = [
-        [*name, _interval(of, "+"), p_text(ps.get(i, math.nan)), "yes" if of.alike else "no"]
-        for i, (name, of) in enumerate(zip(names, found, strict=True))
+        [*name, _interval(of, "+"), p_text(p), "yes" if of.alike else "no"]
+        for name, of, p in zip(names, found, ps, strict=True)
     ]
-    alike = f"within ±{MARGIN:g}"
-    return Table(["difference", "task", f"KL, far, at {SHARES[0]:.0%}", "p (Holm)", alike], cells)
+    headings = ["difference", "task", "gain", "seeds", "ratio", "KL, far", "p (Holm)"]
+    return Table([*headings, f"within ±{MARGIN:g}"], cells)
+
+
+def not_run(results: Results) -> list[str]:
+    """The contrasts that were named, and that no task has the runs of."""
+    ran = {r.method for r in results.rows}
+    return [
+        f"{METHODS[a].label} minus {METHODS[b].label}"
+        for a, b in [*CONTRASTS, *LATER] if not {a, b} <= ran
+    ]  # fmt: skip
 
 
 def t_tests(results: Results, ours: Row, rival: Row) -> Table:
