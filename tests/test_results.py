@@ -350,3 +350,14 @@ def test_the_fisher_s_sequences_are_those_that_are_gathered():
     from hlora.study.paper import EWC_SEQUENCES
 
     assert EWC_SEQUENCES == SEQUENCES
+
+
+def test_tasks_that_were_not_trained_on_have_a_table(whole):
+    assert tables.others(whole, "sciq") is None
+    lines = [
+        {**r, "others": {"arc": {"acc": 0.5 + 0.01 * r["run"]["seed"], "nll": 3.0}}}
+        for r in whole.lines if r["run"]["method"] in ("base", "lora-mu")
+    ]  # fmt: skip
+    table = tables.others(Results(lines, [], []), "piqa")
+    assert table.headings == ["method", "arc, accuracy %", "arc, NLL"]
+    assert table.rows[1] == ["LoRA(μ)", "51.0 ± 0.6", "3.00 ± 0.00"]

@@ -86,6 +86,8 @@ def parts(
         add("task", tables.means(results, [task], metrics), task=task)
         if at := tables.matched(results, task):
             add("matched", at, task=task)
+        if at := tables.others(results, task):
+            add("others", at, task=task)
     if named := tables.contrasts(results):
         missing = "; ".join(tables.not_run(results)) or "none"
         add("contrasts", named, missing=missing)

@@ -77,7 +77,8 @@ class Results:
 
     @cached_property
     def cells(self) -> dict[str, dict[int, dict[str, dict[str, float | None]]]]:
-        """By row label, seed (ascending) and task: every metric, and `forgetting_KIND` by kind."""
+        """By row label, seed (ascending) and task: every metric, `forgetting_KIND` by kind, and
+        `acc_NAME` and `nll_NAME` of the tasks that were not trained on."""
         found: dict[str, dict[int, dict[str, dict[str, float | None]]]] = {}
         for line in sorted(self.lines, key=lambda r: r["run"]["seed"]):
             run = line["run"]
@@ -85,6 +86,11 @@ class Results:
             of.setdefault(run["seed"], {})[run["task"]] = {
                 **{name: metric.of(line) for name, metric in METRICS.items()},
                 **{f"forgetting_{k}": v["nats"] for k, v in line["forgetting"].items()},
+                **{
+                    f"{m}_{name}": of[m]
+                    for name, of in line.get("others", {}).items()
+                    for m in ("acc", "nll")
+                },
             }
         return found
 

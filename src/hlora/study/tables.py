@@ -129,6 +129,25 @@ def by_kind(results: Results, rows: Sequence[Row]) -> Table | None:
     return Table(headings, cells, best=best, apart=no_rivals(results, results.tasks))
 
 
+def others(results: Results, task: str) -> Table | None:
+    """The tasks that were not trained on; None where none was scored."""
+    names = list(dict.fromkeys(n for r in results.lines for n in r.get("others", {})))
+    cells = []
+    for row in results.rows:
+        shown_ = []
+        for name in names:
+            accuracies = [100 * v for v in results.values(f"acc_{name}", row, task).values()]
+            losses = results.values(f"nll_{name}", row, task).values()
+            shown_ += [shown(accuracies, 1), shown(losses, 2)]
+        if any(of != "–" for of in shown_):
+            cells.append([row.label, *shown_])
+    if not cells:
+        return None
+    best = {i: of for j in range(len(names)) for i, of in ((2 * j + 1, max), (2 * j + 2, min))}
+    headings = ["method", *(f"{name}, {of}" for name in names for of in ("accuracy %", "NLL"))]
+    return Table(headings, cells, best=best, apart=no_rivals(results, [task]))
+
+
 def head_to_head(results: Results, ours: Row) -> Table:
     """Differences to every other row, paired by seed, each the mean over the tasks they share.
 
