@@ -103,6 +103,24 @@ def test_one_row_of_its_own_is_kept_too(tiny, tmp_path):
     assert len(importance.watched) > 1
 
 
+def test_text_is_kept_for_looks_only_where_asked_to(tiny, tmp_path, capsys):
+    text = write_text(tmp_path / "a.txt")
+    argv = ["record", "--model", str(tiny), "--sequences", "8", "--block-size", "16"]
+    for given, kept in ((["--text", str(text)], 4), (["--text", str(text), "--keep-text"], 8)):
+        nu = tmp_path / f"nu{kept}"
+        assert cli.main([*argv, *given, "--output", str(nu), "--device", "cpu"]) == 0
+        assert hlora.load(nu).importance.written.shape == (kept, 16)
+    rows = hlora.load(tmp_path / "nu8").importance.written
+    own = hlora.load(tmp_path / "nu4").importance.written
+    alike = (rows[:, None] == own[None]).all(-1).any(-1)
+    assert alike.sum() == 4  # the others are of the text
+    for more in (["--keep-text"], ["--keep-text", "--text", str(text), "--kind", "fisher"]):
+        assert cli.main([*argv, *more, "--output", str(tmp_path / "no")]) == 2
+        error = capsys.readouterr().err
+        assert "--keep-text keeps rows of --text for looks, but" in error
+        assert error.count("\n") == 1
+
+
 def test_options_of_a_gathering_are_refused_in_a_recording(tiny, tmp_path, capsys):
     text = write_text(tmp_path / "a.txt")
     argv = ["record", "--model", str(tiny), "--text", str(text), "--output", str(tmp_path / "nu")]

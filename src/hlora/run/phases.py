@@ -242,6 +242,9 @@ class GeneralPhase(_Phase[Recorded]):
             raise InputError(
                 "--text is missing: give general text, such as a .txt file or python-docs."
             )
+        if settings.keep_text and not (texts and self.of.own_text):
+            missing = "--text is missing" if self.of.own_text else f"{self.of.kind} keeps no text"
+            raise InputError(f"--keep-text keeps rows of --text for looks, but {missing}.")
         own = (taken // 2 if texts else taken) if self.of.own_text else 0
         self._load_model()
         usual = GATHERED_BLOCK if self.of.own_text else BLOCK
@@ -320,7 +323,7 @@ class GeneralPhase(_Phase[Recorded]):
             )  # fmt: skip
         if isinstance(found, Sequences):
             watched = self._write_own(WATCHED, self.tokens.shape[1], OTHER_SEED)
-            found = found.watching(watched, written)
+            found = found.watching(watched, self.tokens if self.settings.keep_text else written)
         importance: Importance = found.stored_as(self.settings.storage)
         summary["own_text"] = self.own
         summary["seconds"] = round(time.monotonic() - began, 1)

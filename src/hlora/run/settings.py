@@ -214,6 +214,10 @@ class RecordSettings(TrainSettings):
         "rows of text for importance gathered without training; 0 for 128 (fisher: 200, and as in "
         "EWC-LoRA 20,000 with --fisher-method original)", 0, more=True, least=0,
     )  # fmt: skip
+    keep_text: bool = setting(
+        "keep the rows of --text in the importance, for looks beside those that the model wrote: "
+        "whoever has the folder can read them", False, more=True,
+    )  # fmt: skip
     fisher_labels: str | None = setting(
         "labels sampled from the model (default of lean) or taken from the text (original)", None,
         choices=("model", "corpus"), more=True,
