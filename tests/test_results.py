@@ -67,6 +67,22 @@ def test_values_are_by_seed_and_over_tasks(whole):
     assert whole.values("nll", row) == {}  # over no task
 
 
+def test_the_gain_is_of_plain_lora_s(whole):
+    def at(nll, *run):
+        return line(*run, task={**line(*run)["task"], "nll": nll})
+
+    lines = [at(5.0, "base", "sciq", 0), at(1.0, "lora-mu", "sciq", 0), at(2.0, "kl", "sciq", 0, 1.0),
+             at(3.0, "kl", "sciq", 1, 1.0)]  # fmt: skip
+    found = Results(lines, [], [])
+    assert found.values("gain", Row("kl", 1.0), "sciq") == pytest.approx(
+        {0: 75}
+    )  # no LoRA of seed 1
+    assert found.values("gain", Row("lora-mu", None), "sciq") == {0: 100}
+    assert found.values("gain", Row("base", None), "sciq") == {}
+    assert "gain %" in tables.means(found, ["sciq"], USUAL_METRICS).headings
+    assert "gain %" not in tables.means(whole, ["sciq"], USUAL_METRICS).headings  # all learn alike
+
+
 def test_the_nll_is_never_pooled_over_tasks(whole):
     """The longest answers would be all that a mean shows."""
     row = Row("hlora", 0.01)
@@ -201,7 +217,8 @@ def test_the_best_is_that_of_rivals_with_as_many_runs(whole):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_metric_reads_a_line(metric, whole):
-    assert METRICS[metric].of(whole.lines[1]) is not None or metric == "peak_bytes"
+    elsewhere = metric in ("peak_bytes", "gain", "kl_apart")
+    assert METRICS[metric].of(whole.lines[1]) is not None or elsewhere
     METRICS[metric].of(whole.lines[0])
 
 

@@ -30,9 +30,10 @@ OF_EACH = ("importance", "phi", "anchor")
 BLOCK, GATHERED_BLOCK = 512, 128
 """Tokens per row by default: of a recording, and of a gathering at the base."""
 USUAL_METRICS = (
-    "acc", "nll", "ppl_seen", "ppl_unseen", "forgetting_seen", "forgetting_unseen",
+    "acc", "nll", "gain", "ppl_seen", "ppl_unseen", "forgetting_seen", "forgetting_unseen",
+    "kl_seen", "kl_unseen", "kl_apart",
 )  # fmt: skip
-"""Columns of the tables by default; names in `hlora.study.metrics`."""
+"""Columns of the tables by default, where they were measured; names in `hlora.study.metrics`."""
 
 
 def setting(

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from hlora.run.means import exp
 from hlora.study.cells import Best
-from hlora.study.lines import Line
+from hlora.study.lines import Line, kinds_of
 
 Measure = Callable[[Line], float | None]
 
@@ -64,17 +64,22 @@ METRICS: dict[str, Metric] = {
     "acc": Metric("accuracy %", _percent(lambda line: line["task"]["acc"]), 1, best=max),
     "acc_norm": Metric("acc_norm %", _percent(lambda line: line["task"]["acc_norm"]), 1, best=max),
     "nll": Metric("NLL", lambda line: line["task"]["nll"], 3, best=min, pooled=False),
+    "gain": Metric("gain %", lambda line: None, 1, best=max),
     "ppl_seen": Metric("PPL, seen", lambda line: perplexity(line, line["seen"]), best=min),
     "ppl_unseen": Metric("PPL, unseen", lambda line: perplexity(line, line["unseen"]), best=min),
     "forgetting_seen": Metric("forgot, seen", _forgetting("seen"), 3, signed=True, best=min),
     "forgetting_unseen": Metric("forgot, unseen", _forgetting("unseen"), 3, signed=True, best=min),
     "kl_seen": Metric("KL, seen", lambda line: divergence(line, line["seen"]), 3, best=min),
     "kl_unseen": Metric("KL, unseen", lambda line: divergence(line, line["unseen"]), 3, best=min),
+    "kl_apart": Metric(
+        "KL, apart", lambda line: divergence(line, kinds_of(line, "apart")), 3, best=min
+    ),
     "seconds_record": Metric("seconds, general phase (ν)", _seconds("record"), 0),
     "seconds_tune": Metric("seconds, domain phase (μ)", _seconds("tune"), 0),
     "importance_bytes": Metric("importance, bytes", lambda line: line.get("importance_bytes"), 0),
     "peak_bytes": Metric("peak memory, bytes", lambda line: line.get("peak_bytes"), 0),
 }
-"""By the names that `--metrics` and a study's `metrics` take. Perplexity is e to the nats."""
+"""By the names that `--metrics` and a study's `metrics` take. Perplexity is e to the nats. The gain,
+the fall of the NLL from the base model's in % of plain LoRA's, is of three runs: see `Results`."""
 
 FORGETTING = ("forgetting_seen", "forgetting_unseen")

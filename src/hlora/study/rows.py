@@ -91,7 +91,29 @@ class Results:
                     for name, of in line.get("others", {}).items()
                     for m in ("acc", "nll")
                 },
+                "gain": self._gain(line),
             }
+        return found
+
+    def _gain(self, line: Line) -> float | None:
+        """The fall of the NLL from the base model's, in % of plain LoRA's of the same seed."""
+        of = self._nll
+        task, seed = line["run"]["task"], line["run"]["seed"]
+        base, lora = of.get(("base", task)), of.get(("lora-mu", task, seed))
+        if base is None or lora is None or base == lora or line["run"]["method"] == "base":
+            return None
+        return 100 * (base - line["task"]["nll"]) / (base - lora)
+
+    @cached_property
+    def _nll(self) -> dict[tuple, float]:
+        """Of the base model by task, of plain LoRA by task and seed."""
+        found: dict[tuple, float] = {}
+        for line in self.lines:
+            run = line["run"]
+            if run["method"] == "base":
+                found["base", run["task"]] = line["task"]["nll"]
+            elif run["method"] == "lora-mu":
+                found["lora-mu", run["task"], run["seed"]] = line["task"]["nll"]
         return found
 
     def values(self, metric: str, row: Row, *tasks: str) -> dict[int, float]:

@@ -89,9 +89,14 @@ def _mean(values: Collection[float], digits: int) -> str:
 def means(results: Results, tasks: Sequence[str], metrics: Sequence[str]) -> Table:
     """The methods that have all these tasks: means over them ± standard error over seeds.
 
-    What no mean over tasks says anything of is left out where there are several.
+    What no run measured is left out, and where there are several tasks, what no mean over them says
+    anything of.
     """
-    metrics = [m for m in metrics if len(tasks) == 1 or METRICS[m].pooled]
+    metrics = [
+        m for m in metrics
+        if (len(tasks) == 1 or METRICS[m].pooled)
+        and any(results.values(m, r, *tasks) for r in results.rows)
+    ]  # fmt: skip
     cells = []
     for row in results.rows:
         if not all(results.of(row, t) for t in tasks):
