@@ -79,7 +79,7 @@ METRICS: dict[str, Metric] = {
     "importance_bytes": Metric("importance, bytes", lambda line: line.get("importance_bytes"), 0),
     "peak_bytes": Metric("peak memory, bytes", lambda line: line.get("peak_bytes"), 0),
 }
-"""By the names that `--metrics` and a study's `metrics` take. Perplexity is e to the nats. The gain,
-the fall of the NLL from the base model's in % of plain LoRA's, is of three runs: see `Results`."""
+"""By the names that `--metrics` and a study's `metrics` take. Perplexity is e to the nats. The gain
+takes three runs: `Results` works it out."""
 
 FORGETTING = ("forgetting_seen", "forgetting_unseen")
