@@ -304,8 +304,8 @@ MUTANTS = [
     Mutant("looks are not kept in a checkpoint", C + "quadratic.py",
            "{} if self.looks is None else self.looks.state()", "{}", LOOKS),
     Mutant("rewinding stops above the budget", "run/rewind.py",
-           "    below = [p for p in seen if p.measured.nats <= budget]\n    if not below:",
-           "    below = seen\n    if not below:", REWIND),
+           "    below = [p for p in seen if p.measured.nats <= budget]\n    return",
+           "    below = seen\n    return", REWIND),
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from hlora.hf.badsteps import BadSteps
 from hlora.hf.peft import find_pairs
 from hlora.run.models import load
 from tests.conftest import lora_model, make_trainer, perturb
-from tests.tiny import write_text
+from tests.tiny import questions, write_rows, write_text
 
 
 def spoilt(trainer, steps, what="gradient"):
@@ -242,3 +242,29 @@ def test_a_broken_base_model_is_named_by_whatever_reads_it(
     if "original" not in command:
         assert "layers.1.mlp.up_proj.weight" in said
     assert not list((tmp_path / "out").glob("*.*"))
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_an_adapter_without_finite_predictions_is_kept_with_its_budget(tiny, tmp_path, capfd):
+    """Its weights are finite, so that no step is bad; half precision overflows on general text."""
+    task = write_rows(tmp_path / "q.jsonl", questions())
+    text = write_text(tmp_path / "a.txt", count=3000)
+    common = ["--model", str(tiny), "--device", "cpu", "--output"]
+    record = ["record", *common, str(tmp_path / "base"), "--kind", "blend", "--sequences", "16"]
+    assert cli.main([*record, "--block-size", "24"]) == 0
+    tune = ["tune", *common, str(tmp_path / "mu"), "--importance", str(tmp_path / "base")]
+    tune += ["--task", str(task), "--text", str(text), "--forget-at-most", "0.01"]
+    tune += ["--dtype", "fp16", "--learning-rate", "30", "--max-steps", "3"]
+    for more in ([], ["--resume"]):
+        capfd.readouterr()
+        assert cli.main([*tune, *more]) == 0
+        said = capfd.readouterr()
+        assert ("kept as it was trained" in said.err) != bool(more)
+        assert "no finite number measured" in said.out
+    noted = json.loads((tmp_path / "mu" / "tune.json").read_text(), parse_constant=no_constant)
+    assert noted["forgetting"]["measured"] is None
+    assert (tmp_path / "mu" / "adapter_model.safetensors").exists()
+    assert "are not finite" in (tmp_path / "mu" / "README.md").read_text()
