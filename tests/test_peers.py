@@ -97,6 +97,7 @@ def test_a_resumed_run_reads_on_where_it_was(tmp_path):
     [
         {"rows": ROWS[:0]}, {"rows": ROWS.float()}, {"rows": ROWS[0]}, {"rows": [[1, 2]]},
         {"rows": -ROWS}, {"batch": 0}, {"batch": 1.5}, {"every": 0}, {"every": 2.5},
+        {"phi": "1.0"}, {"phi": True}, {"phi": -1.0}, {"phi": float("nan")},
     ],
 )  # fmt: skip
 def test_nothing_to_look_at_is_refused(wrong):

@@ -15,7 +15,7 @@ from hlora.core.looks import ROWS, in_turn
 from hlora.core.pairs import Group
 from hlora.core.quadratic import Quadratic
 from hlora.core.regularizer import Pull
-from hlora.errors import InputError
+from hlora.errors import InputError, is_number
 
 logger = logging.getLogger(__name__)
 
@@ -182,5 +182,5 @@ class Budgeted(Quadratic):
 
 def check_budget(at_most: float) -> None:
     """Raise InputError for a budget that is no positive number, or too small to be measured."""
-    if not (math.isfinite(at_most) and at_most >= LEAST):
-        raise InputError(f"forget_at_most must be {LEAST:g} nats or more, not {at_most}.")
+    if not (is_number(at_most) and at_most >= LEAST):
+        raise InputError(f"forget_at_most must be a number of {LEAST:g} or more, not {at_most!r}.")

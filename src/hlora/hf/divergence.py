@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hlora.core.looks import in_turn
 from hlora.core.pairs import Group
 from hlora.core.regularizer import Regularizer
-from hlora.errors import InputError, UnsupportedModelError, whole
+from hlora.errors import InputError, UnsupportedModelError, is_number, whole
 from hlora.hf.limits import check_reads, check_rows
 from hlora.hf.peft import unwrap, without_adapter
 
@@ -69,6 +69,10 @@ class Seldom(Regularizer):
 
     def __init__(self, phi: float, every: int) -> None:
         whole(f"{type(self).__name__}'s every", every, 1)
+        if not (is_number(phi) and phi >= 0):
+            raise InputError(
+                f"{type(self).__name__}'s phi must be zero or a positive number, not {phi!r}."
+            )
         self.phi, self.every, self.seen = phi, every, 0
 
     def check(self, model: nn.Module) -> None:

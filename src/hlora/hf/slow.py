@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hlora.core.pairs import Group, unstack
 from hlora.core.quadratic import Anchor
-from hlora.errors import InputError
+from hlora.errors import InputError, is_number
 from hlora.hf.divergence import Divergence
 
 _KEYS = ("slow.B.{}", "slow.A.{}")
@@ -35,8 +35,8 @@ class ToSlow(Divergence):
         self, rows: Tensor, phi: float = 1.0, decay: float = 0.98, batch: int = 4, every: int = 4
     ) -> None:
         super().__init__(rows, phi, batch, every)
-        if not 0 < decay < 1:
-            raise InputError(f"The decay of a slow copy must be between 0 and 1, not {decay:g}.")
+        if not (is_number(decay) and 0 < decay < 1):
+            raise InputError(f"The decay of a slow copy must be between 0 and 1, not {decay!r}.")
         self.decay = decay
         self.slow: Anchor = {}
         self._groups: list[Group] = []
