@@ -132,6 +132,10 @@ class Budgeted(Quadratic):
     def at_end(self, groups: list[Group]) -> None:
         self.predicted, self.left, self.share = self.keep(groups)
 
+    def let_go(self) -> None:
+        super().let_go()
+        self.gauges = ()
+
     @torch.no_grad()
     def keep(self, groups: list[Group]) -> tuple[float, float, float]:
         """Scale B down until what is measured (without a gauge: predicted) is within the budget.

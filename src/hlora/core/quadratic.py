@@ -80,6 +80,9 @@ class Quadratic(Regularizer):
         R = torch.stack([v.double().to(values[0].device) for v in values]).sum()
         return Pull(R, gradients, forgetting)
 
+    def let_go(self) -> None:
+        self.looks, self.anchor, self._coefficients = None, {}, {}
+
     def state(self) -> dict[str, Tensor]:
         return {} if self.looks is None else self.looks.state()
 

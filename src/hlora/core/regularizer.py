@@ -75,6 +75,9 @@ class Regularizer:
     def at_end(self, groups: list[Group]) -> None:
         """Training has ended: the last word on the weights."""
 
+    def let_go(self) -> None:
+        """Nothing is regularized any more: keep nothing of the model, which may be deleted."""
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside φ."""
         return {}
