@@ -224,7 +224,8 @@ class Steps:
 def limited(pull: Pull, groups: list[Group], scale: Tensor | None) -> Gradients:
     """The gradients of a pull with its correction, within the limits that it sets.
 
-    Nothing of a budget is pulled at a step whose task has no gradient.
+    At a step whose task has no gradient, as where all rewards are the same, the limits are those of
+    the last one that had: Adam goes on with what it remembers of that, and so does what holds it.
 
     Args:
         scale: what the task's gradients still carry.
@@ -234,6 +235,9 @@ def limited(pull: Pull, groups: list[Group], scale: Tensor | None) -> Gradients:
         return gradients
     task = _norm([g.gradients() for g in groups])
     task = task if scale is None else task / scale.to(task)
+    if pull.last is not None:
+        task = torch.where(task > 0, task, pull.last.to(task))
+        pull.last.copy_(task)
     if pull.correction is not None:
         correction = _within(pull.correction, task)
         gradients = [
