@@ -196,6 +196,7 @@ def test_what_is_restored_are_the_weights_that_the_last_step_trained():
     weights = [torch.nn.Parameter(torch.tensor([float(i)])) for i in range(3)]
     optimizer = torch.optim.SGD(weights, lr=1.0)
     steps = steps_of(optimizer)
+    steps.restores = True
     for trained in ((0, 1), (1, 2)):
         for i, w in enumerate(weights):
             w.grad = torch.ones(1) if i in trained else None
@@ -268,3 +269,50 @@ def test_an_adapter_without_finite_predictions_is_kept_with_its_budget(tiny, tmp
     assert noted["forgetting"]["measured"] is None
     assert (tmp_path / "mu" / "adapter_model.safetensors").exists()
     assert "are not finite" in (tmp_path / "mu" / "README.md").read_text()
+
+
+def copied(steps):
+    """Elements of the tensors that the steps keep, beside the parameters."""
+    lists = [v for v in vars(steps).values() if isinstance(v, list)]
+    of = [t for found in lists for t in found if isinstance(t, torch.Tensor)]
+    return sum(t.numel() for t in of if not isinstance(t, torch.nn.Parameter))
+
+
+def test_one_copy_of_the_weights_is_kept_while_training_and_none_after(tmp_path, nu):
+    """An embedding that is trained beside the matrices may take gigabytes."""
+    trainer = make_trainer(lora_model(modules_to_save=["lm_head"]), tmp_path)
+    attached(trainer, penalty := hlora.Penalty(nu, unheld="warn"))
+    trained, found = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad), []
+    trainer.create_optimizer()
+    steps = steps_of(trainer.optimizer)
+    trainer.optimizer.register_step_post_hook(lambda *_: found.append(copied(steps)))
+    trainer.train()
+    assert found == [trained] * 6
+    assert copied(steps) == 0
+    # In a loop of one's own nobody goes back, and nothing is left once a weight has moved.
+    optimizer = torch.optim.SGD([p for p in trainer.model.parameters() if p.requires_grad], lr=0.1)
+    penalty.start(trainer.model, optimizer)
+    kept = []
+    for _ in range(3):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        kept.append(copied(steps_of(optimizer)))
+    assert kept == [trained, 0, 0]
+    assert steps_of(optimizer).moved()
+
+
+@pytest.mark.parametrize(
+    ("rates", "moved"), [((1, 0, 0), True), ((0, 1, 0), True), ((0, 0, 1), True), ((0, 0), False)]
+)
+@pytest.mark.parametrize("restores", [True, False])
+def test_a_weight_that_any_step_moved_has_moved(rates, moved, restores):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    steps = steps_of(optimizer)
+    steps.observers.append(lambda _: None)
+    steps.restores = restores
+    for rate in rates:
+        optimizer.param_groups[0]["lr"], weight.grad = float(rate), torch.ones(2)
+        optimizer.step()
+    assert steps.moved() == moved
