@@ -232,8 +232,8 @@ MUTANTS = [
     Mutant("a step that is not finite is taken", C + "steps.py", "  if bad:", "  if False:",
            BAD_STEPS),
     Mutant("the weights of an earlier step are restored", C + "steps.py",
-           "[*map(id, self._good[0])] != [*map(id, trained)]",
-           "len(self._good[0]) != len(trained)", BAD_STEPS + " -k restored"),
+           "[*map(id, self._trained)] == [*map(id, trained)]",
+           "len(self._trained) == len(trained)", BAD_STEPS + " -k restored"),
     Mutant("a damaged checkpoint is resumed", H + "checkpoints.py", "        if why is None:",
            "        if True:", CHECKPOINTS),
     Mutant("another run's state is mixed in", H + "callbacks.py",
@@ -304,8 +304,8 @@ MUTANTS = [
     Mutant("looks are not kept in a checkpoint", C + "quadratic.py",
            "{} if self.looks is None else self.looks.state()", "{}", LOOKS),
     Mutant("rewinding stops above the budget", "run/rewind.py",
-           "    below = [p for p in seen if p.measured.nats <= budget]\n    if not below:",
-           "    below = seen\n    if not below:", REWIND),
+           "    below = [p for p in seen if p.measured.nats <= budget]\n    return",
+           "    below = seen\n    return", REWIND),
 ]  # fmt: skip
 
 

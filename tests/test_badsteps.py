@@ -17,7 +17,7 @@ from hlora.hf.badsteps import BadSteps
 from hlora.hf.peft import find_pairs
 from hlora.run.models import load
 from tests.conftest import lora_model, make_trainer, perturb
-from tests.tiny import write_text
+from tests.tiny import questions, write_rows, write_text
 
 
 def spoilt(trainer, steps, what="gradient"):
@@ -196,6 +196,7 @@ def test_what_is_restored_are_the_weights_that_the_last_step_trained():
     weights = [torch.nn.Parameter(torch.tensor([float(i)])) for i in range(3)]
     optimizer = torch.optim.SGD(weights, lr=1.0)
     steps = steps_of(optimizer)
+    steps.restores = True
     for trained in ((0, 1), (1, 2)):
         for i, w in enumerate(weights):
             w.grad = torch.ones(1) if i in trained else None
@@ -242,3 +243,76 @@ def test_a_broken_base_model_is_named_by_whatever_reads_it(
     if "original" not in command:
         assert "layers.1.mlp.up_proj.weight" in said
     assert not list((tmp_path / "out").glob("*.*"))
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_an_adapter_without_finite_predictions_is_kept_with_its_budget(tiny, tmp_path, capfd):
+    """Its weights are finite, so that no step is bad; half precision overflows on general text."""
+    task = write_rows(tmp_path / "q.jsonl", questions())
+    text = write_text(tmp_path / "a.txt", count=3000)
+    common = ["--model", str(tiny), "--device", "cpu", "--output"]
+    record = ["record", *common, str(tmp_path / "base"), "--kind", "blend", "--sequences", "16"]
+    assert cli.main([*record, "--block-size", "24"]) == 0
+    tune = ["tune", *common, str(tmp_path / "mu"), "--importance", str(tmp_path / "base")]
+    tune += ["--task", str(task), "--text", str(text), "--forget-at-most", "0.01"]
+    tune += ["--dtype", "fp16", "--learning-rate", "30", "--max-steps", "3"]
+    for more in ([], ["--resume"]):
+        capfd.readouterr()
+        assert cli.main([*tune, *more]) == 0
+        said = capfd.readouterr()
+        assert ("kept as it was trained" in said.err) != bool(more)
+        assert "no finite number measured" in said.out
+    noted = json.loads((tmp_path / "mu" / "tune.json").read_text(), parse_constant=no_constant)
+    assert noted["forgetting"]["measured"] is None
+    assert (tmp_path / "mu" / "adapter_model.safetensors").exists()
+    assert "are not finite" in (tmp_path / "mu" / "README.md").read_text()
+
+
+def copied(steps):
+    """Elements of the tensors that the steps keep, beside the parameters."""
+    lists = [v for v in vars(steps).values() if isinstance(v, list)]
+    of = [t for found in lists for t in found if isinstance(t, torch.Tensor)]
+    return sum(t.numel() for t in of if not isinstance(t, torch.nn.Parameter))
+
+
+def test_one_copy_of_the_weights_is_kept_while_training_and_none_after(tmp_path, nu):
+    """An embedding that is trained beside the matrices may take gigabytes."""
+    trainer = make_trainer(lora_model(modules_to_save=["lm_head"]), tmp_path)
+    attached(trainer, penalty := hlora.Penalty(nu, unheld="warn"))
+    trained, found = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad), []
+    trainer.create_optimizer()
+    steps = steps_of(trainer.optimizer)
+    trainer.optimizer.register_step_post_hook(lambda *_: found.append(copied(steps)))
+    trainer.train()
+    assert found == [trained] * 6
+    assert copied(steps) == 0
+    # In a loop of one's own nobody goes back, and nothing is left once a weight has moved.
+    optimizer = torch.optim.SGD([p for p in trainer.model.parameters() if p.requires_grad], lr=0.1)
+    penalty.start(trainer.model, optimizer)
+    kept = []
+    for _ in range(3):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        kept.append(copied(steps_of(optimizer)))
+    assert kept == [trained, 0, 0]
+    assert steps_of(optimizer).moved()
+
+
+@pytest.mark.parametrize(
+    ("rates", "moved"), [((1, 0, 0), True), ((0, 1, 0), True), ((0, 0, 1), True), ((0, 0), False)]
+)
+@pytest.mark.parametrize("restores", [True, False])
+def test_a_weight_that_any_step_moved_has_moved(rates, moved, restores):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    steps = steps_of(optimizer)
+    steps.observers.append(lambda _: None)
+    steps.restores = restores
+    for rate in rates:
+        optimizer.param_groups[0]["lr"], weight.grad = float(rate), torch.ones(2)
+        optimizer.step()
+    assert steps.moved() == moved

@@ -1,11 +1,15 @@
 """A budget of forgetting in place of φ."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import TrainerCallback
 
 import hlora
-from hlora.core import budget
+from hlora import files
+from hlora.core import budget, statefile
 from hlora.core.evaluating import evaluating
 from hlora.core.importance.blend import Blend
 from hlora.core.pairs import group
@@ -382,3 +386,170 @@ def test_a_tight_budget_pulls_no_harder_than_it_helps(tmp_path, monkeypatch):
     assert 5 < hardest(tmp_path / "limited") <= budget.MOST_PULL * 1.001
     monkeypatch.setattr(budget, "MOST_PULL", torch.inf)
     assert hardest(tmp_path / "free") > 20
+
+
+class Falls:
+    """Forgetting that is a power of the scale of B, as it is far from the base model."""
+
+    def __init__(self, groups, power, hole=()):
+        self.groups, self.power, self.hole, self.full = groups, power, hole, self.size(groups)
+
+    @staticmethod
+    def size(groups):
+        return float(groups[0].factors()[0].norm())
+
+    def __len__(self):
+        return 2
+
+    def __call__(self, part):
+        share = self.size(self.groups) / self.full
+        if self.hole and self.hole[0] < share < self.hole[1]:
+            return torch.tensor(torch.nan)
+        return torch.tensor(3.0 * share**self.power)
+
+
+@pytest.mark.parametrize(
+    ("power", "hole", "budget"),
+    [(2.0, (), 1e-3), (0.5, (), 0.3), (0.3, (), 1.0), (0.5, (0.01, 0.5), 0.2)],
+)
+def test_what_no_square_tells_is_taken_back_too(power, hole, budget, base, caplog):
+    model = lora_model()
+    penalty = hlora.Penalty(base, forget_at_most=budget)
+    penalty._planned = 1
+    penalty.start(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
+    perturb(model)
+    penalty.regularizer.gauges = [Falls(penalty._groups, power, hole)]
+    first, left, share = penalty.regularizer.keep(penalty._groups)
+    assert first == pytest.approx(3)
+    assert 0.4 * budget < left <= 1.02 * budget
+    assert float(penalty.regularizer.gauges[0](None)) == pytest.approx(left)
+    assert left == pytest.approx(3 * share**power, rel=1e-4)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("given", ["forget_at_most", "phi"])
+@pytest.mark.parametrize("wrong", ["0.05", True, [0.05], torch.tensor(0.05)])
+def test_what_is_no_number_is_no_strength(given, wrong, base):
+    with pytest.raises(hlora.InputError, match=f"^{given} must be"):
+        hlora.Penalty(base, **{given: wrong})
+
+
+@pytest.mark.parametrize("value", [0.5, torch.tensor(0.5)])
+def test_φ_is_not_set_on_a_budget(value, base, tmp_path):
+    """It is steered, so setting it would be undone at the next step, or break it."""
+    penalty = hlora.Penalty(base, forget_at_most=0.1)
+
+    class Set(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with pytest.raises(hlora.InputError, match="forget_at_most steers phi"):
+                penalty.phi = value
+
+    Set().on_step_end(None, None, None)
+    trained(tmp_path, penalty, [Set()], max_steps=2)
+    assert penalty.left > 0
+
+
+def test_a_budget_whose_bound_never_bites_is_no_fault(base, tmp_path, caplog):
+    trained(tmp_path / "a", hlora.Penalty(base, forget_at_most=1e3))
+    assert "next to nothing" not in caplog.text
+
+
+@pytest.mark.parametrize("given", [{}, {"look_every": 0}, {"forget_at_most": 1e-3}])
+def test_a_finished_penalty_lets_go_of_the_model(given, tmp_path):
+    """And can be asked what it found, and train again."""
+    penalty = hlora.Penalty(gathered(tmp_path / "base", WATCHED, WATCHED), **given)
+    found = []
+    for name in "ab":
+        trainer = trained(tmp_path / name, penalty, max_steps=5, logging_steps=1)
+        assert [e["R"] for e in trainer.state.log_history if "R" in e][-1] > 0
+        found.append((penalty.predicted, penalty.left, penalty.share, float(penalty.phi)))
+        parts = [weakref.ref(m) for m in trainer.model.modules()]
+        del trainer
+        gc.collect()
+        assert not any(part() for part in parts)
+    assert found[0] == pytest.approx(found[1])
+    assert (found[0][0] is None) == ("forget_at_most" not in given)
+    with pytest.raises(hlora.InputError, match="start"):
+        penalty.value()
+
+
+def test_a_training_that_failed_keeps_no_model_either(watching, tmp_path):
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise MemoryError
+
+    penalty = hlora.Penalty(watching, forget_at_most=1e-3)
+    trainer = make_trainer(lora_model(), tmp_path, [Fail()], **TRAINING)
+    hlora.attach(trainer, penalty)
+    with pytest.raises(MemoryError):
+        trainer.train()
+    parts = [weakref.ref(m) for m in trainer.model.modules()]
+    del trainer
+    gc.collect()
+    assert not any(part() for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        ({"forget_at_most": 1e-3}, {"forget_at_most": 1e-2}, "forget_at_most 0.001.*0.01"),
+        ({"forget_at_most": 1e-3}, {"phi": 3.0}, "forget_at_most 0.001.*no forget_at_most"),
+        ({"phi": 3.0}, {"forget_at_most": 1e-3}, "no forget_at_most.*0.001"),
+        ({"phi": 3.0}, {}, "phi 3, and phi 1 "),
+    ],
+)
+def test_a_run_is_resumed_with_the_strength_it_had(first, second, named, base, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trained(tmp_path, hlora.Penalty(base, **first), **saving)
+    checkpoint = tmp_path / "checkpoint-2"
+    with pytest.raises(hlora.InputError, match=f"Cannot resume .*{named}"):
+        trained(tmp_path, hlora.Penalty(base, **second), resume=str(checkpoint), **saving)
+    # An older state does not tell what was asked for.
+    path = checkpoint / "hlora_penalty.safetensors"
+    tensors, notes = statefile.read(path, "penalty")
+    del notes["asked"]
+    path.write_bytes(statefile.pack(tensors, notes))
+    files.seal(checkpoint)
+    trained(tmp_path, hlora.Penalty(base, **second), resume=str(checkpoint), **saving)
+
+
+def test_a_step_without_a_gradient_of_the_task_is_held_too(base):
+    """As GRPO's where all rewards are the same: Adam goes on, and so does what holds it."""
+    model = lora_model()
+    penalty = hlora.Penalty(base, forget_at_most=1e-5)
+    penalty._planned = 40
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0)
+    penalty.start(model, optimizer)
+    perturb(model)
+    pulls = []
+    for size in (0.0, 1e-3, 0.0, 0.0, 2e-3):
+        for p in trained:
+            p.grad = torch.full_like(p, size)
+        optimizer.step()
+        pulls.append(sum(float((p.grad - size).square().sum()) for p in trained) ** 0.5)
+    most = budget.MOST_PULL * 1e-3 * sum(p.numel() for p in trained) ** 0.5
+    assert pulls == pytest.approx([0, most, most, most, 2 * most], rel=1e-3)
+
+
+def test_a_resumed_budget_knows_the_last_gradient_of_the_task(base, tmp_path):
+    """Of a step before the checkpoint, where the first one after it has none."""
+
+    def run(name, callbacks=(), resume=None, **settings):
+        trainer = make_trainer(lora_model(), tmp_path / name, callbacks, **TRAINING, **settings)
+        inner = trainer.compute_loss
+
+        def compute_loss(*of, **named):
+            return inner(*of, **named) * (trainer.state.global_step not in (20, 21))
+
+        trainer.compute_loss = compute_loss
+        hlora.attach(trainer, hlora.Penalty(base, forget_at_most=1e-5))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    saving = {"save_strategy": "steps", "save_steps": 20}
+    straight = run("a")
+    run("b", [Stop()], **saving)
+    resumed = run("b", resume=str(tmp_path / "b" / "checkpoint-20"), **saving)
+    assert all(map(torch.equal, straight.parameters(), resumed.parameters()))

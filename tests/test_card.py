@@ -1,5 +1,6 @@
 """The card in each folder: what it says, in what form, and what it does not tell."""
 
+import json
 import re
 
 import pytest
@@ -128,3 +129,26 @@ def test_code_shows_any_text_as_text(text):
     inside = shown[len(fence) : -len(fence)]
     assert fence not in inside
     assert not {"\n", "\x1b"} & set(shown)
+
+
+def test_one_block_of_text_has_no_error(made, tiny, tmp_path, capsys):
+    """Neither in the card nor in the notes, which are JSON, nor on the screen."""
+    text, task = tmp_path / "a.txt", write_rows(tmp_path / "q.jsonl", questions())
+    text.write_text("the cat sat on a mat and saw the rat " * 4)
+    argv = ["--model", str(tiny), "--device", "cpu", "--text", str(text), "--task", str(task)]
+    tune = ["tune", *argv, "--importance", str(made / "base"), "--forget-at-most", "1e-6"]
+    tune += ["--max-steps", "2", "--output", str(tmp_path / "mu")]
+    back = ["rewind", *argv, "--adapter", str(made / "lora"), "--forget-at-most", "1e-6"]
+    back += ["--output", str(tmp_path / "back"), "--text-blocks", "1", "--task-rows", "1"]
+    check = ["eval", *argv, "--adapter", str(made / "lora"), "--text-blocks", "1"]
+    check += ["--task-rows", "1", "--block-size", "32", "--json", str(tmp_path / "eval.json")]
+    for command, file in ((tune, "mu/tune.json"), (back, "back/rewind.json"), (check, "eval.json")):
+        assert cli.main(command) == 0
+        assert "nan" not in capsys.readouterr().out
+        assert "NaN" not in (tmp_path / file).read_text()
+    noted = json.loads((tmp_path / "mu" / "tune.json").read_text())["forgetting"]
+    assert noted["measured_se"] is None
+    for folder in ("mu", "back"):
+        _, said = parts(tmp_path / folder)
+        assert "nan" not in said
+        assert re.search(r"\d nats per token, as trained|measured \S+;", said)

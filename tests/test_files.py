@@ -1,6 +1,8 @@
 """Files that appear whole or not at all."""
 
 import errno
+import json
+import math
 import os
 
 import pytest
@@ -85,3 +87,10 @@ def test_a_full_disk_is_recognised_whoever_says_so():
 )
 def test_sizes_for_people(count, text):
     assert files.size(count) == text
+
+
+def test_json_has_no_number_that_is_none(tmp_path):
+    """Other readers than Python's refuse NaN."""
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": math.nan, "b": [1.5, (math.inf, {"c": -math.inf})], "d": "NaN"})
+    assert json.loads(path.read_text()) == {"a": None, "b": [1.5, [None, {"c": None}]], "d": "NaN"}

@@ -7,8 +7,12 @@ from transformers import TrainerCallback
 
 import hlora
 from hlora.cli import main as cli
+from hlora.core.pairs import group
 from hlora.errors import MismatchError
 from hlora.hf.divergence import Divergence, OnPrompts
+from hlora.hf.gauge import Gauge
+from hlora.hf.peft import find_pairs
+from hlora.hf.slow import ToSlow
 from hlora.run import phases
 from hlora.run.evaluate import divergence
 from hlora.run.phases import DomainPhase
@@ -97,6 +101,7 @@ def test_a_resumed_run_reads_on_where_it_was(tmp_path):
     [
         {"rows": ROWS[:0]}, {"rows": ROWS.float()}, {"rows": ROWS[0]}, {"rows": [[1, 2]]},
         {"rows": -ROWS}, {"batch": 0}, {"batch": 1.5}, {"every": 0}, {"every": 2.5},
+        {"phi": "1.0"}, {"phi": True}, {"phi": -1.0}, {"phi": float("nan")},
     ],
 )  # fmt: skip
 def test_nothing_to_look_at_is_refused(wrong):
@@ -274,3 +279,83 @@ def test_on_prompts_the_command_needs_no_text(tiny, tmp_path):
     (entry,) = phase.run().log
     assert entry["penalty"] == pytest.approx(2 * entry["R"])
     assert entry["R"] > 0
+
+
+def checkpointed(model, reentrant):
+    """As a Trainer does it."""
+    inner = model.get_base_model()
+    enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    return model
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("make", [Divergence, ToSlow])
+def test_dropout_is_no_divergence(make, reentrant):
+    """At the base model there is none, and nothing pulls."""
+    model = lora_model("gpt2", lora_dropout=0.5).train()
+    model.get_base_model().transformer.h[0].attn.eval()
+    if reentrant is not None:
+        checkpointed(model, reentrant)
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    R = make(ROWS, every=1).on_forward(model, {}, Outputs)
+    assert R == 0
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    R.backward()
+    assert [m.training for m in model.modules()] == modes
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert any(g is not None for g in grads)
+    assert all(g is None or g.abs().max() < 1e-7 for g in grads)
+    assert Gauge(model, ROWS)() == 0
+    pulled = Gauge(model, ROWS).pull(torch.arange(2), group(find_pairs(model)))
+    assert all(t.abs().max() < 1e-7 for both in pulled for t in both)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_look_is_checkpointed_and_computes_again_what_it_computed(architecture, reentrant):
+    """In the backward pass the model is in training mode again, where dropout would act."""
+    found = []
+    for checkpoints in (False, True):
+        model = lora_model(architecture, lora_dropout=0.5).train()
+        perturb(model)
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.5
+        if checkpoints:
+            checkpointed(model, reentrant)
+        calls = []
+        find_pairs(model)[0].layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        R = Divergence(ROWS, every=1).on_forward(model, {}, Outputs)
+        R.backward()
+        assert len(calls) == (3 if checkpoints else 2)  # the base, the model, and again
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        found.append([R, *grads])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    assert found[0][0] > 1e-6
+
+
+def test_on_prompts_the_base_model_drops_nothing():
+    model = lora_model("gpt2").train()
+    perturb(model, size=0.5)
+    inputs = {k: torch.tensor([r[k] for r in prompted()]) for k in prompted()[0]}
+    outputs, modes = model(**inputs), [m.training for m in model.modules()]
+    one, two = (OnPrompts().on_forward(model, inputs, outputs) for _ in range(2))
+    assert [m.training for m in model.modules()] == modes
+    assert one == two == OnPrompts().on_forward(model.eval(), inputs, outputs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_run_with_dropout_and_checkpoints_is_held(reentrant, tmp_path):
+    model = lora_model("gpt2").train()
+    model.enable_input_require_grads()
+    trainer = make_trainer(
+        model, tmp_path, max_steps=4, gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )  # fmt: skip
+    hlora.attach(trainer, Divergence(ROWS, 5.0, every=2), ToSlow(ROWS, 5.0, every=1))
+    trainer.train()
+    assert [e["R"] > 0 for e in trainer.state.log_history if "R" in e] == [True, True]

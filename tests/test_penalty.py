@@ -441,10 +441,14 @@ def test_a_resumed_pissa_run_keeps_its_base(tmp_path):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("phi", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("phi", [-1.0, float("nan"), float("inf"), "0.05", True])
 def test_an_impossible_phi_is_refused(nu, phi):
     with pytest.raises(hlora.InputError, match=f"phi.*{phi}"):
         hlora.Penalty(nu, phi=phi)
+    with pytest.raises(hlora.InputError, match=f"phi.*{phi}"):
+        hlora.Penalty(nu).phi = phi
+    with pytest.raises(hlora.InputError, match=f"softmax_scale.*{phi}"):
+        hlora.Penalty(nu, softmax_scale=phi)
 
 
 def test_an_unknown_anchor_is_refused(nu):

@@ -1,6 +1,8 @@
 """Phase ν under a real Trainer, against the equations on dense float64 matrices."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -354,6 +356,9 @@ def test_making_a_record_touches_no_disk(tmp_path):
         ({"estimator": "magic"}, r"estimator.*'magic'"),
         ({"xi": 0.0}, r"xi.*0\.0"),
         ({"xi": float("nan")}, "xi.*nan"),
+        ({"xi": "1e-3"}, "xi.*'1e-3'"),
+        ({"xi": True}, "xi.*True"),
+        ({"max_grad_norm": "1"}, "max_grad_norm.*'1'"),
         ({"preset": "ours"}, r"preset.*'ours'"),
         ({"speed": 3}, "'speed'"),
     ],
@@ -508,3 +513,16 @@ def test_an_optimizer_whose_steps_do_nothing_ends_with_an_error(tmp_path, nu, ho
     with pytest.raises(hlora.UnsupportedModelError, match="moved any weight"):
         trainer.train()
     assert not (tmp_path / "new" / store.MARKER).exists()
+
+
+def test_a_finished_recording_lets_go_of_the_model(tmp_path):
+    record = hlora.Record(tmp_path / "nu", quiet=True)
+    trainer = make_trainer(lora_model(), tmp_path / "a", max_steps=2)
+    hlora.attach(trainer, record)
+    trainer.train()
+    record.write(trainer.model, store.load(tmp_path / "nu").importance)  # it can be asked for again
+    layers = [weakref.ref(p.layer) for p in find_pairs(trainer.model)]
+    del trainer
+    gc.collect()
+    assert record.summary["steps"] == 2
+    assert not any(layer() for layer in layers)

@@ -1,6 +1,7 @@
 """Scaling a finished adapter back to a budget of forgetting."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import hlora
 from hlora.cli import main as cli
 from hlora.core.rewind import costs, scales
 from hlora.hf.peft import find_pairs, save_adapter, scale_from
-from hlora.run.evaluate import divergence
+from hlora.run import rewind as rewinding
+from hlora.run.evaluate import Forgetting, divergence
 from hlora.run.models import load, load_adapter
-from hlora.run.rewind import OWN, rewind
+from hlora.run.rewind import OWN, rewind, within_budget
 from hlora.run.settings import RewindSettings
 from tests.conftest import base_model, lora_model, perturb, token_rows
 from tests.tiny import write_text
@@ -171,3 +173,43 @@ def test_a_change_from_another_adapter_is_scaled_as_products(ranks, tmp_path):
         with here.disable_adapter():  # the base model is still there to compare with
             before = here(input_ids=ids).logits
         torch.testing.assert_close(before, base_model()(input_ids=ids).logits)
+
+
+TEXT = torch.tensor([r["input_ids"] for r in token_rows(6, seed=8)])
+
+
+@pytest.mark.parametrize(("bad", "part"), [([0.5], 50), ([0.5, 0.25], 50), ([0.5, 0.375], 3)])
+def test_a_point_that_is_not_finite_is_above_the_budget(bad, part, monkeypatch):
+    """As in half precision, where one point of the way overflows and the next does not."""
+    model = lora_model()
+    perturb(model, size=0.3)
+    budget, asked = divergence(model, TEXT).nats / part, []
+    measure = rewinding._Walk.measure
+
+    def sometimes(walk, way, share):
+        point = measure(walk, way, share)
+        asked.append(share)
+        if share in bad:
+            object.__setattr__(point, "measured", Forgetting(math.nan, math.nan))
+        return point
+
+    monkeypatch.setattr(rewinding._Walk, "measure", sometimes)
+    _, kept = within_budget(model, TEXT, budget, 4)
+    assert set(bad) <= set(asked)
+    assert 0.9 * budget < kept.measured.nats <= budget
+    assert divergence(model, TEXT).nats == pytest.approx(kept.measured.nats, rel=1e-4)
+
+
+@pytest.mark.parametrize("nats", [math.nan, math.inf, 1.0])
+def test_what_cannot_be_scaled_back_is_kept_as_it_was_trained(nats, monkeypatch, caplog):
+    """An error would throw a training away."""
+    model = lora_model()
+    perturb(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    monkeypatch.setattr(rewinding, "divergence", lambda *_, **__: Forgetting(nats, 0.1))
+    whole, kept = within_budget(model, TEXT, 0.01, 4)
+    assert kept is whole
+    assert all(map(torch.equal, before, model.parameters()))
+    assert len(caplog.records) == 1
+    assert "kept as it was trained" in caplog.text
+    assert ("too small" in caplog.text) == math.isfinite(nats)

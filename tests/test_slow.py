@@ -1,5 +1,8 @@
 """A slow copy of the adapter: what training is held to, and ends in."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.nn.functional import kl_div
@@ -82,5 +85,17 @@ def test_the_command_makes_one_and_needs_text(tiny, tmp_path):
     assert (part.phi, part.decay) == (2.0, 0.9)
     with pytest.raises(hlora.InputError, match="--slow"):
         DomainPhase(settings(tiny, tmp_path, kl=["task"], slow=0.9))
-    with pytest.raises(hlora.InputError, match="decay"):
-        ToSlow(ROWS, decay=1.0)
+    for wrong in (1.0, "0.9", True):
+        with pytest.raises(hlora.InputError, match="decay"):
+            ToSlow(ROWS, decay=wrong)
+
+
+def test_after_training_it_lets_go_of_the_model(tmp_path):
+    trainer = make_trainer(lora_model(), tmp_path, max_steps=3)
+    part = ToSlow(ROWS, 1.0, decay=0.9)
+    hlora.attach(trainer, part)
+    trainer.train()
+    layers = [weakref.ref(p.layer) for p in find_pairs(trainer.model)]
+    del trainer
+    gc.collect()
+    assert not any(layer() for layer in layers)

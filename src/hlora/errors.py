@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from importlib import import_module
+from numbers import Real
 from typing import Any
 from unicodedata import category
 
@@ -77,6 +79,11 @@ def whole(what: str, value: int, least: int) -> None:
     """Raise InputError for what is no whole number, or one below the least."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{what} must be a whole number of {least} or more, not {value!r}.")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number: no text that reads as one, and not True."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def suggest(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hlora.cli.screen import say
 from hlora.cli.show import show
+from hlora.core.card import give_or_take
 from hlora.run.evaluate import TextScore, forgetting
 from hlora.run.scoring import Scores, evaluate
 from hlora.run.settings import EvalSettings
@@ -31,8 +32,8 @@ def _show(scores: dict[str, Scores]) -> None:
         if after:
             score = after["text"][name]
             lost, apart = forgetting(before, score), score.divergence
-            rows[-1] += [_perplexity(score), f"{lost.nats:+.4f} ± {lost.se:.4f}"]
-            rows[-1].append(f"{apart.nats:.4f} ± {apart.se:.4f}")
+            rows[-1] += [_perplexity(score), give_or_take(lost.nats, lost.se, "+.4f .4f")]
+            rows[-1].append(give_or_take(apart.nats, apart.se, ".4f .4f"))
     show(
         "General text (perplexity = e^loss; forgetting: rise of the loss, nats per token; KL: how "
         "far the predictions are from the base model's)", headings, rows,
@@ -40,7 +41,8 @@ def _show(scores: dict[str, Scores]) -> None:
     rows = []
     for name, which, s in _each(scores, "task"):
         percents = [_percent(s.acc, s.acc_se), _percent(s.acc_norm, s.acc_norm_se)]
-        rows.append([name, which, f"{s.n:,}", *percents, f"{s.nll:.3f} ± {s.nll_se:.3f}"])
+        nll = give_or_take(s.nll, s.nll_se, ".3f .3f")
+        rows.append([name, which, f"{s.n:,}", *percents, nll])
     headings = ["task", "model", "n", "acc %", "acc_norm %", "NLL"]
     show(
         "Tasks (± one standard error; NLL of the right answer in nats)", headings, rows, words=WORDS
@@ -48,7 +50,7 @@ def _show(scores: dict[str, Scores]) -> None:
     rows = []
     for name, which, found in _each(scores, "lm_eval"):
         for measure, (value, error) in found.values.items():
-            text = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+            text = give_or_take(value, error, ".4f .4f")
             rows.append([name, which, f"{found.n:,}", measure, text])
     headings = ["task", "model", "n", "measure", "value"]
     show("lm-evaluation-harness (± one standard error)", headings, rows, words=WORDS)
@@ -62,8 +64,8 @@ def _each(scores: dict[str, Scores], of: str) -> Iterator[tuple[str, str, Any]]:
 
 
 def _perplexity(score: TextScore) -> str:
-    return f"{score.perplexity:.2f} ± {score.perplexity * score.loss_se:.2f}"
+    return give_or_take(score.perplexity, score.perplexity * score.loss_se, ".2f .2f")
 
 
 def _percent(value: float, error: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.1f} ± {100 * error:.1f}"
+    return "-" if math.isnan(value) else give_or_take(100 * value, 100 * error, ".1f .1f")

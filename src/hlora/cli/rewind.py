@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hlora.cli.screen import say
 from hlora.cli.show import show
+from hlora.core.card import give_or_take
 from hlora.run.rewind import rewind
 from hlora.run.settings import RewindSettings
 
@@ -14,7 +15,7 @@ def run(settings: RewindSettings) -> None:
     rows = []
     for p in done.points:
         predicted = "-" if p.predicted is None else f"{p.predicted:.4f}"
-        measured = f"{p.measured.nats:.4f} ± {p.measured.se:.4f}"
+        measured = give_or_take(p.measured.nats, p.measured.se, ".4f .4f")
         nll = "-" if p.nll is None else f"{p.nll:.3f}"
         rows.append([p.way, f"{p.share:.3f}", predicted, measured, nll])
     title = "Forgetting (KL from the base model, nats per token) on the way back"

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from hlora.cli.screen import say
+from hlora.core.card import give_or_take
 from hlora.core.recorder import describe_summary
 from hlora.hf.regularize import Penalty
 from hlora.run.phases import DomainPhase
 from hlora.run.settings import TuneSettings
+
+FORM = ".4f .4f"
 
 
 def _said(penalty: Penalty) -> str:
@@ -41,9 +44,10 @@ def run(settings: TuneSettings) -> None:
         summary = describe_summary(phase.recorder.kind, phase.recorder.summary)
         say(f"{summary}\nIts importance is in {settings.record}.")
     if lost := trained.forgetting:
-        scaled = f"; scaled by {lost['share']:.3f} to {lost['kept']:.4f}"
+        measured = give_or_take(lost["measured"], lost["measured_se"], FORM)
+        share = lost["share"] or 0.0
+        scaled = f"; scaled by {share:.3f} to {give_or_take(lost['kept'], form=FORM)}"
         say(
-            f"Forgetting, nats per token: {lost['predicted']:.4f} predicted, "
-            f"{lost['measured']:.4f} ± {lost['measured_se']:.4f} measured"
-            f"{scaled if lost['share'] < 1 else ''}."
+            f"Forgetting, nats per token: {give_or_take(lost['predicted'], form=FORM)} predicted, "
+            f"{measured} measured{scaled if share < 1 else ''}."
         )

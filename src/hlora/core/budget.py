@@ -15,7 +15,7 @@ from hlora.core.looks import ROWS, in_turn
 from hlora.core.pairs import Group
 from hlora.core.quadratic import Quadratic
 from hlora.core.regularizer import Pull
-from hlora.errors import InputError
+from hlora.errors import InputError, is_number
 
 logger = logging.getLogger(__name__)
 
@@ -132,24 +132,37 @@ class Budgeted(Quadratic):
     def at_end(self, groups: list[Group]) -> None:
         self.predicted, self.left, self.share = self.keep(groups)
 
+    def let_go(self) -> None:
+        super().let_go()
+        self.gauges = ()
+
     @torch.no_grad()
     def keep(self, groups: list[Group]) -> tuple[float, float, float]:
         """Scale B down until what is measured (without a gauge: predicted) is within the budget.
 
-        D = s·B·A from the base model, so forgetting falls about with the square of the scale.
-        Where more is forgotten even without them, by what is trained beside them, or the model
-        gives no finite predictions, they stay as they are.
-        Returns what it was, what it is, and the scale.
+        D = s·B·A from the base model, so near it forgetting falls with the square of the scale.
+        Where that leads nowhere the scale is found by halves. Where more is forgotten even without
+        them, by what is trained beside them, or the model gives no finite predictions, they stay
+        as they are. Returns what it was, what it is, and the scale.
         """
         whole = [g.factors() for g in groups]
 
-        def at(share: float) -> float:
+        def go(share: float) -> None:
             for g, (B, A) in zip(groups, whole, strict=True):
                 g.set_factors(B * share, A)
+
+        def at(share: float) -> float:
+            go(share)
             return self._forgotten(groups)
 
         first = forgotten = self._forgotten(groups)
         share, enough = 1.0, self.at_most * CLOSE
+        if not math.isfinite(first):
+            logger.warning(
+                "The budget of %g nats per token is not kept: the model's predictions are not "
+                "finite, so that the matrices that are held stay as they are.", self.at_most,
+            )  # fmt: skip
+            return first, first, share
         for _ in range(TRIES):
             if not enough < forgotten < math.inf:
                 break
@@ -158,13 +171,23 @@ class Budgeted(Quadratic):
         if forgotten <= enough:
             return first, forgotten, share
         rest = at(0.0)
-        if rest > self.at_most or not math.isfinite(first):
-            logger.warning(
-                "The budget of %g nats per token is not kept: %.2g are forgotten, and %.2g without "
-                "the matrices that are held, which stay as they are.", self.at_most, first, rest,
-            )  # fmt: skip
-            share = 1.0
-        return first, at(share), share
+        low, left, high = 0.0, rest, share
+        for _ in range(TRIES if rest <= enough else 0):
+            share = (low + high) / 2
+            forgotten = at(share)
+            if forgotten <= enough:
+                low, left = share, forgotten
+            else:
+                high = share
+        if low > 0:
+            go(low)
+            return first, left, low
+        logger.warning(
+            "The budget of %g nats per token is not kept: %.2g are forgotten, and %.2g without the "
+            "matrices that are held, which stay as they are.", self.at_most, first, rest,
+        )  # fmt: skip
+        go(1.0)
+        return first, first, 1.0
 
     def _forgotten(self, groups: list[Group]) -> float:
         if not self.gauges:
@@ -182,5 +205,5 @@ class Budgeted(Quadratic):
 
 def check_budget(at_most: float) -> None:
     """Raise InputError for a budget that is no positive number, or too small to be measured."""
-    if not (math.isfinite(at_most) and at_most >= LEAST):
-        raise InputError(f"forget_at_most must be {LEAST:g} nats or more, not {at_most}.")
+    if not (is_number(at_most) and at_most >= LEAST):
+        raise InputError(f"forget_at_most must be a number of {LEAST:g} or more, not {at_most!r}.")

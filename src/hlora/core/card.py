@@ -7,6 +7,7 @@ code, and of a path only the last part: where someone keeps their files is nobod
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 from collections.abc import Iterable, Mapping
@@ -90,9 +91,8 @@ def rewound(info: Mapping[str, Any]) -> str:
         )
     predicted = chosen["predicted"]
     forgot = [
-        f"{after['nats']:.4g} ± {after['se']:.2g} nats per token, as trained "
-        f"{before['nats']:.4g} ± {before['se']:.2g}: the KL divergence from the base model's "
-        f"predictions, measured on {_list(s['text'])}."
+        f"{give_or_take(**after)} nats per token, as trained {give_or_take(**before)}: the KL "
+        f"divergence from the base model's predictions, measured on {_list(s['text'])}."
     ]
     if predicted is not None:
         forgot.append(f"Predicted by {_named(s['importance'])}: {predicted:.4g}.")
@@ -217,12 +217,27 @@ def _held(info: Mapping[str, Any]) -> list[str]:
 def _forgot(found: Mapping[str, Any] | None, on: list[str]) -> list[str]:
     if not found:
         return ["Not measured: `hlora eval --adapter` does."]
-    scaled = f"; scaled by {found['share']:.3f} to {found['kept']:.4g}"
+    if found["measured"] is None:
+        return [f"Not known: its predictions on {_list(on)} are not finite."]
+    measured = give_or_take(found["measured"], found["measured_se"])
+    scaled = f"; scaled by {found['share']:.3f} to {give_or_take(found['kept'])}"
     return [
-        f"Predicted {found['predicted']:.4g}, measured {found['measured']:.4g} ± "
-        f"{found['measured_se']:.2g}{scaled if found['share'] < 1 else ''}: nats per token of KL "
-        f"divergence from the base model's predictions, on {_list(on)}."
+        f"Predicted {give_or_take(found['predicted'])}, measured {measured}"
+        f"{scaled if found['share'] < 1 else ''}: nats per token of KL divergence from the base "
+        f"model's predictions, on {_list(on)}."
     ]
+
+
+def give_or_take(nats: float | None, se: float | None = None, form: str = ".4g .2g") -> str:
+    """A figure with its error, where there is one: a single row of text has none.
+
+    Args:
+        form: how the two are written.
+    """
+    of_nats, of_se = form.split()
+    if nats is None:
+        return "no finite number"
+    return f"{nats:{of_nats}}" + ("" if se is None or math.isnan(se) else f" ± {se:{of_se}}")
 
 
 def hub_name(name: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from hlora.core.estimators import ESTIMATORS
 from hlora.core.kinds import KINDS
 from hlora.core.layers import LAYER_WEIGHTS
-from hlora.errors import InputError, one_of, refuse_unknown
+from hlora.errors import InputError, is_number, one_of, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,10 @@ class RecordRule:
         one_of("estimator", self.estimator, ESTIMATORS)
         one_of("clamp", self.clamp, ("end", "step"))
         one_of("every", self.every, ("phase", "epoch"))
-        if not (math.isfinite(self.xi) and self.xi > 0):
-            raise InputError(f"xi must be a positive number, not {self.xi}.")
+        if not (is_number(self.xi) and self.xi > 0):
+            raise InputError(f"xi must be a positive number, not {self.xi!r}.")
+        if self.max_grad_norm is not None:
+            _not_negative("max_grad_norm", self.max_grad_norm)
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,13 @@ class PenaltyRule:
 
     def __post_init__(self) -> None:
         one_of("layer_weights", self.layer_weights, LAYER_WEIGHTS)
-        if not (math.isfinite(self.phi) and self.phi >= 0):
-            raise InputError(f"phi must be zero or a positive number, not {self.phi}.")
+        _not_negative("phi", self.phi)
+        _not_negative("softmax_scale", self.softmax_scale)
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not (is_number(value) and value >= 0):
+        raise InputError(f"{name} must be zero or a positive number, not {value!r}.")
 
 
 RECORD_PRESETS = {

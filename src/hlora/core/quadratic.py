@@ -51,6 +51,7 @@ class Quadratic(Regularizer):
         self.importance, self.anchor, self.rule = importance, anchor, rule
         self.phi: float | Tensor = rule.phi
         self.looks: Looks | None = None
+        self._last_task = torch.zeros((), dtype=torch.float64, device=groups[0].device)
         importance.arrange(groups)
         self._coefficients = self._layer_coefficients(groups)
 
@@ -78,12 +79,17 @@ class Quadratic(Regularizer):
             # Nothing is added to what is frozen, so it counts for no norm either.
             gradients.append((weight * GA * g.trains_B, weight * BG * g.trains_A))
         R = torch.stack([v.double().to(values[0].device) for v in values]).sum()
-        return Pull(R, gradients, forgetting)
+        return Pull(R, gradients, forgetting, last=self._last_task)
+
+    def let_go(self) -> None:
+        self.looks, self.anchor, self._coefficients = None, {}, {}
 
     def state(self) -> dict[str, Tensor]:
-        return {} if self.looks is None else self.looks.state()
+        looked = {} if self.looks is None else self.looks.state()
+        return {"last_task": self._last_task} | looked
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self._last_task.copy_(tensors.get("last_task", self._last_task))
         if self.looks is not None:
             self.looks.load_state(tensors, self.anchor)
 

@@ -29,6 +29,8 @@ class Pull:
         forgetting: what it predicts that the model has forgotten, nats per token, a scalar.
         correction: added to the gradients, and no larger than the task's own, by the norm.
         most: how many times as large as the task's own all of it may be, by the norm.
+        last: the norm of the task's own at the last step that had any, a scalar that is kept up to
+            date where there are limits.
     """
 
     R: Tensor
@@ -36,6 +38,7 @@ class Pull:
     forgetting: Tensor | None = None
     correction: Gradients | None = None
     most: float = math.inf
+    last: Tensor | None = None
 
 
 class Regularizer:
@@ -74,6 +77,9 @@ class Regularizer:
 
     def at_end(self, groups: list[Group]) -> None:
         """Training has ended: the last word on the weights."""
+
+    def let_go(self) -> None:
+        """Nothing is regularized any more: keep nothing of the model, which may be deleted."""
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside φ."""

@@ -40,6 +40,7 @@ class Steps:
         bad_losses: those of them whose loss is not finite.
         told: whether what nothing holds has been named.
         undo: called when the last step turns out to have led nowhere.
+        restores: whether somebody may go back to the weights of the last good step.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -54,6 +55,7 @@ class Steps:
         self.losses, self.bad_losses = 0, torch.zeros(())
         self.told = False
         self.undo: list[Callable[[], None]] = []
+        self.restores = False
         self._bad_now: Tensor | None = None
         self.restart()
         self._clear()
@@ -79,21 +81,39 @@ class Steps:
             watcher(optimizer)
 
     def restart(self) -> None:
-        """Training begins here: what was kept of the weights is of another."""
-        self._good: tuple[list[Tensor], list[Tensor]] | None = None
-        self._first: tuple[list[Tensor], list[Tensor]] | None = None
+        """Training begins here, or nobody follows it any more: what was kept is of another."""
+        self._trained: list[Tensor] = []  # by the last good step
+        self._kept: list[Tensor] = []  # what they were before it
+        self._moved = False
+
+    def release(self) -> None:
+        """Nobody goes back any more."""
+        self.restores = False
+        if self._moved:
+            self._kept = []
+        self._leave()
+
+    def _leave(self) -> None:
+        if not self._followed:
+            self.restart()
+
+    @property
+    def _followed(self) -> bool:
+        return bool(self.restores or self.observers or self.after or self.regularizers)
 
     def moved(self) -> bool:
-        """Whether any weight has changed since the first good step; True if there was none."""
-        if self._first is None:
+        """Whether any step has moved a weight; True if there was no good one."""
+        if not self._trained:
             return True
-        trained, before = self._first
-        return anywhere_held(trained, not all(map(torch.equal, map(local, trained), before)))
+        return anywhere_held(self._trained, self._moved or self._differ())
+
+    def _differ(self) -> bool:
+        return not all(map(torch.equal, map(local, self._trained), self._kept))
 
     def finite(self) -> bool:
         """Whether what the last good step trained is finite now."""
-        trained = self._good[0] if self._good else []
-        return not anywhere_held(trained, not all(bool(local(p).isfinite().all()) for p in trained))
+        bad = not all(bool(local(p).isfinite().all()) for p in self._trained)
+        return not anywhere_held(self._trained, bad)
 
     def note_loss(self, loss: Tensor) -> None:
         """The loss of a micro-batch of the coming step: one that is not finite skips the step."""
@@ -128,22 +148,29 @@ class Steps:
             self.forward = []
             for p in trained:
                 p.grad = None
-        elif not trained:
-            pass
-        elif self._good is None or [*map(id, self._good[0])] != [*map(id, trained)]:
-            self._good = (list(trained), [local(p.detach()).clone() for p in trained])
-            self._first = self._first or (list(trained), [p.clone() for p in self._good[1]])
-        else:
-            torch._foreach_copy_(self._good[1], [*map(local, trained)])
+        elif trained and self._followed:
+            self._keep(trained)
         return bad
+
+    def _keep(self, trained: list[Tensor]) -> None:
+        """The weights before a good step: one copy, or none where nobody goes back once a step was
+        seen to move them. What is trained may be an embedding of gigabytes."""
+        self._moved = self._moved or (bool(self._kept) and self._differ())
+        same = [*map(id, self._trained)] == [*map(id, trained)]
+        self._trained = trained
+        if self._moved and not self.restores:
+            self._kept = []
+        elif self._kept and same:
+            torch._foreach_copy_(self._kept, [*map(local, trained)])
+        else:
+            self._kept = [local(p.detach()).clone() for p in trained]
 
     @torch.no_grad()
     def restore(self) -> bool:
         """Back to the weights of the last good step, before it; False if there was none."""
-        if self._good is None:
+        if not self._kept:
             return False
-        trained, good = self._good
-        torch._foreach_copy_([*map(local, trained)], good)
+        torch._foreach_copy_([*map(local, self._trained)], self._kept)
         for undo in list(self.undo):
             undo()
         return True
@@ -159,10 +186,12 @@ class Steps:
         if not self.regularizers:
             self._clear()
             self.largest_ratio = None
+        self._leave()
 
     def forget(self, *watchers: Watcher) -> None:
         for watching in (self.observers, self.after):
             watching[:] = [w for w in watching if w not in watchers]
+        self._leave()
 
     @torch.no_grad()
     def regularize(self, optimizer: Optimizer) -> None:
@@ -224,7 +253,8 @@ class Steps:
 def limited(pull: Pull, groups: list[Group], scale: Tensor | None) -> Gradients:
     """The gradients of a pull with its correction, within the limits that it sets.
 
-    Nothing of a budget is pulled at a step whose task has no gradient.
+    At a step whose task has no gradient, as where all rewards are the same, the limits are those of
+    the last one that had: Adam goes on with what it remembers of that, and so does what holds it.
 
     Args:
         scale: what the task's gradients still carry.
@@ -234,6 +264,9 @@ def limited(pull: Pull, groups: list[Group], scale: Tensor | None) -> Gradients:
         return gradients
     task = _norm([g.gradients() for g in groups])
     task = task if scale is None else task / scale.to(task)
+    if pull.last is not None:
+        task = torch.where(task > 0, task, pull.last.to(task))
+        pull.last.copy_(task)
     if pull.correction is not None:
         correction = _within(pull.correction, task)
         gradients = [

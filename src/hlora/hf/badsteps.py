@@ -31,6 +31,7 @@ class BadSteps(Attached):
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
         self.begin(args, state)
         steps = self.follow(optimizer)
+        steps.restores = True
         self._in_a_row = self._total = self._logged = 0
         self._before = (steps.seen, steps.bad)
 
@@ -79,12 +80,14 @@ class BadSteps(Attached):
                     "%d of %d steps were skipped because their loss or gradients were not finite.",
                     self._total, taken,
                 )  # fmt: skip
+            steps.release()
             return
         kept = "nothing was good enough to keep"
         if steps.restore():
             kept = "the weights before them are the model's again"
             if self._in_a_row >= self.limit:
                 kept = f"the last good state is in {self.written_to(args, state)}"
+        steps.release()
         last = f"the last {self._in_a_row} steps had a loss or gradients"
         if not finite:
             last = "it left weights"

@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerState
 from hlora.errors import HloraError, StoreError, one_line
 from hlora.files import MANIFEST, fault, seal
 from hlora.hf.distributed import wait_for_all
+from hlora.hf.regularize import Regularization
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,9 @@ def join_train(trainer: Any) -> None:
         finally:
             for name, value in before.items():
                 setattr(args, name, value)
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, Regularization):  # also after an error: the model may go
+                    callback.finish()
 
     train.joined_by_hlora = True  # type: ignore[attr-defined]
     trainer.train = train

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hlora.core.evaluating import evaluating
 from hlora.core.looks import in_turn
 from hlora.core.pairs import Group
 from hlora.core.regularizer import Regularizer
-from hlora.errors import InputError, UnsupportedModelError, whole
+from hlora.errors import InputError, UnsupportedModelError, is_number, whole
 from hlora.hf.limits import check_reads, check_rows
 from hlora.hf.peft import unwrap, without_adapter
+from hlora.hf.undropped import undropped
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,10 @@ class Seldom(Regularizer):
 
     def __init__(self, phi: float, every: int) -> None:
         whole(f"{type(self).__name__}'s every", every, 1)
+        if not (is_number(phi) and phi >= 0):
+            raise InputError(
+                f"{type(self).__name__}'s phi must be zero or a positive number, not {phi!r}."
+            )
         self.phi, self.every, self.seen = phi, every, 0
 
     def check(self, model: nn.Module) -> None:
@@ -97,7 +103,8 @@ class Seldom(Regularizer):
 class Divergence(Seldom):
     """φ · KL(base ‖ model) on rows of general text, nats per token.
 
-    A micro-batch in `every` takes the next rows, forward once with the adapter and once without.
+    A micro-batch in `every` takes the next rows, forward once with the adapter and once without,
+    both without dropout.
 
     Args:
         rows: (N, T) tokens.
@@ -123,9 +130,9 @@ class Divergence(Seldom):
     def look(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor:
         index = in_turn(self.seen // self.every, self.batch, len(self.rows))
         ids = self.rows[index].to(next(model.parameters()).device)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             before = self.before(model, ids)
-        return divergences(before, model(input_ids=ids).logits).mean()
+        return divergences(before, undropped(model, ids)).mean()
 
     def before(self, model: nn.Module, ids: Tensor) -> Tensor:
         """The logits (N, T, V) to be held to."""
@@ -139,7 +146,8 @@ class OnPrompts(Seldom):
     Where a token that is not learned is predicted; the answers are left out, and no other text is
     needed. The mean over the prompt of each row, then over the rows, so that it is the same in one
     micro-batch and in several of as many rows each; a row without a prompt counts as zero. One
-    forward pass without the adapter: the other is the task's own.
+    forward pass without the adapter: the other is the task's own. So with dropout it is above zero
+    at the base model too, whose own pass drops nothing.
 
     Args:
         phi: its weight.
@@ -166,7 +174,7 @@ class OnPrompts(Seldom):
         if mask is not None:
             prompt = prompt & mask[:, 1:].bool()
         self._met = prompt.any() if self._met is None else self._met | prompt.any()
-        with torch.no_grad(), without_adapter(model):
+        with torch.no_grad(), evaluating(model), without_adapter(model):
             before = model(input_ids=ids, attention_mask=mask).logits
         return torch.stack(
             [
@@ -178,7 +186,7 @@ class OnPrompts(Seldom):
     def try_out(self, model: nn.Module, inputs: Any) -> None:
         device = next(model.parameters()).device
         of = {k: v.to(device) for k, v in inputs.items() if k != "labels"}
-        with torch.no_grad(), without_adapter(model):
+        with torch.no_grad(), evaluating(model), without_adapter(model):
             model(**of)
 
     def at_end(self, groups: list[Group]) -> None:

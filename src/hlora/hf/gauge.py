@@ -49,7 +49,9 @@ class Gauge:
     def pull(self, index: Tensor, groups: list[Group]) -> list[tuple[Tensor, Tensor]]:
         """The gradients of the same on the rows of these numbers, by B (L, m, r) and A (L, r, n).
 
-        The parameters' own gradients stay as they are. Row by row, for the sake of memory.
+        The parameters' own gradients stay as they are. Both passes are without dropout: see
+        `hlora.hf.undropped`. Row by row, for the sake of memory, as layers that checkpoint do not
+        in evaluation, nor, some of them, for `autograd.grad`.
         """
         trained = [p for p in self.model.parameters() if p.requires_grad]
         own = [p.grad for p in trained]

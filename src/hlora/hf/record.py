@@ -104,6 +104,7 @@ class Record(Attached):
         self.deferred = False
         self.found: Importance | None = None
         self._recorder: Recorder | None = None
+        self._pairs: list[Pair] = []
         self._earlier: store.Stored | None = None
         self._wrote = False  # a second train() replaces the first one's result
 
@@ -183,7 +184,7 @@ class Record(Attached):
     def write(self, model: nn.Module, importance: Importance) -> None:
         """Write the folder: the adapter as it is now, and the importance.
 
-        Every process calls it, and the first one writes.
+        Every process calls it, and the first one writes. Of the model nothing is kept.
         """
         rule = {k: v for k, v in vars(self.rule).items() if k != "kind"}
         recording = {"preset": self.preset, "storage": self.storage, **rule}
@@ -193,7 +194,8 @@ class Record(Attached):
             "previous": str(self.previous) if self.previous else None,
             "summary": self.summary,
         }
-        save_importance(self.output, model, self._pairs, importance, notes)
+        pairs, self._pairs = self._pairs or find_pairs(model, self.unheld), []
+        save_importance(self.output, model, pairs, importance, notes)
         self._wrote = True
 
     def finish(self, model: nn.Module) -> dict[str, Any]:

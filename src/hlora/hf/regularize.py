@@ -72,6 +72,7 @@ class Regularization(Attached):
         self.regularizer = regularizer or Regularizer()
         self.name = name
         self._groups: list[Group] = []
+        self._asked = self.regularizer.phi
 
     @property
     def phi(self) -> float | Tensor:
@@ -82,6 +83,8 @@ class Regularization(Attached):
     def phi(self, value: float | Tensor) -> None:
         self.note_phi(value)
         self.regularizer.phi = value
+        if self.steps is None:  # later on it is changed on the way
+            self._asked = value
 
     # ---------------------------------------------------------------- in any training loop
 
@@ -106,14 +109,27 @@ class Regularization(Attached):
         return group(pairs)
 
     def finish(self) -> None:
-        """Stop regularizing."""
+        """Stop regularizing, and keep nothing of the model: it may be deleted."""
         if self.steps is not None:
             self.steps.drop(self.regularizer)
         self.steps, self._groups = None, []
+        self.regularizer.let_go()
 
     @torch.no_grad()
     def value(self) -> Tensor:
-        """R at the present weights; 0 where it depends on data."""
+        """R at the present weights; 0 where it depends on data.
+
+        Raises:
+            InputError: nothing is regularized now.
+        """
+        if self.steps is None:
+            raise InputError(
+                "R is that of a model in training: ask for it between start(model, optimizer), "
+                "which a Trainer calls, and finish()."
+            )
+        return self._value()
+
+    def _value(self) -> Tensor:
         pull = self.regularizer.before_step(self._groups)
         return torch.zeros(()) if pull is None else pull.R
 
@@ -173,7 +189,10 @@ class Regularization(Attached):
             return
         weights = digest(self._groups)  # every process
         if state.is_world_process_zero:
-            notes = {"phi": float(self.phi), "weights": weights, "of": self.identity()}
+            notes = {
+                "phi": float(self.phi), "weights": weights, "of": self.identity(),
+                "asked": self.asked(),
+            }  # fmt: skip
             content = pack(self.state_tensors(), notes)
             write_whole(self.written_to(args, state) / self.state_file, content)
 
@@ -185,7 +204,7 @@ class Regularization(Attached):
         if not self.regularizer.off:
             self.regularizer.at_end(self._groups)
         self.finish()
-        if ratio is not None and ratio < WEAK and phi > 0:
+        if ratio is not None and ratio < WEAK and phi > 0 and not self.steered:
             logger.warning(
                 "The penalty did next to nothing: its gradient was at most %.1e of the task's. "
                 "Raise phi (now %g)%s.", ratio, phi, self.remedy(),
@@ -207,13 +226,41 @@ class Regularization(Attached):
                 "place: attach the same ones in the same order as in the run that is resumed."
             )
         self.check_bound(notes, self._groups, path)
+        self._check_asked(notes.get("asked"), path)
         self.load_tensors(tensors)
         if isinstance(self.phi, Tensor):  # whoever steers it holds it
             self.phi.fill_(notes["phi"])
         else:
             self.phi = float(notes["phi"])
 
+    def _check_asked(self, before: dict[str, float | None] | None, path: Path) -> None:
+        """Refuse to go on with another strength than the caller asks for now.
+
+        Older checkpoints do not tell.
+        """
+        now = self.asked()
+        for name, was in (before or {}).items():
+            if name in now and now[name] != was:
+                here, there = (
+                    f"no {name}" if v is None else f"{name} {v:g}" for v in (now[name], was)
+                )
+                raise InputError(
+                    f"Cannot resume {path.parent}: it was written with {there}, and {here} is "
+                    "given now. Give the same again (phi may change once training runs), or start "
+                    "again."
+                )
+
     # ---------------------------------------------------------------- for subclasses
+
+    @property
+    def steered(self) -> bool:
+        """Whether φ is not the caller's to set."""
+        return False
+
+    def asked(self) -> dict[str, float | None]:
+        """What a caller asks for, and has to ask for again at a resume; a φ that others hold as a
+        tensor is theirs."""
+        return {} if isinstance(self._asked, Tensor) else {"phi": float(self._asked)}
 
     def note_phi(self, value: float | Tensor) -> None:
         """Called with a φ before it counts; may refuse it."""
@@ -241,7 +288,7 @@ class Penalty(Regularization):
     Args:
         importance: an importance folder, or its name on the hub, `owner/name[@revision]`.
         phi: φ of Eq. 16; 0.01 on normalized importance unless the preset says otherwise, and 1 on
-            importance in nats per token. The attribute may be set while training.
+            importance in nats per token. The attribute may be set while training, but for a budget.
         forget_at_most: in place of φ, a budget: nats per token of KL divergence from the base model
             on text that it wrote when the importance was gathered. φ is steered to it while
             training, by what the importance predicts and sixteen measurements, and what is above it
@@ -329,7 +376,7 @@ class Penalty(Regularization):
             raise InputError("watch is the text that forget_at_most measures on: give both.")
         if watch is not None:
             check_rows("watch", watch, 2)
-        self.regularizer.phi = self.rule.phi
+        self.regularizer.phi = self._asked = self.rule.phi
         self.look_every = look_every
         if look_every is not None:
             whole("look_every", look_every, 0)
@@ -358,15 +405,27 @@ class Penalty(Regularization):
     def share(self) -> float:
         return getattr(self.regularizer, "share", 1.0)
 
-    @torch.no_grad()
-    def value(self) -> Tensor:
-        """R at the present weights. Asking takes no look, so training goes on as it would have."""
+    def _value(self) -> Tensor:
+        """Asking takes no look, so training goes on as it would have."""
         of = self.regularizer
-        return of.pull(self._groups).R if isinstance(of, Quadratic) else super().value()
+        return of.pull(self._groups).R if isinstance(of, Quadratic) else super()._value()
+
+    @property
+    def steered(self) -> bool:
+        return self.forget_at_most is not None
+
+    def asked(self) -> dict[str, float | None]:
+        phi = {} if self.steered else super().asked()
+        return {"forget_at_most": self.forget_at_most, **phi}
 
     def note_phi(self, value: float | Tensor) -> None:
+        if self.steered:
+            raise InputError(
+                "forget_at_most steers phi, so it cannot be set: leave it alone, or give "
+                "hlora.Penalty phi in place of forget_at_most."
+            )
         if not isinstance(value, Tensor):
-            self.rule = replace(self.rule, phi=float(value))  # refuses what is no φ
+            self.rule = replace(self.rule, phi=value)  # refuses what is no φ
 
     def prepare(self, model: nn.Module, *, fresh: bool) -> list[Group]:
         groups = self._checked(model)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hlora.core.pairs import Group, unstack
+from hlora.core.pairs import Group, group, unstack
 from hlora.core.quadratic import Anchor
-from hlora.errors import InputError
+from hlora.errors import InputError, is_number
 from hlora.hf.divergence import Divergence
+from hlora.hf.peft import find_pairs
 
 _KEYS = ("slow.B.{}", "slow.A.{}")
 
@@ -35,8 +36,8 @@ class ToSlow(Divergence):
         self, rows: Tensor, phi: float = 1.0, decay: float = 0.98, batch: int = 4, every: int = 4
     ) -> None:
         super().__init__(rows, phi, batch, every)
-        if not 0 < decay < 1:
-            raise InputError(f"The decay of a slow copy must be between 0 and 1, not {decay:g}.")
+        if not (is_number(decay) and 0 < decay < 1):
+            raise InputError(f"The decay of a slow copy must be between 0 and 1, not {decay!r}.")
         self.decay = decay
         self.slow: Anchor = {}
         self._groups: list[Group] = []
@@ -56,13 +57,16 @@ class ToSlow(Divergence):
             for copy, now in zip(self.slow[g.names], here, strict=True):
                 copy.lerp_(now, 1 - self.decay)
 
+    def let_go(self) -> None:
+        self._groups = []
+
     def before(self, model: nn.Module, ids: Tensor) -> Tensor:
         if not self.slow:  # the first step: the copy is the adapter
             return model(input_ids=ids).logits
         names = {id(p): n for n, p in model.named_parameters()}
         copy = {
             names[id(f)]: value.to(f.dtype)
-            for g in self._groups
+            for g in self._groups or group(find_pairs(model, "warn"))
             for p, *both in zip(g.pairs, *self.slow[g.names], strict=True)
             for f, value in zip((p.B, p.A), both, strict=True)
         }

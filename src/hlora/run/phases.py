@@ -35,7 +35,7 @@ from hlora.data.source import Source, sources
 from hlora.data.tasks import load_task
 from hlora.data.text import block_rows, blocks, mix
 from hlora.errors import InputError, MismatchError
-from hlora.files import check_space, publish, write_json
+from hlora.files import check_space, publish, without_nan, write_json
 from hlora.hf.corda import Corda
 from hlora.hf.distributed import is_main
 from hlora.hf.divergence import Divergence, OnPrompts, Seldom
@@ -493,11 +493,11 @@ class DomainPhase(_Phase[Trained]):
         if budget and self.general is not None:
             whole, kept = within_budget(self.model, self.general, budget, self.settings.batch_size)
             held = self.regularizers[0]
-            trained = replace(trained, forgetting={
+            trained = replace(trained, forgetting=without_nan({
                 "budget": budget, "predicted": held.left,
                 "measured": whole.measured.nats, "measured_se": whole.measured.se,
                 "share": held.share * kept.share, "kept": kept.measured.nats,
-            })  # fmt: skip
+            }))  # fmt: skip
         if is_main():
             self._write_importance(run)
             self._write(trained, run)

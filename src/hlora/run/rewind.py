@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,8 @@ from hlora.run.models import load_adapter
 from hlora.run.progress import bar
 from hlora.run.scoring import prepare
 from hlora.run.settings import EvalSettings, RewindSettings
+
+logger = logging.getLogger(__name__)
 
 REWOUND = "rewind.json"
 """The marker of a rewound adapter."""
@@ -121,11 +124,11 @@ def rewind(settings: RewindSettings) -> Rewound:
     if points[0].measured.nats <= settings.forget_at_most:
         candidates = points[:1]
     else:
-        candidates = [_search(measure, ALIKE, points, settings.forget_at_most)]
+        candidates = [_found(measure, ALIKE, points, settings.forget_at_most)]
     if stored and candidates[0] is not points[0]:
         walk.K = core.costs(walk.sizes, _task_gradients(model, walk.groups, tokenizer, tasks))
         own = [points[0], *(measure(OWN, share) for share in SHARES[1:])]
-        candidates.append(_search(measure, OWN, own, settings.forget_at_most))
+        candidates.append(_found(measure, OWN, own, settings.forget_at_most))
         points += own[1:]
     # The domain has the last word; without one, all alike, which was better wherever measured.
     chosen = min(candidates, key=lambda p: math.inf if p.nll is None else p.nll)
@@ -151,6 +154,8 @@ def within_budget(
 ) -> tuple[Point, Point]:
     """Measure the trained adapter on text (N, T), and scale it back if it is above the budget.
 
+    What was trained is kept whatever is measured: one that cannot be scaled back stays as it is.
+
     Returns:
         The adapter as it was, and as it is now.
     """
@@ -158,7 +163,17 @@ def within_budget(
     whole = walk.measure(ALIKE, 1.0)
     if whole.measured.nats <= at_most:
         return whole, whole
-    chosen = _search(walk.measure, ALIKE, [walk.measure(ALIKE, 0.5), whole], at_most)
+    if not math.isfinite(whole.measured.nats):
+        logger.warning(
+            "The adapter gives no finite predictions on the text of the budget, so it is kept as "
+            "it was trained: train it again with a tenth of the learning rate, or with another "
+            "--dtype than fp16."
+        )
+        return whole, whole
+    chosen, least = _search(walk.measure, ALIKE, [walk.measure(ALIKE, 0.5), whole], at_most)
+    if chosen is None:
+        logger.warning("%s It is kept as it was trained.", _out_of_reach(least, at_most))
+        chosen = whole
     walk.go(ALIKE, chosen.share)
     return whole, chosen
 
@@ -173,31 +188,54 @@ def _scoring(settings: RewindSettings) -> EvalSettings:
     return EvalSettings(**{k: of[k] for k in shared}, task=task)
 
 
-def _search(
+def _found(
     measure: Callable[[str, float], Point], way: str, curve: list[Point], budget: float
 ) -> Point:
-    """The point nearest below the budget, measured."""
+    """The same as `_search`, refused where nothing is below the budget."""
+    found, least = _search(measure, way, curve, budget)
+    if found is None:
+        raise InputError(_out_of_reach(least, budget))
+    return found
+
+
+def _out_of_reach(least: Point, budget: float) -> str:
+    even = f"Even at {least.share:.2g} of its change the adapter"
+    if not math.isfinite(least.measured.nats):
+        return f"{even} gives no finite predictions, so the budget {budget:g} is out of reach."
+    return (
+        f"{even} forgets {least.measured.nats:.2g} nats per token: the budget {budget:g} is too "
+        "small to be measured."
+    )
+
+
+def _search(
+    measure: Callable[[str, float], Point], way: str, curve: list[Point], budget: float
+) -> tuple[Point | None, Point]:
+    """The point nearest below the budget, measured, if there is one; and that of least share.
+
+    What is not finite is above the budget.
+    """
     seen = sorted(curve, key=lambda p: p.share)
     for _ in range(TRIES):
         below = [p for p in seen if p.measured.nats <= budget]
-        above = [p for p in seen if p.measured.nats > budget]
+        above = [p for p in seen if not p.measured.nats <= budget]
         if below and below[-1].measured.nats >= CLOSE * budget:
             break
-        # Near the budget, forgetting is about a power of the share.
         a, b = (below[-1], above[0]) if below else above[:2]
-        lost = max(a.measured.nats, 1e-12) / b.measured.nats
-        power = math.log(lost) / math.log(a.share / b.share)
-        goal = (0.5 + 0.5 * CLOSE) * budget
-        share = b.share * (goal / b.measured.nats) ** (1 / min(max(power, 0.3), 4.0))
-        seen = sorted([*seen, measure(way, share)], key=lambda p: p.share)
+        seen = sorted([*seen, measure(way, _between(a, b, budget))], key=lambda p: p.share)
     below = [p for p in seen if p.measured.nats <= budget]
-    if not below:
-        raise InputError(
-            f"Even at {seen[0].share:.2g} of its change the adapter forgets "
-            f"{seen[0].measured.nats:.2g} nats per token: the budget {budget:g} is too small to be "
-            "measured."
-        )
-    return below[-1]
+    return below[-1] if below else None, seen[0]
+
+
+def _between(a: Point, b: Point, budget: float) -> float:
+    """The share to try next, from two points of which b, at least, is above the budget."""
+    if not (math.isfinite(a.measured.nats) and math.isfinite(b.measured.nats)):
+        return (a.share + b.share) / 2 if a.measured.nats <= budget else a.share / 2
+    # Near the budget, forgetting is about a power of the share.
+    lost = max(a.measured.nats, 1e-12) / b.measured.nats
+    power = math.log(lost) / math.log(a.share / b.share)
+    goal = (0.5 + 0.5 * CLOSE) * budget
+    return b.share * (goal / b.measured.nats) ** (1 / min(max(power, 0.3), 4.0))
 
 
 class _Walk:

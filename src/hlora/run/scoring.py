@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -132,13 +131,4 @@ def _as_json(settings: EvalSettings, scores: dict[str, Scores]) -> dict[str, Any
         result["divergence"] = {
             name: asdict(s.divergence) for name, s in scores["adapter"]["text"].items()
         }
-    return _without_nan(result)
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return result

@@ -74,13 +74,13 @@ class Trained:
     """A finished run: its log entries, seconds and optimizer steps.
 
     With a budget of forgetting also what was predicted of it and measured, in nats per token, and
-    the share of the change that was kept for it.
+    the share of the change that was kept for it; None for what is no finite number.
     """
 
     log: list[dict[str, Any]]
     seconds: float
     steps: int
-    forgetting: dict[str, float] | None = None
+    forgetting: dict[str, float | None] | None = None
 
 
 def read_trained(path: Path) -> Trained:
@@ -97,7 +97,7 @@ def read_trained(path: Path) -> Trained:
     numbers = [seconds, steps]
     try:
         numbers += [v for entry in log for v in entry.values()]
-        numbers += [lost[k] for k in _LOST] if lost is not None else []
+        numbers += [lost[k] for k in _LOST if lost[k] is not None] if lost is not None else []
     except (TypeError, AttributeError, KeyError):
         numbers = [None]
     if not all(isinstance(n, (int, float)) for n in numbers):
@@ -225,6 +225,9 @@ def train(
                 str(interrupt) or "Stopped before the first checkpoint: nothing was kept."
             ) from None
     log = [e for e in trainer.state.log_history if math.isfinite(e.get("loss", math.nan))]
+    log = [
+        {k: v for k, v in e.items() if not isinstance(v, float) or math.isfinite(v)} for e in log
+    ]
     return Trained(log, time.monotonic() - began, trainer.state.global_step)
 
 

@@ -65,7 +65,7 @@ class Line(TypedDict, total=False):
     importance_bytes: int
     adapter_bytes: int
     peak_bytes: int | None
-    budgeted: dict[str, float] | None
+    budgeted: dict[str, float | None] | None
     log: list[dict[str, float]]
     norms: dict[str, float]
     text: dict[str, TextLine]

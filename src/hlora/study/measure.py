@@ -14,7 +14,7 @@ from typing import Any
 from hlora.core import store
 from hlora.core.adapter_file import ADAPTER_FILES
 from hlora.errors import HloraError, visible
-from hlora.files import write_json
+from hlora.files import write_whole
 from hlora.hf.peft import scale_adapter, scale_from
 from hlora.run import machine
 from hlora.run.convert import convert
@@ -143,7 +143,8 @@ def base_scores(study: Study, task: str) -> dict[str, Any]:
     }  # fmt: skip
     path = Path(study.work) / "base" / f"{spec.digest(what)}.json"
     if not path.exists():
-        write_json(path, _scores(study, task, None))
+        # NaN and all: it is read by nobody else, and an accuracy that is none stays so.
+        write_whole(path, json.dumps(_scores(study, task, None)))
     return json.loads(path.read_text("utf-8"))
 
 
