@@ -76,6 +76,8 @@ from hlora.run.training import (
     begin_run,
     check_unfinished,
     clean_up,
+    clean_up_after,
+    make_way,
     read_trained,
     rows_needed,
     text_rows,
@@ -279,6 +281,7 @@ class GeneralPhase(_Phase[Recorded]):
 
     def _run(self) -> Recorded:
         if self.finished:
+            clean_up_after(self.settings)
             info = store.read_info(self.output)
             store.described(info, self.output)
             size = sum(f["bytes"] for f in info["files"].values())
@@ -333,6 +336,8 @@ class GeneralPhase(_Phase[Recorded]):
             "previous": self.settings.importance, "summary": summary,
         }  # fmt: skip
         save_importance(self.output, self.model, self.pairs, importance, notes)
+        if is_main():
+            make_way(self.settings)  # of a recording that it overwrites
         return summary
 
 
@@ -474,6 +479,7 @@ class DomainPhase(_Phase[Trained]):
 
     def _run(self) -> Trained:
         if self.finished:
+            clean_up_after(self.settings)
             return read_trained(self.output / TUNED)
         run = self._begin()
         for rows, which in self.unwritten:
