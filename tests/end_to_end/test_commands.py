@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import hlora
 from hlora.cli import main as cli
 from hlora.core import store
 from hlora.run import phases
@@ -151,10 +152,33 @@ def test_a_dry_run_trains_and_writes_nothing(place, capsys):
     shown = capsys.readouterr().out
     for word in ("rows", "tokens", "steps", "memory", "time", "nothing was trained"):
         assert word in shown
-    assert not list((place.folder / "dry").iterdir())
     place.record()
     assert place.tune("--dry-run", output="dry2") == 0
-    assert not list((place.folder / "dry2").iterdir())
+    assert not list(place.folder.glob("dry*"))
+
+
+def test_no_empty_folder_is_left_and_none_of_others_is_taken(place, capsys):
+    place.record()
+    before = sorted(place.folder.rglob("*"))
+    new = ["--record", str(place.folder / "c" / "nu2")]
+    assert place.tune(*new, "--dry-run", output="a/b") == 0
+    assert place.tune(*new, "--targets", "nothing", output="a/b") == 2
+    assert place.tune(*new, "--training.optim=lomo", output="a/b") == 2  # by `attach`
+    nowhere, gptj = str(place.folder / "a" / "b"), write_model(place.folder / "gptj", "gptj")
+    text = ["--text", str(place.folder / "a.txt"), "--block-size", "32"]
+    named = ["--model", str(gptj), "--adapter", str(place.folder / "nu")]
+    assert cli.main(["eval", *named, *text, "--json", f"{nowhere}/s.json"]) == 2
+    assert cli.main(["rewind", *named, *text, "--output", nowhere]) == 2
+    assert cli.main(["merge", *named, "--output", nowhere]) == 2
+    convert = ["convert", str(place.folder / "nu"), "--to", "nothing", "--output", nowhere]
+    assert cli.main(convert) == 2
+    with pytest.raises(hlora.InputError):
+        phases.tune(TuneSettings(model=place.model, task="nothing", output=nowhere))
+    assert "Traceback" not in capsys.readouterr().err
+    assert sorted(p for p in place.folder.rglob("*") if gptj not in (p, *p.parents)) == before
+    (place.folder / "mine").mkdir()
+    assert place.tune("--dry-run", output="mine/b") == 0
+    assert list((place.folder / "mine").iterdir()) == []
 
 
 def test_training_arguments_of_the_trainer_s_own(place, capsys):

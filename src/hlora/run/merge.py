@@ -16,6 +16,7 @@ from hlora.hf.hub import located, pinned
 from hlora.hf.peft import base_of, find_pairs, merge_adapter
 from hlora.run import machine
 from hlora.run.models import DTYPES, load_adapter, load_as_published
+from hlora.run.outputs import tidied
 from hlora.run.settings import MergeSettings
 
 CONFIG = "config.json"
@@ -31,6 +32,7 @@ class Merged:
     parameters: int
 
 
+@tidied
 def merge(settings: MergeSettings) -> Merged:
     """Merge, and write weights, tokenizer and generation settings.
 

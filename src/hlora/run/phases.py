@@ -58,6 +58,7 @@ from hlora.run.models import (
     pick_device,
     pick_dtype,
 )
+from hlora.run.outputs import tidied
 from hlora.run.own_text import own_text
 from hlora.run.progress import bar
 from hlora.run.rewind import within_budget
@@ -114,6 +115,7 @@ class Recorded:
     bytes: int
 
 
+@tidied
 def record(settings: RecordSettings) -> Recorded:
     """Learn general text and record what matters for it (Eq. 2-13); or gather a Fisher.
 
@@ -123,6 +125,7 @@ def record(settings: RecordSettings) -> Recorded:
     return GeneralPhase(settings).run()
 
 
+@tidied
 def tune(settings: TuneSettings) -> Trained:
     """Learn a domain, held to an importance if there is one (Eq. 14-16).
 

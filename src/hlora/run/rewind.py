@@ -27,6 +27,7 @@ from hlora.hf.peft import base_of, find_pairs, save_adapter, starts_at_base
 from hlora.run import machine
 from hlora.run.evaluate import Forgetting, divergence, score_task
 from hlora.run.models import load_adapter
+from hlora.run.outputs import tidied
 from hlora.run.progress import bar
 from hlora.run.scoring import prepare
 from hlora.run.settings import EvalSettings, RewindSettings
@@ -73,6 +74,7 @@ class Rewound:
     chosen: Point
 
 
+@tidied
 def rewind(settings: RewindSettings) -> Rewound:
     """Scale an adapter back, and write it.
 

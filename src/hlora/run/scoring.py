@@ -26,6 +26,7 @@ from hlora.run.models import (
     pick_device,
     pick_dtype,
 )
+from hlora.run.outputs import tidied
 from hlora.run.progress import bar
 from hlora.run.settings import BLOCK, EvalSettings
 
@@ -33,6 +34,7 @@ Scores = dict[str, dict[str, Any]]
 """`text`, `task` and `lm_eval`, each a score by name."""
 
 
+@tidied
 def evaluate(settings: EvalSettings) -> dict[str, Scores]:
     """The scores of the `base` model, and of the `adapter` if there is one.
 
