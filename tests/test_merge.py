@@ -91,6 +91,14 @@ def test_nothing_that_is_there_is_written_over(tiny, tmp_path, capsys):
     assert {p: p.read_bytes() for p in copy.iterdir()} == before
 
 
+def test_nothing_is_written_into_the_base_that_the_adapter_names(tiny, tmp_path, capsys):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    adapter_on(base, tmp_path / "a")
+    assert merged("--adapter", tmp_path / "a", "--output", base / "out") == 2
+    assert "lies inside the model's folder" in capsys.readouterr().err
+    assert not (base / "out").exists()
+
+
 def test_an_adapter_of_another_base_is_refused(tiny, tmp_path, capsys):
     rows = write_rows(tmp_path / "q.jsonl", questions())
     argv = ["tune", "--model", tiny, "--task", rows, "--max-steps", "1", "--output", tmp_path / "a"]

@@ -101,6 +101,18 @@ def test_adapters_are_read_from_safetensors_only(tmp_path, tiny):
         load_adapter(load(str(tiny))[0], tmp_path)
 
 
+def test_an_adapter_beside_a_model_is_no_part_of_it(tiny, tmp_path, monkeypatch):
+    """Neither in a folder, which is looked into, nor in a repository, which is downloaded."""
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    new_adapter(load(str(tiny))[0], TrainSettings(model="m", output="o")).save_pretrained(folder)
+    with pytest.raises(hlora.InputError, match="also holds an adapter"):
+        load(str(folder))
+    monkeypatch.setattr(models, "check_model", lambda name: None)
+    with pytest.raises(hlora.InputError, match="also holds an adapter"):
+        load(str(folder))
+
+
 def test_an_adapter_of_another_shape_is_one_sentence(tmp_path, tiny):
     lora_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(hlora.InputError, match="does not fit"):

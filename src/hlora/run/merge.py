@@ -15,6 +15,7 @@ from hlora.files import MARKERS, check_space, publish, refuse_result
 from hlora.hf.hub import located, pinned
 from hlora.hf.peft import base_of, find_pairs, merge_adapter
 from hlora.run import machine
+from hlora.run.inputs import check_apart
 from hlora.run.models import DTYPES, load_adapter, load_as_published
 from hlora.run.outputs import tidied
 from hlora.run.settings import MergeSettings
@@ -47,6 +48,7 @@ def merge(settings: MergeSettings) -> Merged:
         raise InputError(f"{output} is not empty: choose another folder for the merged model.")
     noted = _noted(adapter)
     source = settings.model or _base_named(adapter, noted)
+    check_apart(settings.output, model=source)
     model, tokenizer = load_as_published(source, DTYPES.get(settings.dtype))
     if getattr(model.config, "quantization_config", None):
         raise InputError(

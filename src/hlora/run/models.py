@@ -270,6 +270,11 @@ def _with_known_attention(
             if attention == "eager" or "scaled_dot_product_attention" not in str(error):
                 raise
             continue
+        if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: a folder is looked into
+            raise InputError(
+                f"{source} also holds an adapter, which transformers makes a part of the model: "
+                "give a repository of the base model alone, and the adapter by itself."
+            )
         if found["missing_keys"]:  # they would be random numbers
             raise InputError(
                 f"{source} holds no weights of {in_short(sorted(found['missing_keys']))}, which "

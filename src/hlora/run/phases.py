@@ -69,6 +69,7 @@ from hlora.run.settings import (
     RecordSettings,
     TrainSettings,
     TuneSettings,
+    listed,
 )
 from hlora.run.trainer import make_trainer
 from hlora.run.training import (
@@ -233,6 +234,7 @@ class GeneralPhase(_Phase[Recorded]):
         if settings.importance:
             settings = replace(settings, importance=pinned(settings.importance))
             self.settings = settings = follow_adapter(settings, str(settings.importance))
+        check_apart(settings.output, listed(settings.importance), model=settings.model)
         self.finished = check_unfinished(settings, store.MARKER)
         self.recorder = _recorder(settings)
         if self.recorder is None:
@@ -398,7 +400,7 @@ class DomainPhase(_Phase[Trained]):
         check_name(settings.push_to_hub)
         settings = replace(settings, importance=[pinned(i) for i in settings.importance])
         self.settings = settings
-        check_apart(settings.output, settings.importance, settings.record)
+        check_apart(settings.output, settings.importance, settings.record, settings.model)
         if settings.text and settings.forget_at_most is None:
             raise InputError("--text is only used with --forget-at-most: give both.")
         apart = "--peft" if settings.peft else "--corda" if settings.corda else ""
