@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 import hlora
 from hlora.cli import main as cli
 from hlora.core import store
-from hlora.run import phases
+from hlora.run import phases, scoring
+from hlora.run.models import load, new_adapter
 from hlora.run.scoring import evaluate
-from hlora.run.settings import EvalSettings, RecordSettings, TuneSettings
+from hlora.run.settings import EvalSettings, RecordSettings, TrainSettings, TuneSettings
 from tests.tiny import questions, write_model, write_rows, write_text
+
+PLAIN = TrainSettings(model="m", output="o")
 
 
 class Place:
@@ -348,6 +351,32 @@ def test_bad_input_is_one_sentence_and_code_2(argv, message, shelf, tmp_path, mo
     assert captured.err.startswith("hlora: ")
     assert captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
+
+
+def wrong_adapters(folder):
+    """By what is said of each, one that a base model of width 16 cannot take."""
+    wide = new_adapter(load(str(write_model(folder / "wide", width=32)))[0], PLAIN)
+    gptj = new_adapter(load(str(write_model(folder / "gptj", "gptj")))[0], PLAIN)
+    part = new_adapter(load(str(write_model(folder / "same")))[0], PLAIN)
+    for name, model in (("8 × 32", wide), ("another model's", gptj), ("not whole", part)):
+        model.save_pretrained(folder / name)
+        yield name
+    config = folder / "not whole" / "adapter_config.json"
+    config.write_text(config.read_text().replace("v_proj", "k_proj"))
+
+
+def test_an_adapter_is_refused_before_the_base_is_scored(place, monkeypatch, capsys):
+    def score(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(scoring, "score", score)
+    for name in [*wrong_adapters(place.folder)]:
+        adapter, text = str(place.folder / name), str(place.folder / "a.txt")
+        capsys.readouterr()
+        assert cli.main(["eval", "--model", place.model, "--adapter", adapter, "--text", text]) == 2
+        said = capsys.readouterr().err
+        assert name in said.replace(adapter, "")
+        assert said.count("\n") == 1
 
 
 def test_a_result_is_not_overwritten_unless_asked(place, capsys):

@@ -432,7 +432,9 @@ class DomainPhase(_Phase[Trained]):
             self.corda = Corda(self.model, adapter_settings(self.model, settings), rows)
             self.model = self.corda.model
         elif started and read_config(started[0])["r"] == settings.lora_rank:
-            self.model = load_adapter(self.model, started[0], trainable=True)
+            self.model = load_adapter(
+                self.model, started[0], trainable=True, advice=store.OF_MERGED
+            )
         else:  # of a larger rank, it takes the recorded one over when training begins
             self.model = new_adapter(self.model, settings)
         self.pairs = [] if settings.peft else find_pairs(self.model, settings.unheld)

@@ -21,6 +21,7 @@ from hlora.run.evaluate import figures_of, forgetting, score_task, score_text
 from hlora.run.inputs import bits
 from hlora.run.models import (
     block_size,
+    check_adapter_of,
     load,
     load_adapter,
     pick_device,
@@ -50,6 +51,8 @@ def evaluate(settings: EvalSettings) -> dict[str, Scores]:
     named = [t for spec in settings.lm_eval for t in spec.split(",") if t]
     zoo = harness.prepare(named) if named else None  # checked before the model loads
     model, tokenizer, kinds, tasks = prepare(settings)
+    if settings.adapter:  # before minutes of the base model
+        check_adapter_of(model, settings.adapter, others=True)
 
     def all_scores(of: nn.Module) -> Scores:
         scores = score(of, tokenizer, kinds, tasks, settings.batch_size, of is not model)
