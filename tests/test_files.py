@@ -65,6 +65,24 @@ def test_an_output_that_cannot_be_used_is_refused(tmp_path):
     files.refuse_result(folder, True)
 
 
+def test_only_a_folder_of_ours_without_a_file_is_taken_away(tmp_path):
+    for where in ("a/b", "a/c"):
+        files.refuse_result(tmp_path / where, False)
+        files.unlock(tmp_path / where)
+    (tmp_path / "a" / "c" / "checkpoints").mkdir()  # as Trainer does
+    for where in ("a/b", "a/c"):
+        files.take_away(tmp_path / where)
+    assert not list(tmp_path.iterdir())
+    files.refuse_result(tmp_path / "a" / "b", False)
+    (tmp_path / "a" / "b" / "file").write_text("")
+    (tmp_path / "others").mkdir()
+    for where in ("a/b", "others", "nowhere"):
+        files.take_away(tmp_path / where)
+    assert (tmp_path / "a" / "b" / "file").exists()
+    assert (tmp_path / "others").exists()
+    files.unlock(tmp_path / "a" / "b")
+
+
 def test_no_space_is_said_before_anything_is_done(tmp_path):
     with pytest.raises(hlora.InputError, match="8388608"):
         files.check_space(tmp_path / "a" / "b", 1 << 63)

@@ -39,6 +39,20 @@ WRONG = {
     "already holds": ["tune", *MODEL, "--task", "q.jsonl", "--output", "done"],
     "is a file": ["merge", "--adapter", "done", "--output", "a.txt"],
     "adapter_model.safetensors": ["merge", "--adapter", "done", "--output", "o"],
+    "--output is the folder of the model m": ["record", *MODEL, "--overwrite", "--output", "m"],
+    "--output is the folder of the model ./m/": ["tune", "--model", "./m/", *TASK[:3], "m"],
+    "--record is the folder of the model m": ["tune", *MODEL, *TASK, "--record", "m"],
+    "--output m/o/r lies inside the model's folder m": [
+        "rewind", *MODEL, "--adapter", "done", "--output", "m/o/r"
+    ],
+    "--output m/o lies inside": ["merge", *MODEL, "--adapter", "done", "--output", "m/o"],
+    "The model m lies inside --output .": ["tune", *MODEL, *TASK[:3], ".", "--overwrite"],
+    "is the folder of the model ggufs/x.gguf": [
+        "tune", "--model", "ggufs/x.gguf", *TASK[:3], "ggufs"
+    ],
+    "holds an adapter and no model": ["eval", "--model", "done", "--text", "a.txt"],
+    "folder both also holds an adapter": ["eval", "--model", "both", "--text", "a.txt"],
+    "both also holds": ["tune", "--model", "both/x.gguf", *TASK],
     "exclude": ["eval", *MODEL, "--text", "a.txt", "--load-in-4bit", "--load-in-8bit"],
 }  # fmt: skip
 
@@ -46,10 +60,13 @@ WRONG = {
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("m", "pickle", "done"):
+    for name in ("m", "pickle", "done", "both", "ggufs"):
         (tmp_path / name).mkdir()
-    (tmp_path / "m" / "config.json").write_text("{}")
-    (tmp_path / "m" / "model.safetensors").write_text("")
+    for name in ("m", "both"):
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_text("")
+    for name in ("both/x.gguf", "ggufs/x.gguf", "both/adapter_config.json"):
+        (tmp_path / name).write_text("{}")
     (tmp_path / "pickle" / "config.json").write_text("{}")
     (tmp_path / "pickle" / "pytorch_model.bin").write_text("")
     (tmp_path / "done" / "adapter_config.json").write_text("{}")
@@ -84,5 +101,7 @@ def test_what_is_right_passes_and_hub_names_are_left_to_the_hub(place):
                 model="owner/name", task=task, importance="me/nu", output="done", resume=True
             )
         )
+    check(TuneSettings(model="ggufs/x.gguf", task="q.jsonl", output="ggufs/o"))
+    check(TuneSettings(model="m", task="q.jsonl", output="m-tuned"))
     with pytest.raises(hlora.InputError, match="already holds"):
         check(TuneSettings(model="m", task="q.jsonl", output="done"))

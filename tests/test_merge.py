@@ -13,7 +13,7 @@ from hlora.run import merge as merging
 from hlora.run.models import load, load_adapter, new_adapter
 from hlora.run.settings import TrainSettings
 from tests.conftest import perturb
-from tests.tiny import questions, write_model, write_rows
+from tests.tiny import questions, write_model, write_rows, write_text
 
 PROMPT = torch.tensor([[1, 40, 50, 60]])
 
@@ -91,17 +91,41 @@ def test_nothing_that_is_there_is_written_over(tiny, tmp_path, capsys):
     assert {p: p.read_bytes() for p in copy.iterdir()} == before
 
 
+def test_nothing_is_written_into_the_base_that_the_adapter_names(tiny, tmp_path, capsys):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    adapter_on(base, tmp_path / "a")
+    assert merged("--adapter", tmp_path / "a", "--output", base / "out") == 2
+    assert "lies inside the model's folder" in capsys.readouterr().err
+    assert not (base / "out").exists()
+
+
 def test_an_adapter_of_another_base_is_refused(tiny, tmp_path, capsys):
     rows = write_rows(tmp_path / "q.jsonl", questions())
     argv = ["tune", "--model", tiny, "--task", rows, "--max-steps", "1", "--output", tmp_path / "a"]
     assert cli.main(list(map(str, argv))) == 0
     other = write_model(tmp_path / "other", seed=5)
     to = ["--adapter", tmp_path / "a", "--output", tmp_path / "out", "--model"]
-    assert merged(*to, other) == 2
-    assert "other weights" in capsys.readouterr().err
+    of = ["--model", other, "--adapter", tmp_path / "a", "--text", tmp_path / "a.txt"]
+    write_text(tmp_path / "a.txt")
+    for argv in (["merge", *to, other], ["rewind", *to, other, *of[4:]], ["eval", *of]):
+        assert cli.main([*map(str, argv)]) == 2
+        assert "other weights" in capsys.readouterr().err
     assert merged(*to, write_model(tmp_path / "gptj", "gptj")) == 2
-    assert not any((tmp_path / "out").iterdir())
+    assert "is gptj here and llama in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert merged(*to, tiny) == 0
+
+
+def test_an_adapter_that_others_trained_says_nothing_of_its_base(tiny, tmp_path):
+    adapter_on(tiny, tmp_path / "a")
+    other, text = write_model(tmp_path / "other", seed=5), write_text(tmp_path / "a.txt")
+    of = ["--model", other, "--adapter", tmp_path / "a"]
+    for name, argv in (
+        ("eval", ["--text", text, "--block-size", "16"]),
+        ("rewind", ["--text", text, "--block-size", "16", "--output", tmp_path / "r"]),
+        ("merge", ["--output", tmp_path / "m"]),
+    ):
+        assert cli.main([*map(str, [name, *of, *argv])]) == 0
 
 
 def test_what_cannot_be_merged_is_refused(tiny, tmp_path, monkeypatch, capsys):

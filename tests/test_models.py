@@ -12,12 +12,19 @@ from accelerate.state import AcceleratorState
 
 import hlora
 from hlora.run import models
-from hlora.run.models import load, load_adapter, new_adapter, pick_device, pick_dtype
+from hlora.run.models import (
+    check_adapter_of,
+    load,
+    load_adapter,
+    new_adapter,
+    pick_device,
+    pick_dtype,
+)
 from hlora.run.phases import DomainPhase
 from hlora.run.settings import TrainSettings
 from tests.conftest import base_model, lora_model
 from tests.test_peers import settings
-from tests.tiny import tokenizer
+from tests.tiny import tokenizer, write_model
 
 
 def test_a_folder_is_loaded_frozen_in_the_wanted_type(tiny):
@@ -101,10 +108,64 @@ def test_adapters_are_read_from_safetensors_only(tmp_path, tiny):
         load_adapter(load(str(tiny))[0], tmp_path)
 
 
+def test_an_adapter_beside_a_model_is_no_part_of_it(tiny, tmp_path, monkeypatch):
+    """Neither in a folder, which is looked into, nor in a repository, which is downloaded."""
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    new_adapter(load(str(tiny))[0], TrainSettings(model="m", output="o")).save_pretrained(folder)
+    with pytest.raises(hlora.InputError, match="also holds an adapter"):
+        load(str(folder))
+    monkeypatch.setattr(models, "check_model", lambda name: None)
+    with pytest.raises(hlora.InputError, match="also holds an adapter"):
+        load(str(folder))
+
+
 def test_an_adapter_of_another_shape_is_one_sentence(tmp_path, tiny):
     lora_model("gpt2").save_pretrained(tmp_path)
-    with pytest.raises(hlora.InputError, match="does not fit"):
+    with pytest.raises(hlora.InputError, match=r"does not fit this model: Target modules .*c_attn"):
         load_adapter(load(str(tiny))[0], tmp_path)
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+@pytest.mark.parametrize(("here", "there"), [("llama", "gptj"), ("gptj", "llama")])
+def test_an_adapter_of_another_architecture_is_another_model_s(here, there, rank, tmp_path):
+    """Both have q_proj and v_proj of one size."""
+    lora_model(there, r=rank).save_pretrained(tmp_path)
+    with pytest.raises(hlora.MismatchError, match=r"another model's: it has .*q_proj\.lora_A"):
+        load_adapter(base_model(here), tmp_path)
+
+
+def test_an_adapter_of_a_wider_model_is_another_model_s(tmp_path, tiny):
+    narrow, wide = (load(str(write_model(tmp_path / str(w), width=w)))[0] for w in (16, 32))
+    made = TrainSettings(model="m", output="o", lora_rank=4)
+    new_adapter(wide, made).save_pretrained(tmp_path / "a")
+    said = r"another model's: its model\.layers\.0\S+lora_A.weight is 4 × 32, and by .* 4 × 16"
+    with pytest.raises(hlora.MismatchError, match=said):
+        load_adapter(narrow, tmp_path / "a")
+    assert load_adapter(load(str(tmp_path / "32"))[0], tmp_path / "a")
+
+
+def test_an_adapter_of_another_rank_than_its_settings_is_not_whole(tmp_path):
+    lora_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
+    with pytest.raises(hlora.StoreError, match=r"not whole: .*lora_A.weight is 2 × 16, and by .*4"):
+        load_adapter(base_model(), tmp_path)
+
+
+@pytest.mark.parametrize("init", [True, "pissa", "olora", "gaussian"])
+def test_looking_whether_an_adapter_fits_changes_nothing(init, tmp_path, recwarn):
+    lora_model(init_lora_weights=init).save_pretrained(tmp_path)
+    model = base_model()
+    model.config._name_or_path = "another/place"
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    state = torch.get_rng_state()
+    assert check_adapter_of(model, tmp_path) == tmp_path
+    assert torch.equal(state, torch.get_rng_state())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[n], p) for n, p in before.items())
+    assert not any("base_model_name_or_path" in str(w.message) for w in recwarn)
 
 
 def test_without_the_package_the_embedded_model_comes_from_the_hub(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +201,33 @@ def refuse_result(folder: Path, overwrite: bool) -> None:
     lock(folder)
 
 
+_MADE: set[Path] = set()
+"""Folders that this process made, and may take away again."""
+
+
+def take_away(folder: Path) -> None:
+    """Remove a folder that this process made, if there is no file in it."""
+    folder = Path(os.path.abspath(folder))
+    if folder not in _MADE or any(p.is_file() for p in folder.rglob("*")):
+        return
+    inside = (Path(path) for path, _, _ in os.walk(folder, topdown=False))
+    around = (p for p in folder.parents if p in _MADE)
+    with suppress(OSError):  # something was written meanwhile, or beside it
+        for path in (*inside, *around):
+            path.rmdir()
+            _MADE.discard(path)
+
+
+def _make(folder: Path) -> None:
+    folder = Path(os.path.abspath(folder))
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    _MADE.update(missing)
+
+
 def _refuse_unwritable(folder: Path, named: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -11,12 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import hlora
 from hlora.cli import main as cli
 from hlora.core import store
-from hlora.run import phases
+from hlora.run import phases, scoring
+from hlora.run.models import load, new_adapter
 from hlora.run.scoring import evaluate
-from hlora.run.settings import EvalSettings, RecordSettings, TuneSettings
+from hlora.run.settings import EvalSettings, RecordSettings, TrainSettings, TuneSettings
 from tests.tiny import questions, write_model, write_rows, write_text
+
+PLAIN = TrainSettings(model="m", output="o")
 
 
 class Place:
@@ -151,10 +155,33 @@ def test_a_dry_run_trains_and_writes_nothing(place, capsys):
     shown = capsys.readouterr().out
     for word in ("rows", "tokens", "steps", "memory", "time", "nothing was trained"):
         assert word in shown
-    assert not list((place.folder / "dry").iterdir())
     place.record()
     assert place.tune("--dry-run", output="dry2") == 0
-    assert not list((place.folder / "dry2").iterdir())
+    assert not list(place.folder.glob("dry*"))
+
+
+def test_no_empty_folder_is_left_and_none_of_others_is_taken(place, capsys):
+    place.record()
+    before = sorted(place.folder.rglob("*"))
+    new = ["--record", str(place.folder / "c" / "nu2")]
+    assert place.tune(*new, "--dry-run", output="a/b") == 0
+    assert place.tune(*new, "--targets", "nothing", output="a/b") == 2
+    assert place.tune(*new, "--training.optim=lomo", output="a/b") == 2  # by `attach`
+    nowhere, gptj = str(place.folder / "a" / "b"), write_model(place.folder / "gptj", "gptj")
+    text = ["--text", str(place.folder / "a.txt"), "--block-size", "32"]
+    named = ["--model", str(gptj), "--adapter", str(place.folder / "nu")]
+    assert cli.main(["eval", *named, *text, "--json", f"{nowhere}/s.json"]) == 2
+    assert cli.main(["rewind", *named, *text, "--output", nowhere]) == 2
+    assert cli.main(["merge", *named, "--output", nowhere]) == 2
+    convert = ["convert", str(place.folder / "nu"), "--to", "nothing", "--output", nowhere]
+    assert cli.main(convert) == 2
+    with pytest.raises(hlora.InputError):
+        phases.tune(TuneSettings(model=place.model, task="nothing", output=nowhere))
+    assert "Traceback" not in capsys.readouterr().err
+    assert sorted(p for p in place.folder.rglob("*") if gptj not in (p, *p.parents)) == before
+    (place.folder / "mine").mkdir()
+    assert place.tune("--dry-run", output="mine/b") == 0
+    assert list((place.folder / "mine").iterdir()) == []
 
 
 def test_training_arguments_of_the_trainer_s_own(place, capsys):
@@ -324,6 +351,32 @@ def test_bad_input_is_one_sentence_and_code_2(argv, message, shelf, tmp_path, mo
     assert captured.err.startswith("hlora: ")
     assert captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
+
+
+def wrong_adapters(folder):
+    """By what is said of each, one that a base model of width 16 cannot take."""
+    wide = new_adapter(load(str(write_model(folder / "wide", width=32)))[0], PLAIN)
+    gptj = new_adapter(load(str(write_model(folder / "gptj", "gptj")))[0], PLAIN)
+    part = new_adapter(load(str(write_model(folder / "same")))[0], PLAIN)
+    for name, model in (("8 × 32", wide), ("another model's", gptj), ("not whole", part)):
+        model.save_pretrained(folder / name)
+        yield name
+    config = folder / "not whole" / "adapter_config.json"
+    config.write_text(config.read_text().replace("v_proj", "k_proj"))
+
+
+def test_an_adapter_is_refused_before_the_base_is_scored(place, monkeypatch, capsys):
+    def score(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(scoring, "score", score)
+    for name in [*wrong_adapters(place.folder)]:
+        adapter, text = str(place.folder / name), str(place.folder / "a.txt")
+        capsys.readouterr()
+        assert cli.main(["eval", "--model", place.model, "--adapter", adapter, "--text", text]) == 2
+        said = capsys.readouterr().err
+        assert name in said.replace(adapter, "")
+        assert said.count("\n") == 1
 
 
 def test_a_result_is_not_overwritten_unless_asked(place, capsys):

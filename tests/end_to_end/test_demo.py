@@ -47,6 +47,14 @@ def test_the_demo_ends_in_a_table_and_a_page(tiny, tmp_path, capsys):
     assert demo(tiny, tmp_path / "demo", "--overwrite", "--phi", "0.5") == 0
 
 
+def test_a_demo_that_is_refused_overwrites_nothing(tiny, tmp_path, capsys):
+    for name in ("demo.jsonl", "report.html"):
+        (tmp_path / name).write_text("before")
+    assert demo(tiny, tmp_path, "--overwrite", "--device", "cuda:9") == 2
+    assert "'cuda:9'" in capsys.readouterr().err
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["before"] * 2
+
+
 def test_its_commands_run_as_they_stand(tiny, tmp_path, monkeypatch):
     from hlora.study.demo import commands, demo_study
 

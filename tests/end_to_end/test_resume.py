@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hlora import files
+from hlora.cli import main as cli
 from hlora.core import store
 from hlora.core.recorder import Recorder
 from hlora.run import phases, progress
@@ -181,6 +182,47 @@ def test_a_kill_while_cleaning_up_is_made_good(place, monkeypatch):
     assert list(work.glob("checkpoint-*"))
     assert place.record("--save-steps", "2", "--resume") == 0
     assert not work.exists()
+
+
+def files_in(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("phase", ["record", "tune"])
+@pytest.mark.parametrize(
+    "more", [["--dry-run"], ["--targets", "nothing"], ["--training.optim=adamw_apex_fused"]]
+)
+def test_only_a_run_that_begins_takes_what_it_overwrites(place, phase, more, monkeypatch):
+    place.record()
+    run = place.record if phase == "record" else place.tune
+    killed(run, monkeypatch, output="cut")
+    before = files_in(place.folder / "cut")
+    assert any("checkpoint-4" in str(p) for p in before)
+    assert run("--overwrite", *more, output="cut") == (0 if more == ["--dry-run"] else 2)
+    assert files_in(place.folder / "cut") == before
+    assert run("--save-steps", "2", "--resume", output="cut") == 0
+    run("--save-steps", "2", output="whole")
+    assert same(place.adapter("whole"), place.adapter("cut"))
+
+
+def test_a_plan_of_a_finished_run_cleans_nothing_up(place, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(phases, "clean_up", lambda settings: None)
+        assert place.record("--save-steps", "2") == 0
+    before = files_in(place.folder / "nu")
+    assert place.record("--save-steps", "2", "--resume", "--dry-run") == 0
+    assert files_in(place.folder / "nu") == before
+
+
+def test_a_gathering_takes_the_checkpoints_that_it_overwrites(place, tiny, monkeypatch):
+    killed(place.record, monkeypatch)
+    argv = ["record", "--model", str(tiny), "--sequences", "4", "--block-size", "16", "--output"]
+    argv += [str(place.folder / "nu"), "--overwrite"]
+    assert cli.main([*argv, "--dry-run"]) == 0
+    assert (place.folder / "nu" / "checkpoints" / "checkpoint-4").exists()
+    assert cli.main(argv) == 0
+    assert store.read_info(place.folder / "nu")["kind"] == "blend"
+    assert not (place.folder / "nu" / "checkpoints").exists()
 
 
 def test_a_finished_run_that_is_resumed_is_read(place, capsys):

@@ -11,6 +11,7 @@ from rich.table import Table as Shown
 from hlora.cli.screen import Screen, say
 from hlora.errors import InputError
 from hlora.files import check_space, refuse_result
+from hlora.run.models import pick_device
 from hlora.run.quiet import quiet_libraries
 from hlora.run.settings import DemoSettings
 from hlora.study.demo import demo_study, note, refuse_another, summary, verdict, write_page
@@ -27,10 +28,15 @@ def run(settings: DemoSettings) -> None:
     """Run the demo's study, print its table, write its page."""
     load_pyplot()  # missing, it should be missed now and not after the training
     output = Path(settings.output)
-    _make_room(output, settings.overwrite)
+    _refuse_finished(output, settings.overwrite)
     check_space(output, NEEDED)
     began = time.monotonic()
     study = demo_study(settings)
+    pick_device(settings.device)
+    if settings.overwrite:  # nothing is refused any more
+        shutil.rmtree(output / "work", ignore_errors=True)
+        for file in (RESULTS, PAGE):
+            (output / file).unlink(missing_ok=True)
     if (output / RESULTS).exists():
         refuse_another(study, read(output / RESULTS, mixed=True))
     run_study(study, output / RESULTS, prepare=quiet_libraries)
@@ -44,13 +50,9 @@ def run(settings: DemoSettings) -> None:
     say(f"\nDone in {time.monotonic() - began:.0f} s. Open {output / PAGE} in a browser.")
 
 
-def _make_room(output: Path, overwrite: bool) -> None:
+def _refuse_finished(output: Path, overwrite: bool) -> None:
     refuse_result(output, overwrite=True)  # a demo is no result of one phase
-    if overwrite:
-        shutil.rmtree(output / "work", ignore_errors=True)
-        for file in (RESULTS, PAGE):
-            (output / file).unlink(missing_ok=True)
-    elif (output / PAGE).exists():
+    if not overwrite and (output / PAGE).exists():
         raise InputError(
             f"{output} holds a finished demo: look at {output / PAGE}, or start over with "
             "--overwrite."

@@ -75,13 +75,15 @@ def _run(argv: list[str]) -> int:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     from hlora.cli.options import parse
     from hlora.run.inputs import check
+    from hlora.run.outputs import leaving
     from hlora.run.quiet import quiet_libraries
 
     settings: object = parse(COMMANDS[name][0], rest, f"hlora {name}")
     check(settings)
     command = import_module(f"hlora.cli.{name}")
     quiet_libraries()
-    command.run(settings)
+    with leaving(settings):
+        command.run(settings)
     if "RANK" in os.environ:
         from hlora.hf.distributed import leave_together
 

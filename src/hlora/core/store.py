@@ -36,6 +36,10 @@ VOCABULARY = "vocabulary size"
 """What may change of a base model: rows are added for new tokens."""
 
 
+OF_MERGED = " If adapters were merged into them since, give anchor='merged' (--anchor merged)."
+"""What else to do about other weights than those that an importance was recorded on."""
+
+
 @dataclass
 class Stored:
     """What an importance folder holds: `importance.json`, Ω, and θ^ν as (B, A) by pair name."""
@@ -66,9 +70,7 @@ class Stored:
         if alike:  # shapes that differ say more than the weights in them
             check_same(pairs, noted, where, ranks=ranks)
         check_base(
-            base, self.info["base_model"], where,
-            advice=" If adapters were merged into them since, give anchor='merged' (--anchor "
-            "merged).",
+            base, self.info["base_model"], where, advice=OF_MERGED,
         )  # fmt: skip
         if not alike:
             check_same(pairs, noted, where, ranks=ranks)

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from hlora.core.adapter_file import ADAPTER_FILES
 from hlora.core.pairs import Layout, Pair, resized
 from hlora.core.sharded import is_sharded, placed, whole
-from hlora.errors import DivergedError, StoreError, UnsupportedModelError, one_line, one_of
+from hlora.errors import DivergedError, UnsupportedModelError, one_line, one_of
 from hlora.hf.distributed import weights_to_come
 
 UNHELD = ("refuse", "warn")
@@ -442,35 +441,19 @@ def add_reference(model: nn.Module, name: str, recorded: dict[str, Tensor], note
 
 def starts_at_base(model: nn.Module) -> bool:
     """Whether B·A = 0 means the base model: not so where the initialization changed θ₀."""
-    init = adapter_config(unwrap(model))[1].init_lora_weights
-    return not (isinstance(init, str) and init.lower().startswith(_MUTATING_INITS))
+    return not moves_base(vars(adapter_config(unwrap(model))[1]))
+
+
+def moves_base(config: Mapping[str, Any]) -> bool:
+    """Whether a new adapter with these settings takes its start out of the base weights."""
+    init = config.get("init_lora_weights")
+    return isinstance(init, str) and init.lower().startswith(_MUTATING_INITS)
 
 
 def init_of(model: nn.Module) -> Any:
     """`init_lora_weights` where a new adapter begins at B ≠ 0; None where it begins at B = 0."""
     init = adapter_config(unwrap(model))[1].init_lora_weights
     return None if init is True or init in ("gaussian", "eva") else init
-
-
-def check_loaded(model: nn.Module, folder: Path) -> None:
-    """Refuse an adapter of which a part was left out: PEFT only warns.
-
-    Raises:
-        StoreError: its settings make other matrices than its file holds.
-    """
-    from peft import get_peft_model_state_dict
-
-    made = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    with safe_open(folder / ADAPTER_FILES[1], framework="pt") as file:
-        held = set(file.keys())
-    lora = kind_of(active_adapter(model)[1]) == "LORA"
-    apart = sorted(k for k in made ^ held if "lora_" in k or not lora)
-    if apart:
-        which = "lacks" if apart[0] in made else "has"
-        raise StoreError(
-            f"The adapter in {folder} is not whole: by {ADAPTER_FILES[0]} and this model it is "
-            f"another one than {ADAPTER_FILES[1]} holds, which {which} {apart[0]}."
-        )
 
 
 def whole_adapter(model: nn.Module) -> dict[str, Any] | None:
@@ -527,6 +510,22 @@ def base_of(model: nn.Module, pairs: list[Pair]) -> dict[str, Any]:
     Every process calls it, where the model is held in parts. A quantized weight has no entries to
     compare, nor has one that is yet to be sent, and another adapter than LoRA names none.
     """
+    here = pairs and (is_sharded(pairs[0].B) or not weights_to_come())
+    return _identity(model, {p.name: p.weight for p in (pairs[0], pairs[-1])} if here else {})
+
+
+def base_like(model: nn.Module, noted: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of the weights that `base_of` named before, with an adapter on the model or none."""
+    weights: dict[str, Tensor] = {}
+    for name, p in () if weights_to_come() else model.named_parameters(remove_duplicate=False):
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        for of in (name, name.removesuffix(".weight")):  # a parameter of experts, or a module
+            if of in noted["samples"]:
+                weights[of] = p
+    return _identity(model, weights)
+
+
+def _identity(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     config = unwrap(model).config
     values = {}
     for what, keys in _CONFIG_KEYS.items():
@@ -535,12 +534,11 @@ def base_of(model: nn.Module, pairs: list[Pair]) -> dict[str, Any]:
                 values[what] = getattr(config, key)
                 break
     samples: dict[str, list[float]] = {}
-    here = pairs and (is_sharded(pairs[0].B) or not weights_to_come())
-    for pair in (pairs[0], pairs[-1]) if here else ():
-        w = whole(pair.weight.detach())
+    for name, weight in weights.items():
+        w = whole(weight.detach())
         if w.is_floating_point():
             index = torch.linspace(0, w.numel() - 1, _FINGERPRINT_ENTRIES).long().to(w.device)
-            samples[pair.name] = [float(f"{v:.6g}") for v in w.flatten()[index].float().tolist()]
+            samples[name] = [float(f"{v:.6g}") for v in w.flatten()[index].float().tolist()]
     return {
         "name": getattr(config, "name_or_path", ""), "config": values, "samples": samples,
         "revision": getattr(config, "_commit_hash", None),

@@ -8,9 +8,11 @@ from hlora.core import store
 from hlora.core.importance.factored import Factored
 from hlora.errors import InputError
 from hlora.files import refuse_result
+from hlora.run.outputs import tidied
 from hlora.run.settings import ConvertSettings
 
 
+@tidied
 def convert(settings: ConvertSettings) -> tuple[int, int]:
     """Write the converted importance beside a copy of the adapter.
 

@@ -6,6 +6,7 @@ Nothing here reads more than a folder's names, its notes, or a file's first row.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def check(settings: Any) -> None:
     given = vars(settings)
     if given.get("output"):
         record = given.get("record")
-        check_apart(given["output"], listed(given.get("importance")), record)
+        held_to = listed(given.get("importance"))
+        check_apart(given["output"], held_to, record, given.get("model"))
         for place in (given["output"], record):
             if place:
                 _check_output(Path(place), given)
@@ -55,11 +57,13 @@ def check(settings: Any) -> None:
         check_adapter(Path(adapter))
 
 
-def check_apart(output: str, importance: list[str], record: str | None = None) -> None:
-    """Refuse to write a result over another, or to hold to one importance twice.
+def check_apart(
+    output: str, importance: Sequence[str] = (), record: str | None = None, model: str | None = None
+) -> None:
+    """Refuse to write over what is read, or to hold to one importance twice.
 
     Raises:
-        InputError: two are one folder.
+        InputError: two are one folder, or one of model and output lies inside the other.
     """
     seen: dict[Path, str] = {}
     places = [("--output", output), ("--record", record)]
@@ -70,6 +74,25 @@ def check_apart(output: str, importance: list[str], record: str | None = None) -
         if where in seen:
             raise InputError(f"{seen[where]} and {flag} are one folder, {place}: choose another.")
         seen[where] = flag
+    for flag, place in places:
+        if place is not None and model not in (None, EMBEDDED) and is_local(model):
+            _check_beside(model, flag, place)
+
+
+def _check_beside(model: str, flag: str, place: str) -> None:
+    """transformers takes an adapter that lies in a model's folder for a part of the model."""
+    a_file = model.endswith(".gguf")
+    base, where = Path(model).resolve(), Path(place).resolve()
+    base = base.parent if a_file else base
+    if where == base:
+        how = f"{flag} is the folder of the model {model}"
+    elif base in where.parents and not a_file:
+        how = f"{flag} {place} lies inside the model's folder {model}"
+    elif where in base.parents and not a_file:
+        how = f"The model {model} lies inside {flag} {place}"
+    else:
+        return
+    raise InputError(f"{how}: choose another, so that the model stays as it is.")
 
 
 def _may_be_on_hub(name: str) -> bool:
@@ -88,7 +111,7 @@ def is_local(model: str) -> bool:
 
 
 def check_model(name: str) -> None:
-    """Refuse a local model that is not there, or holds pickles.
+    """Refuse a local model that is not there, holds pickles, or an adapter beside its weights.
 
     Raises:
         InputError: says which.
@@ -97,10 +120,16 @@ def check_model(name: str) -> None:
     if name.endswith(".gguf"):
         if not path.is_file():
             raise InputError(f"There is no file {name}.")
+        refuse_adapter_in(path.parent)
         return
     if not is_local(name):
         return
     if not (path / "config.json").is_file():
+        if (path / ADAPTER_FILES[0]).is_file():
+            raise InputError(
+                f"{name} holds an adapter and no model: give its base model, or merge the two "
+                "first (hlora merge)."
+            )
         raise InputError(
             f"{name} is no model folder (config.json is missing)."
             if path.exists()
@@ -110,6 +139,20 @@ def check_model(name: str) -> None:
         raise InputError(
             f"{name} holds pickled weights (.bin), which can run code when loaded: save it as "
             "safetensors first (model.save_pretrained)."
+        )
+    refuse_adapter_in(path)
+
+
+def refuse_adapter_in(folder: Path) -> None:
+    """Refuse a model's folder in which transformers would find an adapter.
+
+    Raises:
+        InputError: says what to do.
+    """
+    if (folder / ADAPTER_FILES[0]).exists():
+        raise InputError(
+            f"The model's folder {folder} also holds an adapter, which would be loaded as a part "
+            f"of the model: move the adapter ({', '.join(ADAPTER_FILES)}) to a folder of its own."
         )
 
 

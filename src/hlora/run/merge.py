@@ -9,13 +9,15 @@ from typing import Any
 
 from hlora.core import card
 from hlora.core.finite import broken_weight
-from hlora.core.store import check_base
 from hlora.errors import DivergedError, InputError
-from hlora.files import MARKERS, check_space, publish, refuse_result
+from hlora.files import check_space, publish, refuse_result
+from hlora.hf.fits import noted_base
 from hlora.hf.hub import located, pinned
 from hlora.hf.peft import base_of, find_pairs, merge_adapter
 from hlora.run import machine
+from hlora.run.inputs import check_apart
 from hlora.run.models import DTYPES, load_adapter, load_as_published
+from hlora.run.outputs import tidied
 from hlora.run.settings import MergeSettings
 
 CONFIG = "config.json"
@@ -31,6 +33,7 @@ class Merged:
     parameters: int
 
 
+@tidied
 def merge(settings: MergeSettings) -> Merged:
     """Merge, and write weights, tokenizer and generation settings.
 
@@ -43,8 +46,9 @@ def merge(settings: MergeSettings) -> Merged:
     refuse_result(output, overwrite=True)
     if any(output.iterdir()):  # shards of two models would be mixed
         raise InputError(f"{output} is not empty: choose another folder for the merged model.")
-    noted = _noted(adapter)
+    noted = noted_base(adapter)
     source = settings.model or _base_named(adapter, noted)
+    check_apart(settings.output, model=source)
     model, tokenizer = load_as_published(source, DTYPES.get(settings.dtype))
     if getattr(model.config, "quantization_config", None):
         raise InputError(
@@ -55,7 +59,6 @@ def merge(settings: MergeSettings) -> Merged:
     base = {"name": str(getattr(model.config, "name_or_path", "")), "revision": None}
     if noted:
         base = base_of(with_adapter, find_pairs(with_adapter))
-        check_base(base, noted, str(adapter))
     merged: Any = merge_adapter(with_adapter)
     if name := broken_weight(merged):
         raise DivergedError(f"The base model's {name} is not finite: take another copy.")
@@ -72,18 +75,6 @@ def merge(settings: MergeSettings) -> Merged:
         }
         card.write_card(aside, card.merged(info))
     return Merged(output, parameters)
-
-
-def _noted(adapter: Path) -> dict[str, Any] | None:
-    """What an adapter of ours says of its base model."""
-    for marker in MARKERS:
-        try:
-            found = json.loads((adapter / marker).read_text("utf-8"))["base_model"]
-            if {"name", "config", "samples"} <= found.keys():
-                return dict(found)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-    return None
 
 
 def _base_named(adapter: Path, noted: dict[str, Any] | None) -> str:

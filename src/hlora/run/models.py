@@ -10,7 +10,9 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +24,10 @@ from hlora.core import store
 from hlora.core.adapter_file import read_adapter, read_config, read_tensors
 from hlora.core.adapter_rules import check_config
 from hlora.core.evaluating import evaluating
-from hlora.errors import InputError, StoreError, in_short, one_line, one_of, optional, suggest
+from hlora.errors import HloraError, InputError, in_short, one_line, one_of, optional, suggest
+from hlora.hf.fits import check_fits, check_loaded, check_same_base
 from hlora.hf.hub import located
 from hlora.hf.limits import context, vocabulary
-from hlora.hf.peft import check_loaded
 from hlora.run.build import default_of
 from hlora.run.inputs import EMBEDDED as EMBEDDED
 from hlora.run.inputs import check_adapter, check_model, check_quantizable, is_local
@@ -188,19 +190,38 @@ def block_size(model: nn.Module, given: int | None, usual: int) -> int:
 
 
 def load_adapter(
-    model: nn.Module, folder: str | Path, *, trainable: bool = False, others: bool = False
-) -> nn.Module:
+    model: nn.Module, folder: str | Path, *, trainable: bool = False, others: bool = False,
+    advice: str = "",
+) -> nn.Module:  # fmt: skip
     """The model with the adapter of a folder on it.
 
     Args:
         others: also one of `OTHER_ADAPTERS`, to look at what it predicts.
+        advice: what else to do about an adapter of other weights.
 
     Raises:
-        InputError: the folder holds no adapter, or one for another model.
-        StoreError: the adapter is damaged or not finite, or its two files do not belong together.
+        InputError, MismatchError, StoreError: as `check_adapter_of`.
     """
     from peft import PeftModel
 
+    folder = check_adapter_of(model, folder, others=others, advice=advice)
+    with _no_traceback(folder):
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        check_loaded(adapted, folder)
+        check_same_base(adapted, folder, advice)  # also where only now the weights are those noted
+    return adapted
+
+
+def check_adapter_of(
+    model: nn.Module, folder: str | Path, *, others: bool = False, advice: str = ""
+) -> Path:
+    """Refuse what `load_adapter` would, and leave the model as it is; the adapter's folder here.
+
+    Raises:
+        InputError: the folder holds no adapter, or none that PEFT can put on this model.
+        MismatchError: it is another model's.
+        StoreError: the adapter is damaged or not finite, or its two files do not belong together.
+    """
     folder = located(folder)
     check_adapter(folder)
     config = read_config(folder)
@@ -212,17 +233,24 @@ def load_adapter(
         check_config(config, (name for name, _ in model.named_modules()))
     except ValueError as error:
         raise InputError(f"The adapter_config.json in {folder} is not usable: {error}.") from None
+    with _no_traceback(folder):
+        check_fits(model, folder, advice)
+    return folder
+
+
+@contextlib.contextmanager
+def _no_traceback(folder: Path) -> Iterator[None]:
+    """A damaged or hostile folder may raise anything."""
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        check_loaded(adapted, folder)
-        return adapted
-    except StoreError:
+        yield
+    except HloraError:
         raise
-    except Exception as error:  # a damaged or hostile folder may raise anything
+    except Exception as error:
         if "out of memory" in str(error).lower():
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"The adapter in {folder} does not fit this model: {first}") from None
+        said = re.sub(r"^Error\(s\) in loading state_dict for \w+: ", "", one_line(error, 400))
+        said = said[:240] or type(error).__name__
+        raise InputError(f"The adapter in {folder} does not fit this model: {said}") from None
 
 
 def _from_pretrained(source: str, dtype: torch.dtype | None, **more: Any) -> tuple[Any, Any]:
@@ -270,6 +298,11 @@ def _with_known_attention(
             if attention == "eager" or "scaled_dot_product_attention" not in str(error):
                 raise
             continue
+        if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: a folder is looked into
+            raise InputError(
+                f"{source} also holds an adapter, which transformers makes a part of the model: "
+                "give a repository of the base model alone, and the adapter by itself."
+            )
         if found["missing_keys"]:  # they would be random numbers
             raise InputError(
                 f"{source} holds no weights of {in_short(sorted(found['missing_keys']))}, which "

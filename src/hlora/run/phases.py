@@ -58,6 +58,7 @@ from hlora.run.models import (
     pick_device,
     pick_dtype,
 )
+from hlora.run.outputs import tidied
 from hlora.run.own_text import own_text
 from hlora.run.progress import bar
 from hlora.run.rewind import within_budget
@@ -68,6 +69,7 @@ from hlora.run.settings import (
     RecordSettings,
     TrainSettings,
     TuneSettings,
+    listed,
 )
 from hlora.run.trainer import make_trainer
 from hlora.run.training import (
@@ -76,6 +78,8 @@ from hlora.run.training import (
     begin_run,
     check_unfinished,
     clean_up,
+    clean_up_after,
+    make_way,
     read_trained,
     rows_needed,
     text_rows,
@@ -112,6 +116,7 @@ class Recorded:
     bytes: int
 
 
+@tidied
 def record(settings: RecordSettings) -> Recorded:
     """Learn general text and record what matters for it (Eq. 2-13); or gather a Fisher.
 
@@ -121,6 +126,7 @@ def record(settings: RecordSettings) -> Recorded:
     return GeneralPhase(settings).run()
 
 
+@tidied
 def tune(settings: TuneSettings) -> Trained:
     """Learn a domain, held to an importance if there is one (Eq. 14-16).
 
@@ -228,6 +234,7 @@ class GeneralPhase(_Phase[Recorded]):
         if settings.importance:
             settings = replace(settings, importance=pinned(settings.importance))
             self.settings = settings = follow_adapter(settings, str(settings.importance))
+        check_apart(settings.output, listed(settings.importance), model=settings.model)
         self.finished = check_unfinished(settings, store.MARKER)
         self.recorder = _recorder(settings)
         if self.recorder is None:
@@ -282,6 +289,7 @@ class GeneralPhase(_Phase[Recorded]):
 
     def _run(self) -> Recorded:
         if self.finished:
+            clean_up_after(self.settings)
             info = store.read_info(self.output)
             store.described(info, self.output)
             size = sum(f["bytes"] for f in info["files"].values())
@@ -336,6 +344,8 @@ class GeneralPhase(_Phase[Recorded]):
             "previous": self.settings.importance, "summary": summary,
         }  # fmt: skip
         save_importance(self.output, self.model, self.pairs, importance, notes)
+        if is_main():
+            make_way(self.settings)  # of a recording that it overwrites
         return summary
 
 
@@ -393,7 +403,7 @@ class DomainPhase(_Phase[Trained]):
         check_name(settings.push_to_hub)
         settings = replace(settings, importance=[pinned(i) for i in settings.importance])
         self.settings = settings
-        check_apart(settings.output, settings.importance, settings.record)
+        check_apart(settings.output, settings.importance, settings.record, settings.model)
         if settings.text and settings.forget_at_most is None:
             raise InputError("--text is only used with --forget-at-most: give both.")
         apart = "--peft" if settings.peft else "--corda" if settings.corda else ""
@@ -425,7 +435,9 @@ class DomainPhase(_Phase[Trained]):
             self.corda = Corda(self.model, adapter_settings(self.model, settings), rows)
             self.model = self.corda.model
         elif started and read_config(started[0])["r"] == settings.lora_rank:
-            self.model = load_adapter(self.model, started[0], trainable=True)
+            self.model = load_adapter(
+                self.model, started[0], trainable=True, advice=store.OF_MERGED
+            )
         else:  # of a larger rank, it takes the recorded one over when training begins
             self.model = new_adapter(self.model, settings)
         self.pairs = [] if settings.peft else find_pairs(self.model, settings.unheld)
@@ -477,6 +489,7 @@ class DomainPhase(_Phase[Trained]):
 
     def _run(self) -> Trained:
         if self.finished:
+            clean_up_after(self.settings)
             return read_trained(self.output / TUNED)
         run = self._begin()
         for rows, which in self.unwritten:

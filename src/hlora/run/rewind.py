@@ -27,10 +27,12 @@ from hlora.hf.hub import check_name, located, pinned, push
 from hlora.hf.peft import base_of, find_pairs, save_adapter, starts_at_base
 from hlora.run import machine
 from hlora.run.evaluate import Forgetting, divergence, score_task
+from hlora.run.inputs import check_apart
 from hlora.run.models import load_adapter
+from hlora.run.outputs import tidied
 from hlora.run.progress import bar
 from hlora.run.scoring import prepare
-from hlora.run.settings import EvalSettings, RewindSettings
+from hlora.run.settings import EvalSettings, RewindSettings, listed
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ class Rewound:
     chosen: Point
 
 
+@tidied
 def rewind(settings: RewindSettings) -> Rewound:
     """Scale an adapter back, and write it.
 
@@ -91,6 +94,7 @@ def rewind(settings: RewindSettings) -> Rewound:
     output = Path(settings.output)
     if output.resolve() == Path(settings.adapter).resolve():
         raise InputError("--output is the adapter's own folder: choose another.")
+    check_apart(settings.output, listed(settings.importance), model=settings.model)
     refuse_result(output, settings.overwrite)
     stored = store.load(located(settings.importance)) if settings.importance else None
     if stored and not stored.importance.natural:

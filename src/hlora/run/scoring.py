@@ -20,11 +20,13 @@ from hlora.run.evaluate import figures_of, forgetting, score_task, score_text
 from hlora.run.inputs import bits
 from hlora.run.models import (
     block_size,
+    check_adapter_of,
     load,
     load_adapter,
     pick_device,
     pick_dtype,
 )
+from hlora.run.outputs import tidied
 from hlora.run.progress import bar
 from hlora.run.settings import BLOCK, EvalSettings
 
@@ -32,6 +34,7 @@ Scores = dict[str, dict[str, Any]]
 """`text`, `task` and `lm_eval`, each a score by name."""
 
 
+@tidied
 def evaluate(settings: EvalSettings) -> dict[str, Scores]:
     """The scores of the `base` model, and of the `adapter` if there is one.
 
@@ -47,6 +50,8 @@ def evaluate(settings: EvalSettings) -> dict[str, Scores]:
     named = [t for spec in settings.lm_eval for t in spec.split(",") if t]
     zoo = harness.prepare(named) if named else None  # checked before the model loads
     model, tokenizer, kinds, tasks = prepare(settings)
+    if settings.adapter:  # before minutes of the base model
+        check_adapter_of(model, settings.adapter, others=True)
 
     def all_scores(of: nn.Module) -> Scores:
         scores = score(of, tokenizer, kinds, tasks, settings.batch_size, of is not model)

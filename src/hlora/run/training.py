@@ -200,11 +200,6 @@ def train(
     checkpoint = newest_whole(work) if settings.resume else None
     if checkpoint is not None:
         logger.warning("Resuming from %s.", checkpoint)
-    if is_main():
-        for path in work.glob("checkpoint-*") if settings.resume else ():
-            if path != checkpoint and fault(path):  # else new files would be mixed with its own
-                shutil.rmtree(path)
-        write_json(work / NOTES, run)
     if args.gradient_checkpointing:  # else a frozen base has no path for gradients
         model.enable_input_require_grads()  # type: ignore[operator]
     stop = Interruptible(resume_with or "Continue with --resume.")
@@ -216,6 +211,9 @@ def train(
     trainer.add_callback(ResumedRate())
     if isinstance(data, Rows) and len(data.made) < len(data):  # what is wrong is said now
         tokenize(data, _drawn(trainer, settings.max_steps * settings.gradient_accumulation))
+    if is_main():
+        make_way(settings)
+        write_json(work / NOTES, run)
     began = time.monotonic()
     with stop.listening():
         try:
@@ -268,9 +266,9 @@ def work_folder(settings: TrainSettings) -> Path:
 
 
 def check_unfinished(settings: TrainSettings, marker: str) -> bool:
-    """Deal with what an interrupted run left in the output folder; whether it had finished.
+    """Look at what an interrupted run left in the output folder; whether it had finished.
 
-    A run that was killed after its result was written only has to be cleaned up after.
+    Nothing of it is touched: the new run may yet be refused, or only be planned.
 
     Raises:
         InputError: the folder holds a result, or checkpoints and neither --resume nor --overwrite
@@ -285,8 +283,6 @@ def check_unfinished(settings: TrainSettings, marker: str) -> bool:
     if of_one and settings.resume and not settings.overwrite:
         changed = _changed(settings, result)
         if not changed:
-            if not (before and _changed(settings, before)):  # a kill may have left a part
-                clean_up(settings)
             return True
         goes_on = all(_is_longer(k, *both) for k, both in changed.items())
         if goes_on and not any(work.glob("checkpoint-*")):
@@ -300,7 +296,6 @@ def check_unfinished(settings: TrainSettings, marker: str) -> bool:
     if not any(work.glob("checkpoint-*")):
         return False
     if settings.overwrite and not settings.resume:
-        shutil.rmtree(work)
         return False
     if not settings.resume:
         raise InputError(
@@ -396,6 +391,23 @@ def _noted(path: Path) -> dict[str, Any]:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def make_way(settings: TrainSettings) -> None:
+    """Now that a run begins: what it overwrites goes, and what it cannot resume."""
+    work = work_folder(settings)
+    if settings.overwrite and not settings.resume and work.exists():
+        shutil.rmtree(work)
+    for path in work.glob("checkpoint-*"):
+        if fault(path):  # else new files would be mixed with its own
+            shutil.rmtree(path)
+
+
+def clean_up_after(settings: TrainSettings) -> None:
+    """The same of a finished run that a kill kept from it; checkpoints of a longer one stay."""
+    before = _noted(work_folder(settings) / NOTES)
+    if not (before and _changed(settings, before)):
+        clean_up(settings)
 
 
 def clean_up(settings: TrainSettings) -> None:
