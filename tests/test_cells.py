@@ -75,3 +75,15 @@ def test_no_cell_of_a_csv_is_a_formula_or_a_command():
         "'=cmd|x", "'@SUM(A1)", "'+1+1", "'-2+3", "\\t=1", "a\\x1b[2J", 'q"\n,=1'
     ]  # fmt: skip
     assert figures == ["-0.5"] * len(evil)
+
+
+def test_a_bound_is_a_figure_and_stays_a_bound():
+    rows = [["a", "≤ 0.020 [0.010, 0.030]"], ["b", "0.050 [0.040, 0.060]"], ["c", "–"]]
+    table = Table(["method", "KL"], rows, best={1: min})
+    assert figure_of("≤ 0.020 [0.010, 0.030]") == ("0.020", None, "0.010", "0.030")
+    assert table.numeric == [False, True]
+    assert table.marked == {(0, 1)}
+    assert table.csv().splitlines()[:2] == [
+        'method,KL,"KL, low","KL, high"',
+        "a,≤ 0.020,0.010,0.030",
+    ]

@@ -17,7 +17,7 @@ Best = Callable[[Iterable[float]], float]
 
 
 class Figure(NamedTuple):
-    """What a cell says, digit by digit: `value ± error`, or `value [low, high]`."""
+    """What a cell says, digit by digit: `value ± error`, or `value [low, high]`; of a bound too."""
 
     value: str
     error: str | None
@@ -26,7 +26,7 @@ class Figure(NamedTuple):
 
 
 _NUMBER = r"([+-]?\d[\d,]*(?:\.\d+)?)"
-_CELL = re.compile(rf"(?:< )?{_NUMBER}(?: ± {_NUMBER}| \[{_NUMBER}, {_NUMBER}\]| \(n = 1\))?")
+_CELL = re.compile(rf"(?:[<≤] )?{_NUMBER}(?: ± {_NUMBER}| \[{_NUMBER}, {_NUMBER}\]| \(n = 1\))?")
 _PARTS = ("", ", one standard error", ", low", ", high")
 
 
@@ -117,7 +117,8 @@ class Table:
 
 def _part(cell: str, figure: Figure | None, part: int) -> str:
     if figure and not cell.startswith("<"):  # "< 0.001" is no value
-        return figure[part] or ""
+        bound = "≤ " if cell.startswith("≤") and not part else ""
+        return bound + (figure[part] or "")
     return "" if part or cell == "–" else cell
 
 
