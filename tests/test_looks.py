@@ -17,6 +17,7 @@ from hlora.errors import InputError, UnsupportedModelError
 from hlora.hf.divergence import divergences
 from hlora.hf.gauge import Gauge
 from hlora.hf.peft import find_pairs, without_adapter
+from hlora.hf.regularize import LOOK_EVERY
 from hlora.run.phases import regularizers
 from hlora.run.settings import TuneSettings
 from tests.conftest import base_model, lora_model, make_trainer, perturb
@@ -219,7 +220,8 @@ def _started(penalty, model, steps):
 
 
 def test_of_several_importances_the_first_one_looks(base, tmp_path):
-    for other in (base, gathered(tmp_path / "other", WATCHED)):
+    able = gathered(tmp_path / "able", WATCHED.flip(0), WATCHED)
+    for other in (able, gathered(tmp_path / "other", WATCHED)):
         given = {"model": "m", "task": "t", "output": "o", "importance": [str(base), str(other)]}
         for every in (0, 4):
             first, second = regularizers(TuneSettings(**given, look_every=every))
@@ -298,6 +300,14 @@ def test_within_a_limit_nothing_is_not_finite(broken):
         g.add_gradients(B, A)
     pull = Pull(torch.ones(()), ones, correction=[(B * broken, A) for B, A in ones])
     torch.testing.assert_close(limited(pull, groups, None), ones)
+
+
+def test_the_help_says_how_often_it_looks_by_default(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--help-all"])
+    said = " ".join(capsys.readouterr().out.split())
+    of = said[said.index("once in N steps also") :][:300]
+    assert f"{LOOK_EVERY}, and in a run of less than {4 * LOOK_EVERY} steps a quarter" in of
 
 
 def test_a_dry_run_counts_looks_and_kl(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Regularizers of one's own, attached to a real Trainer."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -186,6 +188,24 @@ def test_attached_twice_or_trained_twice_it_acts_once(tmp_path):
     decay.before_step = lambda groups: calls.append(1)
     trainer.train()
     assert len(calls) == 4
+
+
+def test_an_importance_is_held_to_once_and_a_folder_written_once(tmp_path, nu):
+    again = shutil.copytree(nu, tmp_path / "again")
+    trainer = make_trainer(lora_model(), tmp_path)
+    with pytest.raises(hlora.InputError, match="which would count twice"):
+        hlora.attach(trainer, hlora.Penalty(nu), hlora.Penalty(again))
+    held = hlora.Penalty(nu)
+    hlora.attach(trainer, held)
+    hlora.attach(trainer, held)  # itself is no second one
+    with pytest.raises(hlora.InputError, match="which would count twice"):
+        hlora.attach(trainer, hlora.Penalty(nu, phi=1.0))
+    assert [c for c in trainer.callback_handler.callbacks if isinstance(c, hlora.Penalty)] == [held]
+    assert held.leads
+    hlora.attach(trainer, hlora.Penalty(nu, anchor="base"))  # another R
+    hlora.attach(trainer, hlora.Record(tmp_path / "new", quiet=True))
+    with pytest.raises(hlora.InputError, match="Two recordings write to"):
+        hlora.attach(trainer, hlora.Record(tmp_path / "x" / ".." / "new", quiet=True))
 
 
 def test_phi_zero_is_plain_training(tmp_path):

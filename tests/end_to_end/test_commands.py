@@ -318,6 +318,9 @@ BAD = [
      "model"),
     (["tune", "--model", "M", "--importance", "NU", "--task", "Q", "--output", "NU"],
      "--importance"),
+    (["record", "--model", "M", "--text", "SHORT", "--output", "o"], "or a smaller --block-size."),
+    *((["tune", "--model", "M", "--task", "Q", "--output", "o", flag, "SHORT"],
+       "one block of 128: give more text.") for flag in ("--kl", "--replay", "--corda")),
     (["eval", "--model", "M"], "--text, --task"),
     (["eval", "--model", "M", "--adapter", "nowhere", "--text", "A"], "nowhere"),
     (["inspect", "nowhere"], "nowhere"),
@@ -334,9 +337,11 @@ def shelf(tmp_path_factory, tiny):
     place = Place(folder, tiny)
     place.record()
     (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("a few words")
     return {
         "M": place.model, "A": str(folder / "a.txt"), "Q": str(folder / "q.jsonl"),
         "NU": str(folder / "nu"), "EMPTY": str(folder / "empty.txt"),
+        "SHORT": str(folder / "short.txt"),
         "LABEL": str(write_rows(folder / "l.jsonl", [{**questions(1)[0], "answer": 7}])),
         "GPTJ": str(write_model(folder / "gptj", "gptj")),
     }  # fmt: skip

@@ -17,7 +17,7 @@ from hlora.errors import InputError
 def blocks(
     source: Source, tokenizer: Any, size: int, limit: int | None = None,
     vocabulary: int | None = None, per_document: bool = False,
-    tick: Callable[[int], Any] = lambda count: None,
+    tick: Callable[[int], Any] = lambda count: None, fixed: bool = False,
 ) -> Tensor:  # fmt: skip
     """The text of a source as blocks of tokens, (N, size) int64.
 
@@ -31,6 +31,7 @@ def blocks(
         per_document: one block from each document, its beginning, so that blocks are independent;
             shorter documents are left out.
         tick: called with the number of tokens just read.
+        fixed: nobody can give another size.
 
     Raises:
         InputError: the text is empty or shorter than one block, or a row that cannot be taken.
@@ -75,7 +76,7 @@ def blocks(
     if not found:
         raise InputError(
             f"The text {source.where} has {len(tokens)} tokens, less than one block of {size}: "
-            "give more text, or a smaller --block-size."
+            f"give more text{'' if fixed else ', or a smaller --block-size'}."
         )
     return torch.tensor(found, dtype=torch.int64)
 

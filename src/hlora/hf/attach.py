@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from hlora.hf.checkpoints import Seal, join_train
 from hlora.hf.distributed import refuse_plan
 from hlora.hf.panels import Panels
 from hlora.hf.peft import UNHELD, unwrap
+from hlora.hf.record import Record
 from hlora.hf.reference import refer_to_start
 from hlora.hf.regularize import Penalty, Regularization
 
@@ -48,7 +50,8 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer, unheld: str | No
             or `warn` and leave it free.
 
     Raises:
-        InputError: something else than these, or a setting that they cannot go with.
+        InputError: something else than these, one of them twice, or a setting that they cannot
+            go with.
         MismatchError: the importance does not belong to the trainer's model.
         UnsupportedModelError: the trainer shards or hides its optimizer, or the model's θ is not
             θ₀ + s·B·A.
@@ -66,6 +69,7 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer, unheld: str | No
     refuse_plan(trainer.args)
     _refuse_layer_wise(trainer.args)
     handler = trainer.callback_handler
+    _refuse_twice([*handler.callbacks, *parts])
     names = {c.name for c in handler.callbacks if isinstance(c, Regularization)}
     penalties = [p for p in (*handler.callbacks, *parts) if isinstance(p, Penalty)]
     starts = [p for p in penalties if p.anchor == "nu"]
@@ -108,6 +112,23 @@ def attach(trainer: Any, *parts: TrainerCallback | Regularizer, unheld: str | No
         handler.callbacks += [Seal(), Panels(trainer)]
     _join_the_loss(trainer)
     join_train(trainer)
+
+
+def _refuse_twice(callbacks: list[Any]) -> None:
+    """One importance held to twice would pull twice, and of two results in a folder one stays."""
+    held: dict[str, Penalty] = {}
+    written: dict[Path, Record] = {}
+    for of in callbacks:
+        if isinstance(of, Penalty) and held.setdefault(of.identity(), of) is not of:
+            raise InputError(
+                f"Two penalties hold to the importance in {of.stored.folder}, which would count "
+                "twice: attach it once, with a larger phi if it is to pull more, or make a new "
+                "Trainer to begin anew."
+            )
+        if isinstance(of, Record) and written.setdefault(of.output.resolve(), of) is not of:
+            raise InputError(
+                f"Two recordings write to {of.output}: attach one, or name another folder."
+            )
 
 
 def _refuse_layer_wise(args: Any) -> None:

@@ -522,7 +522,8 @@ class DomainPhase(_Phase[Trained]):
         size, known = block_size(self.model, None, GATHERED_BLOCK), vocabulary(self.model)
         own = torch.zeros(min(limit, OWN_BLOCKS) if OWN in text else 0, size, dtype=torch.int64)
         read = [Source.parse(s) for s in text if s != OWN]
-        rows = torch.cat([own, *(blocks(s, self.tokenizer, size, limit, known) for s in read)])
+        texts = (blocks(s, self.tokenizer, size, limit, known, fixed=True) for s in read)
+        rows = torch.cat([own, *texts])
         self.also_read.append(rows)
         draw = torch.Generator().manual_seed(self.settings.seed)
         order = torch.randperm(len(rows), generator=draw)

@@ -287,7 +287,8 @@ class TuneSettings(TrainSettings):
     )  # fmt: skip
     look_every: int | None = setting(
         "once in N steps also look at the predictions, on text that the importance keeps, and "
-        "correct what it pulls; 0 never looks (default: 16 where the importance keeps such text)",
+        "correct what it pulls; 0 never looks (default, where the importance keeps such text: 16, "
+        "and in a run of less than 64 steps a quarter of them)",
         None, more=True, least=0,
     )  # fmt: skip
     kl: list[str] = setting(
