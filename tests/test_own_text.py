@@ -5,9 +5,13 @@ import torch
 
 import hlora
 from hlora.cli import main as cli
+from hlora.run import dry_run
+from hlora.run import own_text as writing
 from hlora.run.models import load
 from hlora.run.own_text import own_text
-from tests.tiny import write_text
+from hlora.run.phases import GeneralPhase
+from hlora.run.settings import RecordSettings
+from tests.tiny import write_rows, write_text
 
 CHAT = "{% for m in messages %}the user {{ m['content'] }} end{% endfor %}"
 
@@ -80,6 +84,74 @@ def test_from_no_text_to_a_held_adapter(kind, tiny, tmp_path, capsys):
         argv += ["--forget-at-most", "0.01"]
     assert cli.main(argv) == 0
     assert cli.main(["inspect", nu]) == 0
+
+
+def planned(argv, monkeypatch, capsys):
+    """What --dry-run says where a batch takes 10 s, and a row of the model's own text 3 s."""
+    seconds = {dry_run.Work: 10.0, dry_run.Beside: 3.0}
+
+    def timed(of, args):
+        of.once()
+        return seconds[type(of)]
+
+    monkeypatch.setattr(dry_run, "_timed", timed)
+    assert cli.main([*argv, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "time"),
+    [("blend", 86, "0:04:58"), ("kronecker", 86, "0:04:58"), ("fisher", 0, "0:00:40")],
+)
+def test_a_gathering_is_planned_as_what_it_is(kind, own, time, tiny, tmp_path, monkeypatch, capsys):
+    """Each row once, in four batches, and the text that the model writes before."""
+    argv = ["record", "--model", str(tiny), "--kind", kind, "--sequences", "70", "--output"]
+    argv += [str(tmp_path / "nu"), "--device", "cpu", "--block-size", "16"]
+    if kind == "fisher":
+        argv += ["--text", str(write_text(tmp_path / "a.txt", count=3000))]
+    said = planned(argv, monkeypatch, capsys)
+    assert "gathering   4 batches of 20 rows, once" in said
+    assert "not trained" in said
+    assert "steps" not in said
+    assert ("own text" in said) == (own > 0)
+    assert not own or f"own text    {own} in all, 3.00 s each" in said
+    assert f"time        about {time} " in said
+
+
+@pytest.mark.parametrize("what", ["--kl", "--replay"])
+def test_a_plan_of_tuning_counts_the_text_that_is_written(
+    what, tiny, tmp_path, monkeypatch, capsys
+):
+    task = write_rows(tmp_path / "task.jsonl", [{"prompt": "a", "completion": " b"}] * 20)
+    argv = ["tune", "--model", str(tiny), "--task", str(task), "--output", str(tmp_path / "mu")]
+    argv += [what, "own", "--device", "cpu", "--max-steps", "2"]
+    written = 128 if what == "--kl" else 5
+    assert f"own text    {written} in all" in planned(argv, monkeypatch, capsys)
+
+
+def test_one_row_in_a_batch_is_tried_on_several(tiny, tmp_path):
+    phase = GeneralPhase(
+        RecordSettings(
+            model=str(tiny), output=str(tmp_path / "nu"), sequences=9, block_size=16, batch_size=1
+        )
+    )
+    work, _ = phase._work()
+    assert (work.times, work.does) == (9, 4)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_little_is_written_to_know_how_long_it_takes(cached, tiny, monkeypatch):
+    model, tokenizer = load(str(tiny))
+    if not cached:
+        monkeypatch.setattr(writing, "_cache_of", lambda model: {})
+    read = []
+    model.register_forward_pre_hook(
+        lambda module, args, given: read.append(given["input_ids"].shape), with_kwargs=True
+    )
+    once, does = writing.trial(model, tokenizer, 40, 33)
+    once()
+    assert does == 32 * 8 / 32  # of 32 rows, a quarter of their tokens
+    assert read == [(32, 1 if cached else n) for n in range(16, 24)]
 
 
 def test_with_text_it_is_half_and_half(tiny, tmp_path, capsys):

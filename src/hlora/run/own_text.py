@@ -16,6 +16,8 @@ from hlora.data.encode import prefix_token, render_chat
 from hlora.data.tasks import batches
 
 _MARK = "\x00"
+TRIED = 8
+"""Tokens that are written to know how long it takes."""
 
 
 @torch.no_grad()
@@ -51,6 +53,24 @@ def own_text(
                 if tick:
                     tick(len(rows))
     return torch.cat(written)
+
+
+def trial(
+    model: nn.Module, tokenizer: Any, count: int, length: int, batch_size: int = 32
+) -> tuple[Callable[[], Any], float]:
+    """What writes a little of (count, length) tokens, and how many rows' worth of work that is."""
+    rows, steps = min(count, batch_size), min(TRIED, length - 1)
+    # Without a cache all that is there is read for each token: half of it, on average.
+    begun = 1 if _cache_of(model) else max(1, length // 2)
+    ids = torch.full((rows, begun), prefix_token(tokenizer))
+
+    @torch.no_grad()
+    def once() -> None:
+        generator = torch.Generator(device=next(model.parameters()).device)
+        with evaluating(model):
+            _continue(model, ids, begun + steps, generator)
+
+    return once, rows * steps / (length - 1)
 
 
 def _continue(model: nn.Module, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,7 @@ from hlora.run.models import (
 )
 from hlora.run.outputs import tidied
 from hlora.run.own_text import own_text
+from hlora.run.own_text import trial as own_text_trial
 from hlora.run.progress import bar
 from hlora.run.rewind import within_budget
 from hlora.run.settings import (
@@ -94,6 +95,8 @@ MEASURED_ON, MEASURED_BLOCKS = ["python-docs@test"], 36
 what the end is checked on."""
 WATCHED, OTHER_SEED = 16, 1 << 20
 """Rows that an importance keeps for measuring, and how their seed differs from the others'."""
+LEAST_TRIED = 4
+"""Rows that a plan gathers from at least, to know how long it takes."""
 OWN, OWN_BLOCKS = "own", 128
 """The general text that the model writes itself while tuning, and its rows."""
 ITS_PROMPTS = "task"
@@ -194,24 +197,35 @@ class _Phase(Generic[Done]):
         raise NotImplementedError
 
     def plan(self) -> str:
-        """What a run would train, and about how much time and memory it would take.
+        """What a run would do, and about how much time and memory it would take.
 
         Raises:
             InputError: Trainer refuses a setting.
         """
+        work, beside = self._work()
+        data = f"{len(self.rows):,} rows, {self.rows.tokens}"
+        return dry_run.describe(
+            self.settings, self.model, self.pairs, data, work, self.held, beside
+        )
+
+    def _work(self) -> tuple[dry_run.Work, Iterator[dry_run.Beside]]:
+        """The batches of a run, and what it does beside them."""
+        s = self.settings
         with tempfile.TemporaryDirectory() as aside:
-            args = arguments(self.settings)
+            args = arguments(s)
             args.output_dir = aside
             make_trainer(self.model, args, self.rows, self.collate)
-        batch = self.collate(self.rows.rows[: self.settings.batch_size])
-        return dry_run.describe(
-            self.settings, self.model, self.pairs, batch, len(self.rows), self.rows.tokens,
-            self.held, lambda steps: self._beside(steps, batch),
-        )  # fmt: skip
+        batch = self.collate(self.rows.rows[: s.batch_size])
+        steps = dry_run.steps_of(s, len(self.rows))
+        return dry_run.training(s, self.model, batch, steps), self._beside(steps, batch)
 
     def _beside(self, steps: int, batch: dict[str, Tensor]) -> Iterator[dry_run.Beside]:
-        """What a run of so many steps does beside its batches."""
+        """What a training of so many steps does beside its batches."""
         return iter(())
+
+    def _writing(self, count: int, length: int) -> dry_run.Beside:
+        once, does = own_text_trial(self.model, self.tokenizer, count, length)
+        return dry_run.Beside("own text", count, once, does, mixed=False)
 
 
 class GeneralPhase(_Phase[Recorded]):
@@ -314,10 +328,31 @@ class GeneralPhase(_Phase[Recorded]):
         size = sum(f["bytes"] for f in written.values())
         return Recorded(self.output, self.of.kind, summary, size)
 
+    def _work(self) -> tuple[dry_run.Work, Iterator[dry_run.Beside]]:
+        if self.recorder is not None:
+            return super()._work()
+        size = self.settings.batch_size
+        some = self.tokens[: max(size, LEAST_TRIED)]
+        batches, tried = (-(-len(t) // size) for t in (self.tokens, some))
+        said = f"gathering   {batches:,} batches of {size} rows, once, without training"
+        work = dry_run.Work(said, batches, partial(self._pass, some), tried, mixed=False)
+        watched = WATCHED if issubclass(self.of, Sequences) else 0
+        count, length = self.own + watched, self.tokens.shape[1]
+        return work, iter([self._writing(count, length)] if count else [])
+
+    def _pass(
+        self, rows: Tensor, tick: Callable[[int], Any] | None = None
+    ) -> tuple[Importance, dict[str, Any]]:
+        options = _options(self.settings)
+        given = {k: v for k, v in options.items() if v and k != "sequences"}
+        return self.of.gather(
+            self.model, self.pairs, rows, batch_size=self.settings.batch_size,
+            seed=self.settings.seed, tick=tick, **given,
+        )  # fmt: skip
+
     def _gather(self, notes: dict[str, Any]) -> dict[str, Any]:
         """An importance that needs no training: sequences forward and backward."""
         options = _options(self.settings)
-        given = {k: v for k, v in options.items() if v and k != "sequences"}
         began, written = time.monotonic(), None
         if self.own:
             written = self._write_own(self.own, self.tokens.shape[1])
@@ -325,10 +360,7 @@ class GeneralPhase(_Phase[Recorded]):
             order = torch.Generator().manual_seed(self.settings.seed)
             self.tokens = self.tokens[torch.randperm(len(self.tokens), generator=order)]
         with bar(f"{self.of.kind} importance", len(self.tokens)) as shown:
-            found, summary = self.of.gather(
-                self.model, self.pairs, self.tokens, batch_size=self.settings.batch_size,
-                seed=self.settings.seed, tick=shown.update, **given,
-            )  # fmt: skip
+            found, summary = self._pass(self.tokens, shown.update)
         if isinstance(found, Sequences):
             watched = self._write_own(WATCHED, self.tokens.shape[1], OTHER_SEED)
             found = found.watching(watched, self.tokens if self.settings.keep_text else written)
@@ -479,6 +511,9 @@ class DomainPhase(_Phase[Trained]):
         check_space(self.output, 64 << 20)
 
     def _beside(self, steps: int, batch: dict[str, Tensor]) -> Iterator[dry_run.Beside]:
+        if self.unwritten:
+            count = sum(len(which) for _, which in self.unwritten)
+            yield self._writing(count, self.unwritten[0][0].shape[1])
         for part in self.parts:
             if isinstance(part, Penalty):
                 yield from (dry_run.Beside(*of) for of in part.beside(self.model, steps))
