@@ -167,7 +167,7 @@ def test_what_is_resumed_is_what_the_run_had_and_in_its_order(domains, tmp_path)
         resume(hlora.Penalty(a), record())
     with pytest.raises(hlora.StoreError, match=r"hlora_record\.safetensors.*not attached"):
         resume(hlora.Penalty(a), hlora.Penalty(b))
-    resume(hlora.Penalty(a), hlora.Penalty(b), record())
+    resume(hlora.Penalty(a), hlora.Penalty(b, phi=2.0), record())
 
 
 def test_a_sum_at_the_newest_anchor(domains, tmp_path):
