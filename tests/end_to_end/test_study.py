@@ -55,9 +55,9 @@ def test_every_method_runs_and_shares_phase_nu(place, capsys):
         assert r["unseen"] == ["c"]
         assert r["task"]["n"] == 8
     # plain, rslora, fisher, as published, at θ^ν, with corpus labels, factored, official, paper,
-    # kronecker, sketch, blend, entries, laplace, at θ^ν; and Ω = 1 beside the plain one and beside
-    # the Fisher.
-    assert len(list((place / "work" / "nu").iterdir())) == 17
+    # kronecker, sketch, blend, of own text, with its text, entries, laplace, at θ^ν; and Ω = 1
+    # beside the plain one and beside the Fisher.
+    assert len(list((place / "work" / "nu").iterdir())) == 19
     for r in found.values():
         assert r["versions"]["torch"]
         assert r["study"]["model"] == "tiny"

@@ -8,7 +8,7 @@ from hlora.cli.screen import say
 from hlora.cli.show import show
 from hlora.errors import InputError, refuse_unknown
 from hlora.run.build import command_line
-from hlora.run.settings import ReportSettings
+from hlora.run.settings import USUAL_METRICS, ReportSettings
 from hlora.study import page, tables
 from hlora.study.metrics import METRICS
 from hlora.study.rows import Results, Row, read
@@ -36,9 +36,14 @@ def run(settings: ReportSettings) -> None:
     shown = {task: [task] for task in results.tasks}
     if len(shown) > 1:
         shown["all tasks"] = results.tasks
+    metrics = settings.metrics
+    if metrics == [
+        *USUAL_METRICS
+    ]:  # forgetting says the same as perplexity, and there is less room
+        metrics = [m for m in metrics if not m.startswith("ppl")]
     for title, tasks in shown.items():
-        table = tables.means(results, tasks, settings.metrics)
-        show(title, table.headings, table.rows, width=130)
+        table = tables.means(results, tasks, metrics)
+        show(title, table.headings, table.rows, width=150)
     say(f"Written: {', '.join(map(str, written))}")
 
 
