@@ -38,7 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     except HloraError as error:
         return _complain(str(error), 1 if isinstance(error, (DivergedError, HubError)) else 2)
     except KeyboardInterrupt as stop:
-        return _complain(str(stop) or "Stopped. Finished work is kept.", 130)
+        return _complain(
+            str(stop)
+            or "Stopped. What was written whole is kept; where there are checkpoints, --resume goes on.",
+            130,
+        )
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0
