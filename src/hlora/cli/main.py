@@ -38,11 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     except HloraError as error:
         return _complain(str(error), 1 if isinstance(error, (DivergedError, HubError)) else 2)
     except KeyboardInterrupt as stop:
-        return _complain(
-            str(stop)
-            or "Stopped. What was written whole is kept; where there are checkpoints, --resume goes on.",
-            130,
-        )
+        said = "Stopped. What was written whole is kept; with checkpoints, --resume goes on."
+        return _complain(str(stop) or said, 130)
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0
