@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import hlora
 from hlora.errors import DivergedError, HloraError, HubError, InputError, suggest, visible
@@ -38,8 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     except HloraError as error:
         return _complain(str(error), 1 if isinstance(error, (DivergedError, HubError)) else 2)
     except KeyboardInterrupt as stop:
-        said = "Stopped. What was written whole is kept; with checkpoints, --resume goes on."
-        return _complain(str(stop) or said, 130)
+        return _complain(str(stop) or "Stopped.", 130)
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0
@@ -47,17 +49,14 @@ def main(argv: list[str] | None = None) -> int:
         from hlora.files import is_full_disk
 
         if is_full_disk(error):
+            again = "use --resume" if "resume" in _settings_of(argv) else "start it again"
             return _complain(
                 f"The disk is full ({error}), or a limit on the size of files is reached. Make "
-                "room and use --resume.",
+                f"room and {again}.",
                 1,
             )
         if "out of memory" in str(error).lower():
-            return _complain(
-                "Out of memory on the device: lower --batch-size and raise "
-                "--gradient-accumulation by the same factor.",
-                1,
-            )
+            return _complain(f"Out of memory on the device: {_smaller(argv)}.", 1)
         raise
 
 
@@ -81,15 +80,47 @@ def _run(argv: list[str]) -> int:
 
     settings: object = parse(COMMANDS[name][0], rest, f"hlora {name}")
     check(settings)
-    command = import_module(f"hlora.cli.{name}")
-    quiet_libraries()
     with leaving(settings):
-        command.run(settings)
+        try:
+            command = import_module(f"hlora.cli.{name}")
+            quiet_libraries()
+            command.run(settings)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(_kept(name, settings, str(stop))) from None
     if "RANK" in os.environ:
         from hlora.hf.distributed import leave_together
 
         leave_together()
     return 0
+
+
+def _settings_of(argv: list[str]) -> set[str]:
+    known = COMMANDS.get(argv[0] if argv else "")
+    return {f.name for f in fields(known[0])} if known else set()
+
+
+def _smaller(argv: list[str]) -> str:
+    """What takes less memory, among the settings that a command has."""
+    known = _settings_of(argv)
+    if "gradient_accumulation" in known:
+        return "lower --batch-size and raise --gradient-accumulation by the same factor"
+    if "batch_size" in known:
+        return "lower --batch-size"
+    return "lower batch_size in the study file" if argv[0] == "study" else "take a larger one"
+
+
+def _kept(name: str, settings: Any, said: str) -> str:
+    """What a command that was stopped says. Runs of theirs say what they kept themselves."""
+    if name in ("study", "demo"):
+        without = " without --overwrite" if getattr(settings, "overwrite", False) else ""
+        return f"Stopped. Finished runs are kept: the same command{without} goes on."
+    if said:
+        return said
+    if name == "report":
+        return "Stopped. The report may lack a part: the same command writes it again."
+    if getattr(settings, "resume", False) and any(Path(settings.output).glob("checkpoints/c*")):
+        return f"Stopped. The checkpoints in {settings.output} are kept: the same command goes on."
+    return "Stopped. Nothing of this run was kept: the same command starts again."
 
 
 def _overview() -> str:

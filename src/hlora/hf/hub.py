@@ -90,6 +90,7 @@ def push(
 
     Raises:
         HubError: it could not be uploaded; the folder is as it was.
+        KeyboardInterrupt: says so too.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -101,6 +102,9 @@ def push(
         parts = [CommitOperationAdd(f, _content(path)) for f, path in found.items()]
         message = f"{'Importance' if MARKER in found else 'Adapter'} by hlora"
         api.create_commit(name, parts, commit_message=message)
+    except KeyboardInterrupt:
+        said = f"Stopped while uploading to {name}. The result is whole, in {folder}."
+        raise KeyboardInterrupt(said + advice) from None
     except Exception as error:  # the hub's library may raise anything
         raise HubError(
             f"The result is in {folder}, and could not be uploaded to {name}: {_said(error)}."

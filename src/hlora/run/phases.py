@@ -61,7 +61,7 @@ from hlora.run.models import (
 from hlora.run.outputs import tidied
 from hlora.run.own_text import own_text
 from hlora.run.own_text import trial as own_text_trial
-from hlora.run.progress import bar
+from hlora.run.progress import bar, unbroken
 from hlora.run.rewind import within_budget
 from hlora.run.settings import (
     BLOCK,
@@ -80,6 +80,7 @@ from hlora.run.training import (
     check_unfinished,
     clean_up,
     clean_up_after,
+    kept,
     make_way,
     read_trained,
     rows_needed,
@@ -150,11 +151,15 @@ class _Phase(Generic[Done]):
     tokenizer: Any
     rows: Rows
     pairs: list[Pair]
+    command: str
+    marker: str
+    output: Path
     held: int  # bytes of the importance
     finished: bool  # a resumed run that had come to its end
 
     def __init__(self) -> None:
         self.also_read: list[Tensor] = []  # tokens besides `rows`
+        self.begun: str | None = None  # the run's id
 
     def _load_model(self) -> None:
         s = self.settings
@@ -168,7 +173,13 @@ class _Phase(Generic[Done]):
 
     def _begin(self) -> dict[str, Any]:
         base = base_of(self.model, self.pairs)
-        return begin_run(self.settings, base, self.rows, self.also_read)
+        run = begin_run(self.settings, base, self.rows, self.also_read)
+        self.begun = run["run"]
+        return run
+
+    @property
+    def _resume_with(self) -> str:
+        return f"Continue with: hlora {self.command} ... --output {self.output} --resume"
 
     def _write_own(self, count: int, length: int, seed: int = 0) -> Tensor:
         with bar("the model's own text", count) as shown:
@@ -184,8 +195,14 @@ class _Phase(Generic[Done]):
 
         Raises:
             HubError: the result is written, and could not be uploaded.
+            KeyboardInterrupt: says what is kept.
         """
-        done, s = self._run(), self.settings
+        s = self.settings
+        try:
+            done = self._run()
+        except KeyboardInterrupt as stop:
+            said = str(stop) or f"Stopped. {kept(s, self.marker, self.begun, self._resume_with)}"
+            raise KeyboardInterrupt(said) from None
         if s.push_to_hub and is_main():
             again = " The same command with --resume tries again."
             record = getattr(s, "record", None)
@@ -237,6 +254,7 @@ class GeneralPhase(_Phase[Recorded]):
     """
 
     settings: RecordSettings
+    command, marker = "record", store.MARKER
     own = 0
 
     def __init__(self, settings: RecordSettings) -> None:
@@ -249,7 +267,7 @@ class GeneralPhase(_Phase[Recorded]):
             settings = replace(settings, importance=pinned(settings.importance))
             self.settings = settings = follow_adapter(settings, str(settings.importance))
         check_apart(settings.output, listed(settings.importance), model=settings.model)
-        self.finished = check_unfinished(settings, store.MARKER)
+        self.finished = check_unfinished(settings, self.marker)
         self.recorder = _recorder(settings)
         if self.recorder is None:
             self.of = kind_named(str(settings.kind))
@@ -317,8 +335,7 @@ class GeneralPhase(_Phase[Recorded]):
             self.recorder.notes = notes
             train(
                 self.settings, self.model, self.rows, [self.recorder], what="general phase",
-                run=run, collate=self.collate,
-                resume_with=f"Continue with: hlora record ... --output {self.output} --resume",
+                run=run, collate=self.collate, resume_with=self._resume_with,
             )  # fmt: skip
             clean_up(self.settings)
             summary = self.recorder.summary
@@ -375,9 +392,10 @@ class GeneralPhase(_Phase[Recorded]):
             },
             "previous": self.settings.importance, "summary": summary,
         }  # fmt: skip
-        save_importance(self.output, self.model, self.pairs, importance, notes)
-        if is_main():
-            make_way(self.settings)  # of a recording that it overwrites
+        with unbroken():
+            save_importance(self.output, self.model, self.pairs, importance, notes)
+            if is_main():
+                make_way(self.settings)  # of a recording that it overwrites
         return summary
 
 
@@ -427,6 +445,7 @@ class DomainPhase(_Phase[Trained]):
     """
 
     settings: TuneSettings
+    command, marker = "tune", TUNED
 
     def __init__(self, settings: TuneSettings) -> None:
         super().__init__()
@@ -453,7 +472,7 @@ class DomainPhase(_Phase[Trained]):
         started = [p.stored.folder for p in self.regularizers if p.anchor == "nu"][-1:]
         for folder in started:
             self.settings = settings = follow_adapter(settings, folder, grows=True)
-        self.finished = check_unfinished(settings, TUNED)
+        self.finished = check_unfinished(settings, self.marker)
         if self.recorder and not self.finished:
             self.recorder.check_folders()
         self.task = load_task(
@@ -525,7 +544,8 @@ class DomainPhase(_Phase[Trained]):
     def _run(self) -> Trained:
         if self.finished:
             clean_up_after(self.settings)
-            return read_trained(self.output / TUNED)
+            return read_trained(self.output / self.marker)
+        budget = self.settings.forget_at_most
         run = self._begin()
         for rows, which in self.unwritten:
             with without_adapter(self.model):
@@ -533,11 +553,10 @@ class DomainPhase(_Phase[Trained]):
         trained = train(
             self.settings, self.model, self.rows, self.parts,
             what=f"domain phase, {self.task.name}", run=run, collate=self.collate,
-            resume_with=f"Continue with: hlora tune ... --output {self.output} --resume",
+            resume_with=self._resume_with, more_follows=budget is not None,
         )  # fmt: skip
         if self.corda:
             self.model, self.pairs = self.corda.plain()
-        budget = self.settings.forget_at_most
         if budget and self.general is not None:
             whole, kept = within_budget(self.model, self.general, budget, self.settings.batch_size)
             held = self.regularizers[0]
@@ -546,10 +565,11 @@ class DomainPhase(_Phase[Trained]):
                 "measured": whole.measured.nats, "measured_se": whole.measured.se,
                 "share": held.share * kept.share, "kept": kept.measured.nats,
             }))  # fmt: skip
-        if is_main():
-            self._write_importance(run)
-            self._write(trained, run)
-        clean_up(self.settings)
+        with unbroken():
+            if is_main():
+                self._write_importance(run)
+                self._write(trained, run)
+            clean_up(self.settings)
         return trained
 
     def _general(self, text: list[str], limit: int) -> Tensor:

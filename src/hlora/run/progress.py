@@ -53,19 +53,15 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
-class Interruptible(TrainerCallback):
-    """Ctrl-C or SIGTERM finishes the step, writes a checkpoint and stops; another stops at once.
+class Asked:
+    """Ctrl-C or SIGTERM is noted while `listening`; another stops at once."""
 
-    It must be the last callback, so that the others have written their state.
-    """
-
-    def __init__(self, advice: str) -> None:
-        self.advice = advice
+    def __init__(self) -> None:
         self.asked = False
 
     def _ask(self, signum: int, frame: Any) -> None:
         if self.asked:
-            raise KeyboardInterrupt("Stopped at once.")
+            raise KeyboardInterrupt
         self.asked = True
 
     @contextmanager
@@ -80,8 +76,34 @@ class Interruptible(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """What is written inside is written whole: Ctrl-C or SIGTERM stops after it."""
+    stop = Asked()
+    with stop.listening():
+        yield
+    if stop.asked:
+        raise KeyboardInterrupt
+
+
+class Interruptible(Asked, TrainerCallback):
+    """Ctrl-C or SIGTERM finishes the step, writes a checkpoint and stops; another stops at once.
+
+    It must be the last callback, so that the others have written their state.
+
+    Args:
+        advice: how to go on.
+        at_end: write one at the last step, whoever asks: more than a moment's work follows.
+    """
+
+    def __init__(self, advice: str, at_end: bool = False) -> None:
+        super().__init__()
+        self.advice, self.at_end = advice, at_end
+
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        control.should_save |= self.asked
+        at_end = self.at_end and state.global_step >= state.max_steps
+        control.should_save |= self.asked or at_end
         return control
 
     def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]

@@ -184,6 +184,7 @@ def train(
     run: dict[str, Any],
     collate: Callable | None = None,
     resume_with: str = "",
+    more_follows: bool = False,
 ) -> Trained:
     """Train, from the last whole checkpoint if the settings say so.
 
@@ -192,6 +193,8 @@ def train(
         what: the label of the progress bar.
         run: from `begin_run`.
         resume_with: the advice after Ctrl-C.
+        more_follows: the caller has long to do before it writes the result, so that a checkpoint
+            is kept of the end, and Ctrl-C stops there.
     """
     work = work_folder(settings)
     args = arguments(settings)
@@ -202,7 +205,7 @@ def train(
         logger.warning("Resuming from %s.", checkpoint)
     if args.gradient_checkpointing:  # else a frozen base has no path for gradients
         model.enable_input_require_grads()  # type: ignore[operator]
-    stop = Interruptible(resume_with or "Continue with --resume.")
+    stop = Interruptible(resume_with or "Continue with --resume.", more_follows)
     refuse_plan(fsdp2=False)
     attach(trainer, *parts, BadSteps(settings.max_bad_steps), unheld=settings.unheld)
     trainer.remove_callback(PrinterCallback)
@@ -216,12 +219,9 @@ def train(
         write_json(work / NOTES, run)
     began = time.monotonic()
     with stop.listening():
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt(
-                str(interrupt) or "Stopped before the first checkpoint: nothing was kept."
-            ) from None
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.asked and more_follows:
+        raise KeyboardInterrupt
     log = [e for e in trainer.state.log_history if math.isfinite(e.get("loss", math.nan))]
     log = [
         {k: v for k, v in e.items() if not isinstance(v, float) or math.isfinite(v)} for e in log
@@ -391,6 +391,26 @@ def _noted(path: Path) -> dict[str, Any]:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+NOTHING_KEPT = "Nothing of this run was kept: the same command starts again."
+
+
+def kept(settings: TrainSettings, marker: str, run: str | None, resume_with: str) -> str:
+    """What there is of a run that was stopped, and how to go on.
+
+    Args:
+        run: its id; None before it began.
+        resume_with: the advice where there is a checkpoint.
+    """
+    output, work = Path(settings.output), work_folder(settings)
+    if run and _noted(output / marker).get("run") == run:
+        return f"The result is whole, in {output}."
+    ours = settings.resume or (run and _noted(work / NOTES).get("run") == run)
+    checkpoint = newest_whole(work) if ours else None
+    if checkpoint is None:
+        return NOTHING_KEPT
+    return f"Step {checkpoint.name.split('-')[1]} is kept. {resume_with}"
 
 
 def make_way(settings: TrainSettings) -> None:
