@@ -107,7 +107,10 @@ def test_an_adapter_of_another_base_is_refused(tiny, tmp_path, capsys):
     to = ["--adapter", tmp_path / "a", "--output", tmp_path / "out", "--model"]
     of = ["--model", other, "--adapter", tmp_path / "a", "--text", tmp_path / "a.txt"]
     write_text(tmp_path / "a.txt")
-    for argv in (["merge", *to, other], ["rewind", *to, other, *of[4:]], ["eval", *of]):
+    on = ["record", "--kind", "laplace", "--importance", tmp_path / "nu", *to[2:], other, *of[4:]]
+    gather = ["record", "--sequences", "4", "--block-size", "16", "--model", tiny, "--output"]
+    assert cli.main([*map(str, [*gather, tmp_path / "nu"])]) == 0
+    for argv in (["merge", *to, other], ["rewind", *to, other, *of[4:]], ["eval", *of], on):
         assert cli.main([*map(str, argv)]) == 2
         assert "other weights" in capsys.readouterr().err
     assert merged(*to, write_model(tmp_path / "gptj", "gptj")) == 2
