@@ -37,9 +37,8 @@ def run(settings: ReportSettings) -> None:
     if len(shown) > 1:
         shown["all tasks"] = results.tasks
     metrics = settings.metrics
-    if metrics == [
-        *USUAL_METRICS
-    ]:  # forgetting says the same as perplexity, and there is less room
+    if metrics == list(USUAL_METRICS):
+        # Forgetting says the same as perplexity, and a screen is narrower than a page.
         metrics = [m for m in metrics if not m.startswith("ppl")]
     for title, tasks in shown.items():
         table = tables.means(results, tasks, metrics)

@@ -69,9 +69,7 @@ class Stored:
         alike = {n for p in pairs for n in p.names} == noted.keys()
         if alike:  # shapes that differ say more than the weights in them
             check_same(pairs, noted, where, ranks=ranks)
-        check_base(
-            base, self.info["base_model"], where, advice=OF_MERGED,
-        )  # fmt: skip
+        check_base(base, self.info["base_model"], where, advice=OF_MERGED)
         if not alike:
             check_same(pairs, noted, where, ranks=ranks)
 

@@ -113,11 +113,18 @@ def phi_curves(results: Results) -> Any | None:
     if not by_task:
         return None
     methods = list(dict.fromkeys(m for sweeps in by_task.values() for m in sweeps))
+    drawn = {
+        method: {
+            **_style(method, methods), "linestyle": STYLES[i % len(STYLES)],
+            "label": _label(results, [r for r in rows if r.method == method], list(by_task)),
+        }
+        for i, method in enumerate(methods)
+    }  # fmt: skip
     size = (2.3 * len(metrics) + 0.6, 2.2 * len(by_task))
     figure, panels = _panels(len(by_task), len(metrics), size)
     for (task, sweeps), across in zip(by_task.items(), panels, strict=True):
         for metric, at in zip(metrics, across, strict=True):
-            _phi_curve(results, metric, task, sweeps, list(by_task), methods, at)
+            _phi_curve(results, metric, task, sweeps, drawn, at)
             title = f"{_name(task)}: {METRICS[metric].label}"
             at.set_title(title, loc="left", fontsize="medium")
             at.set_xlabel("φ")
@@ -125,19 +132,15 @@ def phi_curves(results: Results) -> Any | None:
 
 
 def _phi_curve(
-    results: Results, metric: str, task: str, sweeps: dict[str, list[Row]], tasks: list[str],
-    methods: list[str], at: Any,
+    results: Results, metric: str, task: str, sweeps: dict[str, list[Row]],
+    drawn: dict[str, dict[str, Any]], at: Any,
 ) -> None:  # fmt: skip
     for method, rows in sweeps.items():
         points = [mean_se(results.values(metric, r, task).values()) for r in rows]
-        style = {
-            **_style(method, methods),
-            "linestyle": STYLES[methods.index(method) % len(STYLES)],
-        }
         at.errorbar(
             [r.phi for r in rows], [m for m, _ in points],
             yerr=[0 if math.isnan(e) else e for _, e in points], capsize=2, linewidth=1.2,
-            markersize=5, label=_label(results, rows, tasks), **style,
+            markersize=5, **drawn[method],
         )  # fmt: skip
     plain = Row("lora-nu-mu", None)
     if results.of(plain, task):
@@ -189,10 +192,9 @@ def frontier(results: Results) -> Any:
 
 def _label(results: Results, rows: list[Row], tasks: list[str]) -> str:
     """The name of a method, and ` (1 of 2 seeds)` where a row of it has not all of its task's."""
-    whole = {
-        t: len({r["run"]["seed"] for r in results.lines if r["run"]["task"] == t}) for t in tasks
-    }
-    found = [(n, whole[t]) for r in rows for t in tasks if (n := len(results.of(r, t)))]
+    found = [
+        (n, len(results.seeds_of(t))) for r in rows for t in tasks if (n := len(results.of(r, t)))
+    ]
     least, of = min((both for both in found if both[0] < both[1]), default=(0, 0))
     return _name(Row(rows[0].method, None).label) + (f" ({least} of {of} seeds)" * (least < of))
 

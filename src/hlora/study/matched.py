@@ -133,13 +133,11 @@ class Matched:
 
         A run that forgets less was held more strongly, whatever its strength is called.
         """
-        if method not in self._curves:
-            self._curves[method] = self._curve(method)
-        return self._curves[method]
+        return self._curves.get(method, {})
 
     @cached_property
     def _curves(self) -> dict[str, dict[int, list[Point]]]:
-        return {}
+        return {method: self._curve(method) for method in self.methods}
 
     def _curve(self, method: str) -> dict[int, list[Point]]:
         nll = self._point(self._base).gain
@@ -168,10 +166,10 @@ class Matched:
         curve = self.curve(method)
         return self._over_seeds([self._least(curve[s], share) for s in seeds])
 
-    def bounded(self, method: str, share: float) -> bool:
+    def bounded(self, method: str, share: float, seeds: Collection[int] = ()) -> bool:
         """Whether even the strongest run keeps so much: a stronger one may forget less."""
         curve = self.curve(method)
-        return any(curve[s][-1].gain[0] >= share for s in self.seeds(method))
+        return any(curve[s][-1].gain[0] >= share for s in seeds or self.seeds(method))
 
     def plain(self) -> Any:
         """What plain LoRA forgets, by draw."""

@@ -168,9 +168,7 @@ def about(results: Results) -> str:
         if any(len(results.of(row, t)) < len(results.seeds) for t in results.tasks)
     ]  # fmt: skip
     if len(short) > FEW:
-        of = {t: sorted({r["run"]["seed"] for r in results.lines if r["run"]["task"] == t})
-              for t in results.tasks}  # fmt: skip
-        seeds = "; ".join(f"{t} {', '.join(map(str, found))}" for t, found in of.items())
+        seeds = "; ".join(f"{t} {', '.join(map(str, results.seeds_of(t)))}" for t in results.tasks)
         said.append(
             f"Seeds by task: {seeds}; {len(short)} of {len(results.rows)} rows were not run on "
             "every task with every seed, as the tables say."

@@ -67,6 +67,9 @@ class Results:
     def seeds(self) -> list[int]:
         return sorted({r["run"]["seed"] for r in self.lines})
 
+    def seeds_of(self, task: str) -> list[int]:
+        return sorted({r["run"]["seed"] for r in self.lines if r["run"]["task"] == task})
+
     def of(self, row: Row, task: str | None = None) -> list[Line]:
         """The lines of a row, of one task or of all."""
         return [
@@ -119,7 +122,7 @@ class Results:
     def values(self, metric: str, row: Row, *tasks: str) -> dict[int, float]:
         """By seed, the mean over these tasks, for the seeds that have them all.
 
-        None where tasks are on scales of their own (the NLL of answers of unlike length).
+        Empty where tasks are on scales of their own (the NLL of answers of unlike length).
         """
         found = dict[int, float]()
         if len(tasks) > 1 and metric in METRICS and not METRICS[metric].pooled:

@@ -148,7 +148,7 @@ def others(results: Results, task: str) -> Table | None:
             cells.append([row.label, *shown_])
     if not cells:
         return None
-    best = {i: of for j in range(len(names)) for i, of in ((2 * j + 1, max), (2 * j + 2, min))}
+    best = {i: max if i % 2 else min for i in range(1, 2 * len(names) + 1)}
     headings = ["method", *(f"{name}, {of}" for name in names for of in ("accuracy %", "NLL"))]
     return Table(headings, cells, best=best, apart=no_rivals(results, [task]))
 
@@ -180,20 +180,16 @@ def head_to_head(results: Results, ours: Row) -> Table:
 
 GROUPS = {"unseen": "far", "seen": "near", "apart": "apart"}
 """Kinds of text, as the tables of what is forgotten for what is learned call them."""
+MATCHED = (("KL", "unseen"), ("loss", "unseen"), ("KL", "seen"), ("KL", "apart"))
+"""What those tables hold."""
 
 
 def matched(results: Results, task: str) -> Table | None:
     """What is forgotten at shares of plain LoRA's gain on the task: no kind far and near pooled."""
     found = {
         (measure, group): of
-        for measure, group in (
-            ("KL", "unseen"),
-            ("loss", "unseen"),
-            ("KL", "seen"),
-            ("KL", "apart"),
-        )
-        if (of := Matched.of(results, task, group, measure))
-    }
+        for measure, group in MATCHED if (of := Matched.of(results, task, group, measure))
+    }  # fmt: skip
     if not found:
         return None
     first = next(iter(found.values()))
@@ -235,7 +231,7 @@ def contrasts(results: Results) -> Table | None:
             seeds = of.seeds(ours, other)
             for share in SHARES if seeds else ():
                 a, b = (of.least(m, share, seeds) for m in (ours, other))
-                open_ = any(of.bounded(m, share) for m in (ours, other))
+                open_ = any(of.bounded(m, share, seeds) for m in (ours, other))
                 if not open_ and np.isfinite(a[0]) and np.isfinite(b[0]):
                     mark = "*" if [ours, other] in LATER else ""
                     name = f"{METHODS[ours].label} minus {METHODS[other].label}{mark}"
