@@ -12,6 +12,7 @@ from hlora.cli import main as cli
 from hlora.run.means import mean_se
 from hlora.run.settings import USUAL_METRICS
 from hlora.study import claims, tables
+from hlora.study.budgets import budgets
 from hlora.study.cost import costs
 from hlora.study.metrics import METRICS, perplexity
 from hlora.study.page import parts
@@ -380,3 +381,23 @@ def test_tasks_that_were_not_trained_on_have_a_table(whole):
     table = tables.others(Results(lines, [], []), "piqa")
     assert table.headings == ["method", "arc, accuracy %", "arc, NLL"]
     assert table.rows[1] == ["LoRA(μ)", "51.0 ± 0.6", "3.00 ± 0.00"]
+
+
+def test_a_budget_says_whether_it_held(whole):
+    assert budgets(whole) is None
+    told = {
+        "budget": 0.05, "predicted": 0.04, "measured": 0.06, "measured_se": 0.003, "share": 0.9,
+        "kept": 0.045,
+    }  # fmt: skip
+    lines = [
+        line("base", "sciq", 0), line("budget", "sciq", 0, 0.05, budgeted=told),
+        line("budget", "piqa", 1, 0.02, budgeted={**dict.fromkeys(told), "budget": 0.02}),
+    ]  # fmt: skip
+    table = budgets(Results(lines, [], []))
+    assert [row[1:] for row in table.rows] == [
+        ["sciq", "0", "0.05", "0.0400", "0.0600 ± 0.0030", "1.50", "0.900", "0.0450", "0.90"],
+        ["piqa", "1", "0.02", *"––––––"],
+    ]
+    assert "budget" in table.rows[0][0]
+    names = [p.name for p in parts(Results(lines, [], []), None, None, ["nll"])]
+    assert "budgets" in names

@@ -21,6 +21,7 @@ from hlora.files import write_whole
 from hlora.run.settings import BLOCK
 from hlora.study import figures, tables
 from hlora.study.alternatives import in_words
+from hlora.study.budgets import budgets
 from hlora.study.cells import Table, as_markdown
 from hlora.study.claims import JUDGED, judge, mean_norms
 from hlora.study.cost import costs
@@ -91,6 +92,8 @@ def parts(
     if named := tables.contrasts(results):
         missing = "; ".join(tables.not_run(results)) or "none"
         add("contrasts", named, missing=missing)
+    if kept := budgets(results):
+        add("budgets", kept)
     adapted = [r for r in results.rows if r.method != "base"]
     add("frontier", tables.by_kind(results, adapted), figures.frontier(results))
     if ablation := [r for m in ABLATION for r in results.rows if r.method == m]:
