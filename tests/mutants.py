@@ -46,7 +46,10 @@ STORAGE, REGULARIZER, PAIRS = (
     "tests/test_storage.py", "tests/test_regularizer.py", "tests/test_pairs.py"
 )  # fmt: skip
 
-C, I, H = "core/", "core/importance/", "hf/"
+OWN_TEXT, STOPPED = "tests/test_own_text.py", "tests/test_stopped.py"
+MATCHED, RESULTS = "tests/test_matched.py", "tests/test_results.py"
+
+C, I, H, S = "core/", "core/importance/", "hf/", "study/"
 
 MUTANTS = [
     # Trainers
@@ -306,6 +309,37 @@ MUTANTS = [
     Mutant("rewinding stops above the budget", "run/rewind.py",
            "    below = [p for p in seen if p.measured.nats <= budget]\n    return",
            "    below = seen\n    return", REWIND),
+    Mutant("text that is to be kept is not looked at", "run/phases.py",
+           "self.tokens if self.settings.keep_text else written", "written", OWN_TEXT),
+    # What a stop leaves
+    Mutant("a result is written by half", "run/progress.py",
+           "    with stop.listening():\n        yield", "    yield", STOPPED),
+    Mutant("a stop while it is measured loses what was trained", "run/progress.py",
+           "self.asked or at_end", "self.asked", STOPPED),
+    Mutant("a stop says nothing of what is kept", "run/training.py",
+           "newest_whole(work) if ours else None", "None", STOPPED),
+    # What a study says
+    Mutant("runs that are far apart are joined", S + "matched.py",
+           "high <= GAP * low", "high <= 1e9 * low", MATCHED),
+    Mutant("a bound is told as a value", S + "matched.py",
+           "any(curve[s][-1].gain[0] >= share for", "any(False for", MATCHED),
+    Mutant("KL is read from a straight line", S + "matched.py",
+           'log = self.measure == "KL" and', "log = False and", MATCHED),
+    Mutant("runs are joined by what they learned", S + "matched.py",
+           "key=lambda p: -p.gone", "key=lambda p: -p.gain[0]", MATCHED),
+    Mutant("methods are compared on other draws", S + "matched.py",
+           "random = np.random.default_rng(0)", "random = np.random.default_rng()", MATCHED),
+    Mutant("seeds have no error", S + "matched.py",
+           "_counts(np.random.default_rng(1), len(by_seed))",
+           "np.full((DRAWS + 1, len(by_seed)), 1 / len(by_seed))", MATCHED),
+    Mutant("comparisons are not corrected", S + "matched.py",
+           "(len(ps) - rank) * ps[i]", "ps[i]", MATCHED),
+    Mutant("the NLL of unlike tasks is averaged", S + "metrics.py",
+           "best=min, pooled=False", "best=min", RESULTS),
+    Mutant("what is set apart counts", S + "lines.py",
+           " if k not in apart] for g", "] for g", RESULTS),
+    Mutant("a budget that was scaled looks as if it held", S + "budgets.py",
+           '_shown(share, ".3f")', '_shown(1.0, ".3f")', RESULTS),
 ]  # fmt: skip
 
 
