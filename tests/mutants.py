@@ -335,11 +335,11 @@ MUTANTS = [
     Mutant("comparisons are not corrected", S + "matched.py",
            "(len(ps) - rank) * ps[i]", "ps[i]", MATCHED),
     Mutant("the NLL of unlike tasks is averaged", S + "metrics.py",
-           "best=min, pooled=False", "best=min", RESULTS),
+           "best=min, pooled=False", "best=min", RESULTS + " -k pooled"),
     Mutant("what is set apart counts", S + "lines.py",
-           " if k not in apart] for g", "] for g", RESULTS),
+           " if k not in apart] for g", "] for g", RESULTS + " -k apart"),
     Mutant("a budget that was scaled looks as if it held", S + "budgets.py",
-           '_shown(share, ".3f")', '_shown(1.0, ".3f")', RESULTS),
+           '_shown(share, ".3f")', '_shown(1.0, ".3f")', RESULTS + " -k budget"),
 ]  # fmt: skip
 
 

@@ -37,6 +37,11 @@ def stop(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+def terminate(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError("It was not heard.")
+
+
 def signalled(then):
     def first(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
@@ -105,7 +110,9 @@ def test_a_stop_at_once_says_which_step_is_kept(place, every, said, monkeypatch,
     assert place.record("--save-steps", every, "--resume") == 0
 
 
-def test_what_keeps_nothing_says_so(place, monkeypatch, capsys):
+@pytest.mark.parametrize("stop", [stop, terminate])
+def test_what_keeps_nothing_says_so(place, stop, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
     text = ["--text", str(place.folder / "a.txt"), "--block-size", "16"]
     place.record()
     out = place.folder / "out"
@@ -120,6 +127,7 @@ def test_what_keeps_nothing_says_so(place, monkeypatch, capsys):
         assert cli.main(argv) == 130
         assert "Stopped. Nothing of this run was kept" in capsys.readouterr().err
         assert not out.exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_study_and_an_upload_say_what_they_keep(place, monkeypatch, capsys, tmp_path):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -34,10 +38,11 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command. Returns 0, 1 (failed), 2 (the user's mistake) or 130 (Ctrl-C)."""
+    """Run a command. Returns 0, 1 (failed), 2 (the user's mistake) or 130 (Ctrl-C, SIGTERM)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(argv)
+        with _terminated_as_interrupted():
+            return _run(argv)
     except HloraError as error:
         return _complain(str(error), 1 if isinstance(error, (DivergedError, HubError)) else 2)
     except KeyboardInterrupt as stop:
@@ -58,6 +63,23 @@ def main(argv: list[str] | None = None) -> int:
         if "out of memory" in str(error).lower():
             return _complain(f"Out of memory on the device: {_smaller(argv)}.", 1)
         raise
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, a scheduler's Ctrl-C, says what is kept too; training hears both by itself."""
+    if threading.current_thread() is not threading.main_thread():  # only it may listen
+        yield
+        return
+
+    def stop(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(argv: list[str]) -> int:
