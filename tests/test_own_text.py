@@ -5,12 +5,13 @@ import torch
 
 import hlora
 from hlora.cli import main as cli
+from hlora.errors import InputError
 from hlora.run import dry_run
 from hlora.run import own_text as writing
 from hlora.run.models import load
 from hlora.run.own_text import own_text
-from hlora.run.phases import GeneralPhase
-from hlora.run.settings import RecordSettings
+from hlora.run.phases import GeneralPhase, tune
+from hlora.run.settings import RecordSettings, TuneSettings
 from tests.tiny import write_rows, write_text
 
 CHAT = "{% for m in messages %}the user {{ m['content'] }} end{% endfor %}"
@@ -127,6 +128,26 @@ def test_a_plan_of_tuning_counts_the_text_that_is_written(
     argv += [what, "own", "--device", "cpu", "--max-steps", "2"]
     written = 128 if what == "--kl" else 5
     assert f"own text    {written} in all" in planned(argv, monkeypatch, capsys)
+
+
+def test_a_plan_counts_what_a_budget_measures_and_only_plan_takes_it(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    nu, text = str(tmp_path / "nu"), str(write_text(tmp_path / "a.txt", count=3000))
+    argv = ["record", "--model", str(tiny), "--sequences", "8", "--block-size", "16"]
+    assert cli.main([*argv, "--output", nu]) == 0
+    rows = write_rows(tmp_path / "task.jsonl", [{"prompt": "a", "completion": " b"}] * 20)
+    argv = ["tune", "--model", str(tiny), "--task", str(rows), "--output", str(tmp_path / "mu")]
+    argv += ["--device", "cpu", "--max-steps", "2", "--batch-size", "5", "--importance", nu]
+    assert "measuring" not in planned(argv, monkeypatch, capsys)
+    said = planned([*argv, "--forget-at-most", "0.1", "--text", text], monkeypatch, capsys)
+    assert "measuring   5 in all, 3.00 s each" in said  # 24 rows, in batches of 5
+    settings = TuneSettings(
+        model=str(tiny), task=str(rows), output=str(tmp_path / "mu"), dry_run=True
+    )
+    with pytest.raises(InputError, match=r"DomainPhase\(settings\).plan\(\)"):
+        tune(settings)
+    assert not (tmp_path / "mu").exists()
 
 
 def test_one_row_in_a_batch_is_tried_on_several(tiny, tmp_path):

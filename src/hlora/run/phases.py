@@ -47,6 +47,7 @@ from hlora.hf.regularize import Penalty
 from hlora.hf.slow import ToSlow
 from hlora.run import dry_run, machine
 from hlora.run.build import default_of
+from hlora.run.evaluate import divergence
 from hlora.run.inputs import bits, check_apart
 from hlora.run.models import (
     adapter_settings,
@@ -194,10 +195,16 @@ class _Phase(Generic[Done]):
         A finished run that is resumed is read.
 
         Raises:
+            InputError: the settings ask for a plan.
             HubError: the result is written, and could not be uploaded.
             KeyboardInterrupt: says what is kept.
         """
         s = self.settings
+        if s.dry_run:
+            of = type(self).__name__
+            raise InputError(
+                f"dry_run runs nothing: {of}(settings).plan() says what a run would do."
+            )
         try:
             done = self._run()
         except KeyboardInterrupt as stop:
@@ -540,6 +547,11 @@ class DomainPhase(_Phase[Trained]):
                 what = "KL, prompts" if isinstance(part, OnPrompts) else "KL"
                 times = steps * self.settings.gradient_accumulation // part.every
                 yield dry_run.Beside(what, times, partial(part.try_out, self.model, batch))
+        if self.general is not None:  # once; it is more where the end is above the budget
+            rows = self.general[: self.settings.batch_size]
+            does = partial(divergence, self.model, rows, batch_size=len(rows))
+            times = -(-len(self.general) // len(rows))
+            yield dry_run.Beside("measuring", times, does, mixed=False)
 
     def _run(self) -> Trained:
         if self.finished:
