@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from hlora.data.tasks import Example, Task, load_task
+from hlora.errors import InputError
+from hlora.run import basepass
 from hlora.run.evaluate import (
     Forgetting,
     TextScore,
@@ -19,9 +22,10 @@ from hlora.run.evaluate import (
     summarize,
 )
 from hlora.run.models import load
-from hlora.study import basepass
+from hlora.run.scoring import evaluate, prepare
+from hlora.run.settings import EvalSettings
 from tests.conftest import base_model, lora_model, perturb
-from tests.tiny import questions, write_model, write_rows
+from tests.tiny import questions, tokenizer, write_model, write_rows, write_text
 
 
 def test_text_loss_is_the_model_s_own_on_shifted_labels():
@@ -207,3 +211,47 @@ def lora(model):
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     perturb(model)
     return model
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["v_proj", "lm_head"]])
+def test_an_adapter_that_moves_its_base_is_compared_with_the_base(init, targets, tmp_path):
+    """PEFT takes its start out of the weights again when it is loaded."""
+    write_text(tmp_path / "a.txt")
+    source = str(write_model(tmp_path / "model"))
+    model = load(source)[0]
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=init, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    perturb(adapted)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    settings = EvalSettings(
+        model=source, adapter=str(tmp_path / "adapter"), text=[str(tmp_path / "a.txt")],
+        block_size=16, text_blocks=5, batch_size=2, device="cpu", dtype="fp32",
+    )  # fmt: skip
+    found = evaluate(settings)["adapter"]["text"]["a"]
+    rows = prepare(settings)[2]["a"][:, :-1]
+    with torch.no_grad():
+        before = load(source)[0](input_ids=rows).logits.log_softmax(-1)
+        after = adapted(input_ids=rows).logits.log_softmax(-1)
+    kl = F.kl_div(after, before, log_target=True, reduction="none").sum(-1).mean(-1)
+    assert found.divergences == pytest.approx(kl.tolist(), rel=1e-4)
+    assert min(kl) > 1e-4
+
+
+def test_a_base_that_is_moved_and_cannot_be_kept_is_said(tmp_path):
+    write_text(tmp_path / "a.txt")
+    config = Gemma2Config(
+        vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, final_logit_softcapping=1.0,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    config = LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights="pissa")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    settings = EvalSettings(
+        model=str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), block_size=16,
+        text=[str(tmp_path / "a.txt")], device="cpu",
+    )  # fmt: skip
+    with pytest.raises(InputError, match="convert it to plain LoRA first"):
+        evaluate(settings)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from hlora.core.adapter_file import read_config
 from hlora.data.source import sources
 from hlora.data.tasks import Task, load_tasks
 from hlora.data.text import blocks
 from hlora.errors import InputError
 from hlora.files import refuse_file, write_json
 from hlora.hf.limits import vocabulary
-from hlora.run import harness
+from hlora.hf.peft import moves_base
+from hlora.run import basepass, harness
 from hlora.run.evaluate import figures_of, forgetting, score_task, score_text
 from hlora.run.inputs import bits
 from hlora.run.models import (
@@ -32,6 +35,8 @@ from hlora.run.settings import BLOCK, EvalSettings
 
 Scores = dict[str, dict[str, Any]]
 """`text`, `task` and `lm_eval`, each a score by name."""
+Before = Mapping[str, Iterator[Tensor] | None]
+"""The base model's logits by kind of text, batch by batch."""
 
 
 @tidied
@@ -50,11 +55,16 @@ def evaluate(settings: EvalSettings) -> dict[str, Scores]:
     named = [t for spec in settings.lm_eval for t in spec.split(",") if t]
     zoo = harness.prepare(named) if named else None  # checked before the model loads
     model, tokenizer, kinds, tasks = prepare(settings)
+    kept: Callable[[nn.Module], Before] | None = None
     if settings.adapter:  # before minutes of the base model
-        check_adapter_of(model, settings.adapter, others=True)
+        folder = check_adapter_of(model, settings.adapter, others=True)
+        if moves_base(read_config(folder)):
+            kept = _kept(model, kinds, settings)
 
     def all_scores(of: nn.Module) -> Scores:
-        scores = score(of, tokenizer, kinds, tasks, settings.batch_size, of is not model)
+        adapted = of is not model
+        before = kept(of) if adapted and kept else None
+        scores = score(of, tokenizer, kinds, tasks, settings.batch_size, adapted, before)
         if zoo:
             scores["lm_eval"] = harness.run(
                 of, tokenizer, zoo, batch_size=settings.batch_size,
@@ -101,7 +111,7 @@ def prepare(
 def score(
     model: nn.Module, tokenizer: Any, kinds: dict[str, Tensor], tasks: list[Task],
     batch_size: int, divergence: bool = False,
-    before: Mapping[str, Iterator[Tensor] | None] | None = None,
+    before: Before | None = None,
 ) -> Scores:  # fmt: skip
     """Scores by kind of text under `text`, by task under `task`.
 
@@ -120,6 +130,29 @@ def score(
                 model, tokenizer, task, batch_size=batch_size, tick=shown.update
             )
     return result
+
+
+def _kept(
+    model: nn.Module, kinds: dict[str, Tensor], settings: EvalSettings
+) -> Callable[[nn.Module], Before]:
+    """The base model's predictions, of the model with an adapter that moves its weights.
+
+    Raises:
+        InputError: they cannot be kept.
+    """
+    head = copy.deepcopy(model.get_output_embeddings())  # type: ignore[operator]
+    read: dict[str, list[Tensor]] = {}
+    for name, rows in kinds.items():
+        with basepass.listening(model) as reads, bar(f"{name}, base", len(rows)) as shown:
+            score_text(model, rows, batch_size=settings.batch_size, tick=shown.update)
+        if reads.batches is None:
+            raise InputError(
+                f"The initialization of {settings.adapter} moved the base model, whose predictions "
+                "cannot be kept beside it: convert it to plain LoRA first (PEFT's "
+                "path_initial_model_for_weight_conversion)."
+            )
+        read[name] = reads.batches
+    return lambda adapted: {k: basepass.predictions(adapted, of, head) for k, of in read.items()}
 
 
 def _as_json(settings: EvalSettings, scores: dict[str, Scores]) -> dict[str, Any]:

@@ -16,14 +16,14 @@ from hlora.core.adapter_file import ADAPTER_FILES
 from hlora.errors import HloraError, visible
 from hlora.files import write_whole
 from hlora.hf.peft import scale_adapter, scale_from
-from hlora.run import machine
+from hlora.run import basepass, machine
 from hlora.run.convert import convert
 from hlora.run.evaluate import TextScore, best, figures_of, pooled_forgetting
 from hlora.run.models import load_adapter
 from hlora.run.phases import TUNED, record, tune
 from hlora.run.scoring import prepare, score
 from hlora.run.settings import ConvertSettings
-from hlora.study import basepass, spec
+from hlora.study import spec
 from hlora.study.lines import groups_of_text
 from hlora.study.methods import METHODS
 from hlora.study.spec import Run, Study

@@ -1,4 +1,5 @@
-"""The base model's predictions on a study's text, made once for all of its runs.
+"""The base model's predictions on some text, kept: made once for all runs of a study, or before an
+adapter moves the weights of its base.
 
 What the head reads is kept in place of the logits: a vocabulary is wider than the model by far.
 """
@@ -6,7 +7,7 @@ What the head reads is kept in place of the logits: a vocabulary is wider than t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,19 @@ def logits(model: Any, path: Path) -> Iterator[Tensor] | None:
     if not path.exists():
         return None
     kept = load_file(path)
-    return _each(model, [kept[str(i)] for i in range(len(kept))])
+    return predictions(model, [kept[str(i)] for i in range(len(kept))])
 
 
-def _each(model: Any, batches: list[Tensor]) -> Iterator[Tensor]:
-    head = model.get_output_embeddings()
+def predictions(
+    model: Any, batches: Iterable[Tensor], head: nn.Module | None = None
+) -> Iterator[Tensor]:
+    """The logits (N, T, V) of each batch (N, T, width) that the base model's head read.
+
+    Args:
+        model: a PEFT model of it.
+        head: the base model's own, where the adapter moved it.
+    """
+    head = head or model.get_output_embeddings()
     for batch in batches:
         with torch.no_grad(), without_adapter(model):
             found = head(batch.to(next(model.parameters()).device))
