@@ -97,7 +97,9 @@ def test_a_method_is_read_where_it_forgets_least():
         a_run("lora-mu", nll=1.0, kl=0.2), a_run("kl", phi=1.0, nll=1.4, kl=0.15),
         a_run("kl", phi=2.0, nll=0.9, kl=0.05),
     )  # fmt: skip
-    assert Matched.of(found, "a").least("kl", 0.99)[0] == pytest.approx(0.1)
+    of = Matched.of(found, "a")
+    assert of.least("kl", 0.99)[0] == pytest.approx(0.1)
+    assert [p.gone for p in of.curve("kl")[0]] == pytest.approx([0.4, 0.3, 0.1])
 
 
 def test_a_gain_that_is_not_reached_is_said():
