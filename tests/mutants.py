@@ -318,6 +318,10 @@ MUTANTS = [
            "self.asked or at_end", "self.asked", STOPPED),
     Mutant("a stop says nothing of what is kept", "run/training.py",
            "newest_whole(work) if ours else None", "None", STOPPED),
+    Mutant("a stop after the last step is forgotten", "run/phases.py",
+           "if self.stop and self.stop.asked:", "if False:", STOPPED),
+    Mutant("a second stop breaks what is written", "run/progress.py",
+           "Asked(patient=True)", "Asked()", STOPPED),
     # What a study says
     Mutant("runs that are far apart are joined", S + "matched.py",
            "high <= GAP * low", "high <= 1e9 * low", MATCHED),

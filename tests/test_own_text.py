@@ -139,9 +139,9 @@ def test_a_plan_counts_what_a_budget_measures_and_only_plan_takes_it(
     rows = write_rows(tmp_path / "task.jsonl", [{"prompt": "a", "completion": " b"}] * 20)
     argv = ["tune", "--model", str(tiny), "--task", str(rows), "--output", str(tmp_path / "mu")]
     argv += ["--device", "cpu", "--max-steps", "2", "--batch-size", "5", "--importance", nu]
-    assert "measuring" not in planned(argv, monkeypatch, capsys)
+    assert "last check" not in planned(argv, monkeypatch, capsys)
     said = planned([*argv, "--forget-at-most", "0.1", "--text", text], monkeypatch, capsys)
-    assert "measuring   5 in all, 3.00 s each" in said  # 24 rows, in batches of 5
+    assert "last check  5 in all, 3.00 s each" in said  # 24 rows, in batches of 5
     settings = TuneSettings(
         model=str(tiny), task=str(rows), output=str(tmp_path / "mu"), dry_run=True
     )

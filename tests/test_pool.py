@@ -70,6 +70,36 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     wait_until(lambda: not worker.exists() or worker.read_text().split()[2] == "Z")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="sends signals")
+def test_a_second_stop_waits_for_no_worker(tmp_path):
+    """The first lets the workers end by themselves, which these do not."""
+    marker = tmp_path / "pid"
+    script = (
+        "from tests.test_pool import deaf\nfrom hlora.study.pool import outcomes\n"
+        f"if __name__ == '__main__':\n    list(outcomes([(deaf, {str(marker)!r})] * 2, 2))\n"
+    )
+    (tmp_path / "parent.py").write_text(script)
+    root = Path(__file__).parents[1]
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")], stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    wait_until(lambda: marker.exists() and marker.read_text())
+    time.sleep(1)
+    parent.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        parent.wait(2)
+    parent.send_signal(signal.SIGINT)
+    parent.wait(30)
+    worker = Path("/proc") / marker.read_text() / "stat"
+    wait_until(lambda: not worker.exists() or worker.read_text().split()[2] == "Z")
+
+
+def deaf(marker):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    naps(marker)
+
+
 def wait_until(holds, seconds=60):
     for _ in range(10 * seconds):
         if holds():

@@ -42,9 +42,10 @@ def terminate(*args, **kwargs):
     raise AssertionError("It was not heard.")
 
 
-def signalled(then):
+def signalled(then, times=1):
     def first(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
         return then(*args, **kwargs)
 
     return first
@@ -69,10 +70,14 @@ def test_what_was_trained_outlives_a_stop_while_it_is_measured(place, held, monk
     assert not (place.folder / "mu" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("phase", ["tune", "record", "gather"])
-def test_a_stop_while_the_result_is_written_comes_after_it(place, phase, monkeypatch, capsys):
+def test_a_stop_while_the_result_is_written_comes_after_it(
+    place, phase, times, monkeypatch, capsys
+):
+    """A second one too: what is half written is neither kept nor gone."""
     if phase == "gather":
-        monkeypatch.setattr(phases, "save_importance", signalled(phases.save_importance))
+        monkeypatch.setattr(phases, "save_importance", signalled(phases.save_importance, times))
         argv = ["record", "--model", place.model, "--sequences", "4", "--block-size", "16"]
         code = cli.main([*argv, "--output", str(place.folder / "nu")])
     elif phase == "record":
@@ -80,12 +85,39 @@ def test_a_stop_while_the_result_is_written_comes_after_it(place, phase, monkeyp
         code = place.record("--save-steps", "0")
     else:
         place.record()
-        monkeypatch.setattr(phases, "save_adapter", signalled(phases.save_adapter))
+        monkeypatch.setattr(phases, "save_adapter", signalled(phases.save_adapter, times))
         code = place.tune("--save-steps", "0")
     output = place.folder / ("mu" if phase == "tune" else "nu")
     assert code == 130
     assert f"Stopped. The result is whole, in {output}." in capsys.readouterr().err
     assert (output / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("phase", ["tune", "record"])
+def test_a_stop_after_the_last_step_is_one(place, phase, monkeypatch, capsys):
+    """The result is written, and then it stops."""
+    if phase == "tune":
+        place.record()
+    monkeypatch.setattr(progress.Progress, "on_train_end", signalled(lambda *a, **k: None))
+    assert (place.record if phase == "record" else place.tune)("--save-steps", "0") == 130
+    output = place.folder / ("mu" if phase == "tune" else "nu")
+    assert f"Stopped. The result is whole, in {output}." in capsys.readouterr().err
+    assert (output / "adapter_config.json").exists()
+
+
+def test_what_a_process_ignores_it_ignores_while_it_listens():
+    """A worker leaves Ctrl-C to its parent, which then asks it to end."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stop = progress.Asked()
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.asked
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.asked
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def at_once(self, args, state, control, **kwargs):
@@ -108,6 +140,67 @@ def test_a_stop_at_once_says_which_step_is_kept(place, every, said, monkeypatch,
     assert "Stopped. Nothing of this run was kept" in capsys.readouterr().err
     monkeypatch.undo()
     assert place.record("--save-steps", every, "--resume") == 0
+
+
+def test_what_is_said_to_go_on_with_is_taken(place, monkeypatch, capsys):
+    place.record()
+    monkeypatch.setattr(Record, "on_step_end", at_once)
+    again = ["--save-steps", "2", "--learning-rate", "0.003"]
+    assert place.record(*again, "--overwrite") == 130
+    assert "--overwrite --resume\n" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(progress.Progress, "on_step_end", fifth_only)
+    assert place.record(*again, "--overwrite", "--resume") == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(phases, "load", stop)
+    capsys.readouterr()
+    assert place.record(*again, "--resume") == 130
+    assert f"The result in {place.folder / 'nu'} is as it was." in capsys.readouterr().err
+
+
+def fifth_only(self, args, state, control, **kwargs):
+    assert state.global_step > 4
+
+
+def test_a_half_written_checkpoint_hinders_nothing(place, monkeypatch, capsys):
+    monkeypatch.setattr(Record, "on_step_end", at_once)
+    assert place.record("--save-steps", "4") == 130
+    (place.folder / "nu/checkpoints/checkpoint-4/trainer_state.json").unlink()
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert place.record("--save-steps", "4") == 0  # without --resume or --overwrite
+
+
+def test_a_stop_while_it_is_looked_what_is_kept(place, monkeypatch, capsys):
+    monkeypatch.setattr(Record, "on_step_end", at_once)
+    monkeypatch.setattr(phases, "kept", stop)
+    assert place.record("--save-steps", "2") == 130
+    said = f"Stopped. The checkpoints in {place.folder / 'nu'} are kept: --resume goes on."
+    assert said in capsys.readouterr().err
+    monkeypatch.undo()
+    assert place.record("--save-steps", "2", "--resume") == 0
+
+
+def test_a_stop_that_a_library_made_an_error_of_its_own(place, monkeypatch, capsys):
+    def importing(settings):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ModuleNotFoundError("half imported") from None
+
+    __import__("hlora.cli.record")
+    monkeypatch.setattr("hlora.cli.record.run", importing)
+    assert place.record() == 130
+    assert capsys.readouterr().err == "hlora: Stopped.\n"
+
+
+def test_a_demo_that_was_stopped_before_it_began(tmp_path, monkeypatch, capsys):
+    __import__("hlora.cli.demo")
+    monkeypatch.setattr("hlora.cli.demo.run", stop)
+    for page, said in ((False, "without --overwrite goes on"), (True, "Nothing of this run")):
+        (tmp_path / "report.html").write_text("") if page else None
+        assert cli.main(["demo", "--output", str(tmp_path), "--overwrite"]) == 130
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stop", [stop, terminate])
@@ -138,6 +231,9 @@ def test_a_study_and_an_upload_say_what_they_keep(place, monkeypatch, capsys, tm
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", stop)
     with pytest.raises(KeyboardInterrupt, match=rf"result is whole, in {tmp_path}\. Again\."):
         hub.push(tmp_path, "me/mu", advice=" Again.")
+    for more, said in ([], "--resume tries again"), (["--overwrite"], "and without --overwrite"):
+        assert place.record("--push-to-hub", "me/nu", *more) == 130
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,9 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns 0, 1 (failed), 2 (the user's mistake) or 130 (Ctrl-C, SIGTERM)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    heard: list[int] = []
     try:
-        with _terminated_as_interrupted():
+        with _listening(heard):
             return _run(argv)
     except HloraError as error:
         return _complain(str(error), 1 if isinstance(error, (DivergedError, HubError)) else 2)
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except Exception as error:
+        if heard:  # a library that was being imported made it an error of its own
+            return _complain("Stopped.", 130)
         from hlora.files import is_full_disk
 
         if is_full_disk(error):
@@ -66,20 +69,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def _listening(heard: list[int]) -> Iterator[None]:
     """SIGTERM, a scheduler's Ctrl-C, says what is kept too; training hears both by itself."""
     if threading.current_thread() is not threading.main_thread():  # only it may listen
         yield
         return
 
     def stop(signum: int, frame: Any) -> None:
+        heard.append(signum)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    both = (signal.SIGINT, signal.SIGTERM)
+    listened = [s for s in both if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {s: signal.signal(s, stop) for s in listened}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(argv: list[str]) -> int:
@@ -133,16 +140,27 @@ def _smaller(argv: list[str]) -> str:
 
 def _kept(name: str, settings: Any, said: str) -> str:
     """What a command that was stopped says. Runs of theirs say what they kept themselves."""
-    if name in ("study", "demo"):
+    from hlora.files import MARKERS
+    from hlora.run.outputs import NOTHING
+
+    output = Path(getattr(settings, "output", None) or ".")
+    begun = not (name == "demo" and (output / "report.html").exists())
+    if name in ("study", "demo") and begun:
         without = " without --overwrite" if getattr(settings, "overwrite", False) else ""
         return f"Stopped. Finished runs are kept: the same command{without} goes on."
     if said:
         return said
     if name == "report":
         return "Stopped. The report may lack a part: the same command writes it again."
-    if getattr(settings, "resume", False) and any(Path(settings.output).glob("checkpoints/c*")):
-        return f"Stopped. The checkpoints in {settings.output} are kept: the same command goes on."
-    return "Stopped. Nothing of this run was kept: the same command starts again."
+    if not hasattr(settings, "resume"):
+        return f"Stopped. {NOTHING}"
+    resumed = settings.resume
+    if any(output.glob("checkpoints/checkpoint-*")) and (resumed or not settings.overwrite):
+        goes_on = "the same command goes on" if resumed else "--resume goes on"
+        return f"Stopped. The checkpoints in {output} are kept: {goes_on}."
+    if resumed and any((output / marker).exists() for marker in MARKERS):
+        return f"Stopped. The result in {output} is as it was."
+    return f"Stopped. {NOTHING}"
 
 
 def _overview() -> str:

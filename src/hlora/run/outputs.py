@@ -13,6 +13,9 @@ from hlora.files import take_away, unlock
 S = TypeVar("S")
 T = TypeVar("T")
 
+NOTHING = "Nothing of this run was kept: the same command starts again."
+"""What is said of a run that was stopped before it kept anything."""
+
 
 @contextmanager
 def leaving(settings: Any) -> Iterator[None]:

@@ -62,7 +62,7 @@ from hlora.run.models import (
 from hlora.run.outputs import tidied
 from hlora.run.own_text import own_text
 from hlora.run.own_text import trial as own_text_trial
-from hlora.run.progress import bar, unbroken
+from hlora.run.progress import Interruptible, bar, unbroken
 from hlora.run.rewind import within_budget
 from hlora.run.settings import (
     BLOCK,
@@ -161,6 +161,7 @@ class _Phase(Generic[Done]):
     def __init__(self) -> None:
         self.also_read: list[Tensor] = []  # tokens besides `rows`
         self.begun: str | None = None  # the run's id
+        self.stop: Interruptible | None = None  # of a training
 
     def _load_model(self) -> None:
         s = self.settings
@@ -180,7 +181,8 @@ class _Phase(Generic[Done]):
 
     @property
     def _resume_with(self) -> str:
-        return f"Continue with: hlora {self.command} ... --output {self.output} --resume"
+        over = "--overwrite " * self.settings.overwrite  # what it goes over is still there
+        return f"Continue with: hlora {self.command} ... --output {self.output} {over}--resume"
 
     def _write_own(self, count: int, length: int, seed: int = 0) -> Tensor:
         with bar("the model's own text", count) as shown:
@@ -207,11 +209,14 @@ class _Phase(Generic[Done]):
             )
         try:
             done = self._run()
+            if self.stop and self.stop.asked:
+                raise KeyboardInterrupt
         except KeyboardInterrupt as stop:
             said = str(stop) or f"Stopped. {kept(s, self.marker, self.begun, self._resume_with)}"
             raise KeyboardInterrupt(said) from None
         if s.push_to_hub and is_main():
-            again = " The same command with --resume tries again."
+            only = " and without --overwrite" * s.overwrite
+            again = f" The same command with --resume{only} tries again."
             record = getattr(s, "record", None)
             more = Path(record) if record else None
             push(Path(s.output), s.push_to_hub, more=more, public=s.public, advice=again)
@@ -340,9 +345,10 @@ class GeneralPhase(_Phase[Recorded]):
         }  # fmt: skip
         if self.recorder is not None:
             self.recorder.notes = notes
+            self.stop = Interruptible(self._resume_with)
             train(
                 self.settings, self.model, self.rows, [self.recorder], what="general phase",
-                run=run, collate=self.collate, resume_with=self._resume_with,
+                run=run, collate=self.collate, stop=self.stop,
             )  # fmt: skip
             clean_up(self.settings)
             summary = self.recorder.summary
@@ -551,7 +557,7 @@ class DomainPhase(_Phase[Trained]):
             rows = self.general[: self.settings.batch_size]
             does = partial(divergence, self.model, rows, batch_size=len(rows))
             times = -(-len(self.general) // len(rows))
-            yield dry_run.Beside("measuring", times, does, mixed=False)
+            yield dry_run.Beside("last check", times, does, mixed=False)
 
     def _run(self) -> Trained:
         if self.finished:
@@ -562,10 +568,11 @@ class DomainPhase(_Phase[Trained]):
         for rows, which in self.unwritten:
             with without_adapter(self.model):
                 rows[which] = self._write_own(len(which), rows.shape[1])
+        self.stop = Interruptible(self._resume_with, at_end=budget is not None)
         trained = train(
             self.settings, self.model, self.rows, self.parts,
             what=f"domain phase, {self.task.name}", run=run, collate=self.collate,
-            resume_with=self._resume_with, more_follows=budget is not None,
+            stop=self.stop,
         )  # fmt: skip
         if self.corda:
             self.model, self.pairs = self.corda.plain()

@@ -15,6 +15,8 @@ from transformers import TrainerCallback
 from hlora.errors import visible
 from hlora.hf.distributed import is_main
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
 
 def watched() -> bool:
     """Whether a person looks at the progress."""
@@ -54,13 +56,19 @@ class Progress(TrainerCallback):
 
 
 class Asked:
-    """Ctrl-C or SIGTERM is noted while `listening`; another stops at once."""
+    """Ctrl-C or SIGTERM is noted while `listening`; another stops at once.
 
-    def __init__(self) -> None:
-        self.asked = False
+    What a process ignores it still ignores: a worker leaves Ctrl-C to its parent.
+
+    Args:
+        patient: another is only noted too.
+    """
+
+    def __init__(self, patient: bool = False) -> None:
+        self.asked, self.patient = False, patient
 
     def _ask(self, signum: int, frame: Any) -> None:
-        if self.asked:
+        if self.asked and not self.patient:
             raise KeyboardInterrupt
         self.asked = True
 
@@ -69,7 +77,8 @@ class Asked:
         if threading.current_thread() is not threading.main_thread():  # only it may listen
             yield
             return
-        before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        heard = [s for s in STOPS if signal.getsignal(s) is not signal.SIG_IGN]
+        before = {s: signal.signal(s, self._ask) for s in heard}
         try:
             yield
         finally:
@@ -80,7 +89,7 @@ class Asked:
 @contextmanager
 def unbroken() -> Iterator[None]:
     """What is written inside is written whole: Ctrl-C or SIGTERM stops after it."""
-    stop = Asked()
+    stop = Asked(patient=True)
     with stop.listening():
         yield
     if stop.asked:
@@ -94,7 +103,8 @@ class Interruptible(Asked, TrainerCallback):
 
     Args:
         advice: how to go on.
-        at_end: write one at the last step, whoever asks: more than a moment's work follows.
+        at_end: write one at the last step, whoever asks: more than a moment's work follows, before
+            which Ctrl-C stops.
     """
 
     def __init__(self, advice: str, at_end: bool = False) -> None:

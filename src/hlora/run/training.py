@@ -33,6 +33,7 @@ from hlora.hf.checkpoints import newest_whole
 from hlora.hf.distributed import is_main, refuse_plan, wait_for_all
 from hlora.hf.hub import located
 from hlora.run.models import pick_device, pick_dtype
+from hlora.run.outputs import NOTHING
 from hlora.run.progress import Interruptible, Progress, bar
 from hlora.run.schedule import ResumedRate
 from hlora.run.settings import OF_EACH, TrainSettings, listed
@@ -183,8 +184,7 @@ def train(
     what: str,
     run: dict[str, Any],
     collate: Callable | None = None,
-    resume_with: str = "",
-    more_follows: bool = False,
+    stop: Interruptible,
 ) -> Trained:
     """Train, from the last whole checkpoint if the settings say so.
 
@@ -192,9 +192,7 @@ def train(
         parts: recordings and regularizers, see `hlora.attach`.
         what: the label of the progress bar.
         run: from `begin_run`.
-        resume_with: the advice after Ctrl-C.
-        more_follows: the caller has long to do before it writes the result, so that a checkpoint
-            is kept of the end, and Ctrl-C stops there.
+        stop: what Ctrl-C does. Where it was asked for after the last step, `stop.asked` says so.
     """
     work = work_folder(settings)
     args = arguments(settings)
@@ -205,7 +203,6 @@ def train(
         logger.warning("Resuming from %s.", checkpoint)
     if args.gradient_checkpointing:  # else a frozen base has no path for gradients
         model.enable_input_require_grads()  # type: ignore[operator]
-    stop = Interruptible(resume_with or "Continue with --resume.", more_follows)
     refuse_plan(fsdp2=False)
     attach(trainer, *parts, BadSteps(settings.max_bad_steps), unheld=settings.unheld)
     trainer.remove_callback(PrinterCallback)
@@ -220,7 +217,7 @@ def train(
     began = time.monotonic()
     with stop.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.asked and more_follows:
+    if stop.asked and stop.at_end:
         raise KeyboardInterrupt
     log = [e for e in trainer.state.log_history if math.isfinite(e.get("loss", math.nan))]
     log = [
@@ -285,7 +282,7 @@ def check_unfinished(settings: TrainSettings, marker: str) -> bool:
         if not changed:
             return True
         goes_on = all(_is_longer(k, *both) for k, both in changed.items())
-        if goes_on and not any(work.glob("checkpoint-*")):
+        if goes_on and newest_whole(work) is None:
             raise InputError(
                 f"The run in {output} is finished and its checkpoints are gone, so that it cannot "
                 "be lengthened (--keep-checkpoint would have kept one): start again with "
@@ -293,9 +290,9 @@ def check_unfinished(settings: TrainSettings, marker: str) -> bool:
             )
     if not goes_on:
         refuse_result(output, settings.overwrite)
-    if not any(work.glob("checkpoint-*")):
-        return False
     if settings.overwrite and not settings.resume:
+        return False
+    if newest_whole(work) is None:
         return False
     if not settings.resume:
         raise InputError(
@@ -393,9 +390,6 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-NOTHING_KEPT = "Nothing of this run was kept: the same command starts again."
-
-
 def kept(settings: TrainSettings, marker: str, run: str | None, resume_with: str) -> str:
     """What there is of a run that was stopped, and how to go on.
 
@@ -409,7 +403,7 @@ def kept(settings: TrainSettings, marker: str, run: str | None, resume_with: str
     ours = settings.resume or (run and _noted(work / NOTES).get("run") == run)
     checkpoint = newest_whole(work) if ours else None
     if checkpoint is None:
-        return NOTHING_KEPT
+        return NOTHING
     return f"Step {checkpoint.name.split('-')[1]} is kept. {resume_with}"
 
 

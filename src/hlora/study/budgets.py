@@ -27,14 +27,16 @@ def _told(told: dict[str, float | None]) -> list[str]:
     budget, predicted, measured, error, share, kept = (
         told.get(k) for k in ("budget", "predicted", "measured", "measured_se", "share", "kept")
     )
-    spread = "" if error is None else f" ± {error:.4f}"
+    form = ".4f" if budget and budget >= 1e-3 else ".7f"
+    spread = "" if error is None else f" ± {error:{form}}"
     return [
-        _shown(budget, "g"), _shown(predicted), _shown(measured) + spread,
-        _ratio(measured, predicted), _shown(share, ".3f"), _shown(kept), _ratio(kept, budget),
+        _shown(budget, "g"), _shown(predicted, form), _shown(measured, form) + spread,
+        _ratio(measured, predicted), _shown(share, ".3f"), _shown(kept, form),
+        _ratio(kept, budget),
     ]  # fmt: skip
 
 
-def _shown(value: float | None, form: str = ".4f") -> str:
+def _shown(value: float | None, form: str) -> str:
     return "–" if value is None else f"{value:{form}}"
 
 

@@ -47,10 +47,22 @@ def outcomes(
             yield index, _tried(threads.submit(in_its_own, calls[index]).result)
     except BaseException:
         threads.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
+        _end_all()
         raise
     threads.shutdown()
+
+
+def _end_all() -> None:
+    """The workers save what they train and end; a second Ctrl-C does not wait for that."""
+    try:
+        while running := multiprocessing.active_children():
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.join()
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
 
 
 def _tried(call: Callable[..., Any], *args: Any) -> Any:
