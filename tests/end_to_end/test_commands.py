@@ -422,6 +422,17 @@ def test_help_answers_in_under_a_second_of_processor_time():
     assert done.stdout.splitlines()[-1] == "False"
 
 
+def test_the_libraries_say_nothing_of_their_own(place):
+    """Nor while they are imported."""
+    argv = ["record", "--model", place.model, "--sequences", "4", "--block-size", "16"]
+    argv += ["--output", str(place.folder / "nu"), "--dry-run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hlora", *argv], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    assert "nothing was trained" in done.stdout
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_keep_a_checkpoint(place, number):
     """A real signal to a real process, half-way."""

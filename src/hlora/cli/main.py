@@ -111,8 +111,9 @@ def _run(argv: list[str]) -> int:
     check(settings)
     with leaving(settings):
         try:
+            quiet_libraries()  # some speak while they are imported
             command = import_module(f"hlora.cli.{name}")
-            quiet_libraries()
+            quiet_libraries()  # and transformers is told when it is there
             command.run(settings)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(_kept(name, settings, str(stop))) from None
