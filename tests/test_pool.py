@@ -82,7 +82,7 @@ def test_a_second_stop_waits_for_no_worker(tmp_path):
     root = Path(__file__).parents[1]
     parent = subprocess.Popen(
         [sys.executable, str(tmp_path / "parent.py")], stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(root)}, preexec_fn=heard,
     )  # fmt: skip
     wait_until(lambda: marker.exists() and marker.read_text())
     time.sleep(1)
@@ -93,6 +93,11 @@ def test_a_second_stop_waits_for_no_worker(tmp_path):
     parent.wait(30)
     worker = Path("/proc") / marker.read_text() / "stat"
     wait_until(lambda: not worker.exists() or worker.read_text().split()[2] == "Z")
+
+
+def heard():
+    """In a process of pytest-xdist Ctrl-C is ignored, and in its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def deaf(marker):

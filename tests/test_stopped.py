@@ -105,8 +105,9 @@ def test_a_stop_after_the_last_step_is_one(place, phase, monkeypatch, capsys):
     assert (output / "adapter_config.json").exists()
 
 
-def test_what_a_process_ignores_it_ignores_while_it_listens():
-    """A worker leaves Ctrl-C to its parent, which then asks it to end."""
+def test_what_a_worker_leaves_to_its_parent_it_ignores_while_it_listens(monkeypatch):
+    """The parent then asks it to end."""
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: "there is one")
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         stop = progress.Asked()

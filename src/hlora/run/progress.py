@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import sys
 import threading
@@ -58,7 +59,7 @@ class Progress(TrainerCallback):
 class Asked:
     """Ctrl-C or SIGTERM is noted while `listening`; another stops at once.
 
-    What a process ignores it still ignores: a worker leaves Ctrl-C to its parent.
+    Ctrl-C that a worker leaves to its parent it still ignores.
 
     Args:
         patient: another is only noted too.
@@ -77,13 +78,17 @@ class Asked:
         if threading.current_thread() is not threading.main_thread():  # only it may listen
             yield
             return
-        heard = [s for s in STOPS if signal.getsignal(s) is not signal.SIG_IGN]
-        before = {s: signal.signal(s, self._ask) for s in heard}
+        before = {s: signal.signal(s, self._ask) for s in STOPS if not _left_to_parent(s)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _left_to_parent(number: int) -> bool:
+    ignored = signal.getsignal(number) is signal.SIG_IGN
+    return ignored and multiprocessing.parent_process() is not None
 
 
 @contextmanager
