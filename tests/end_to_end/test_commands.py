@@ -444,11 +444,14 @@ def test_ctrl_c_and_sigterm_keep_a_checkpoint(place, number):
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     settings = place.folder / "nu" / "checkpoints" / "settings.json"
     until = time.monotonic() + 120
-    while not settings.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.2)
-    time.sleep(3)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    try:
+        while not settings.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.2)
+        time.sleep(3)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "Stopped at step" in err
     assert "--resume" in err
