@@ -324,7 +324,7 @@ def test_a_dry_run_counts_looks_and_kl(tmp_path, capsys):
     for more, lines in (
         ([], {"looks": 4}), (["--look-every", "0"], {}), (["--phi", "0"], {}),
         (["--forget-at-most", "0.1", "--text", str(tmp_path / "a.txt")],
-         {"looks": 4, "measuring": 16}),
+         {"looks": 4, "measuring": 16, "last check": 1}),
         (["--look-every", "16", "--kl", str(tmp_path / "a.txt"), "task"],
          {"looks": 2, "KL": 20, "KL, prompts": 20}),
     ):  # fmt: skip
