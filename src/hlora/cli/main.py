@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +12,7 @@ from typing import Any
 import hlora
 from hlora.errors import DivergedError, HloraError, HubError, InputError, suggest, visible
 from hlora.run import settings as config
+from hlora.run.signals import hearing
 
 COMMANDS = {
     "record": (
@@ -41,8 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns 0, 1 (failed), 2 (the user's mistake) or 130 (Ctrl-C, SIGTERM)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     heard: list[int] = []
+
+    def hear(signum: int, frame: Any) -> None:
+        heard.append(signum)
+        raise KeyboardInterrupt
+
     try:
-        with _listening(heard):
+        with hearing(hear):  # training hears by itself
             return _run(argv)
     except HloraError as error:
         return _complain(str(error), 1 if isinstance(error, (DivergedError, HubError)) else 2)
@@ -66,27 +68,6 @@ def main(argv: list[str] | None = None) -> int:
         if "out of memory" in str(error).lower():
             return _complain(f"Out of memory on the device: {_smaller(argv)}.", 1)
         raise
-
-
-@contextmanager
-def _listening(heard: list[int]) -> Iterator[None]:
-    """SIGTERM, a scheduler's Ctrl-C, says what is kept too; training hears both by itself."""
-    if threading.current_thread() is not threading.main_thread():  # only it may listen
-        yield
-        return
-
-    def stop(signum: int, frame: Any) -> None:
-        heard.append(signum)
-        raise KeyboardInterrupt
-
-    both = (signal.SIGINT, signal.SIGTERM)
-    listened = [s for s in both if signal.getsignal(s) is not signal.SIG_IGN]
-    before = {s: signal.signal(s, stop) for s in listened}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _run(argv: list[str]) -> int:

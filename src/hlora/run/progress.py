@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +13,7 @@ from transformers import TrainerCallback
 
 from hlora.errors import visible
 from hlora.hf.distributed import is_main
-
-STOPS = (signal.SIGINT, signal.SIGTERM)
+from hlora.run.signals import hearing
 
 
 def watched() -> bool:
@@ -75,20 +72,9 @@ class Asked:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():  # only it may listen
+        is_worker = multiprocessing.parent_process() is not None
+        with hearing(self._ask, if_ignored=not is_worker):
             yield
-            return
-        before = {s: signal.signal(s, self._ask) for s in STOPS if not _left_to_parent(s)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _left_to_parent(number: int) -> bool:
-    ignored = signal.getsignal(number) is signal.SIG_IGN
-    return ignored and multiprocessing.parent_process() is not None
 
 
 @contextmanager
