@@ -444,6 +444,10 @@ def starts_at_base(model: nn.Module) -> bool:
     return not moves_base(vars(adapter_config(unwrap(model))[1]))
 
 
+PLAIN_FIRST = "convert it to plain LoRA first (PEFT's path_initial_model_for_weight_conversion)."
+"""What to do with an adapter that moved its base, where that cannot be had."""
+
+
 def moves_base(config: Mapping[str, Any]) -> bool:
     """Whether a new adapter with these settings takes its start out of the base weights."""
     init = config.get("init_lora_weights")

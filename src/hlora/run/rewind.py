@@ -24,7 +24,7 @@ from hlora.data.rows import Collate
 from hlora.errors import InputError
 from hlora.files import publish, refuse_result, write_json
 from hlora.hf.hub import check_name, located, pinned, push
-from hlora.hf.peft import base_of, find_pairs, save_adapter, starts_at_base
+from hlora.hf.peft import PLAIN_FIRST, base_of, find_pairs, save_adapter, starts_at_base
 from hlora.run import machine
 from hlora.run.evaluate import Forgetting, divergence, score_task
 from hlora.run.inputs import check_apart
@@ -107,8 +107,7 @@ def rewind(settings: RewindSettings) -> Rewound:
     if not starts_at_base(model):
         raise InputError(
             f"The initialization of {settings.adapter} moved the base model, so a scaled adapter "
-            "is not between the two: convert it to plain LoRA first (PEFT's "
-            "path_initial_model_for_weight_conversion)."
+            f"is not between the two: {PLAIN_FIRST}"
         )
     pairs = find_pairs(model)
     if stored:

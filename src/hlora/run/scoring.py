@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hlora.data.text import blocks
 from hlora.errors import InputError
 from hlora.files import refuse_file, write_json
 from hlora.hf.limits import vocabulary
-from hlora.hf.peft import moves_base
+from hlora.hf.peft import PLAIN_FIRST, moves_base
 from hlora.run import basepass, harness
 from hlora.run.evaluate import figures_of, forgetting, score_task, score_text
 from hlora.run.inputs import bits
@@ -35,8 +36,8 @@ from hlora.run.settings import BLOCK, EvalSettings
 
 Scores = dict[str, dict[str, Any]]
 """`text`, `task` and `lm_eval`, each a score by name."""
-Before = Mapping[str, Iterator[Tensor] | None]
-"""The base model's logits by kind of text, batch by batch."""
+Keep = Callable[[str, basepass.Reads], None]
+"""Takes a kind of text, and what the head read of it."""
 
 
 @tidied
@@ -55,16 +56,22 @@ def evaluate(settings: EvalSettings) -> dict[str, Scores]:
     named = [t for spec in settings.lm_eval for t in spec.split(",") if t]
     zoo = harness.prepare(named) if named else None  # checked before the model loads
     model, tokenizer, kinds, tasks = prepare(settings)
-    kept: Callable[[nn.Module], Before] | None = None
+    keep, read, head = None, dict[str, list[Tensor]](), None
     if settings.adapter:  # before minutes of the base model
         folder = check_adapter_of(model, settings.adapter, others=True)
         if moves_base(read_config(folder)):
-            kept = _kept(model, kinds, settings)
+            head = copy.deepcopy(model.get_output_embeddings())  # type: ignore[operator]
 
-    def all_scores(of: nn.Module) -> Scores:
-        adapted = of is not model
-        before = kept(of) if adapted and kept else None
-        scores = score(of, tokenizer, kinds, tasks, settings.batch_size, adapted, before)
+            def keep(kind: str, reads: basepass.Reads) -> None:
+                if reads.batches is None:
+                    raise InputError(
+                        f"The initialization of {settings.adapter} moved the base model, whose "
+                        f"predictions cannot be kept beside it: {PLAIN_FIRST}"
+                    )
+                read[kind] = reads.batches
+
+    def all_scores(of: nn.Module, **more: Any) -> Scores:
+        scores = score(of, tokenizer, kinds, tasks, settings.batch_size, **more)
         if zoo:
             scores["lm_eval"] = harness.run(
                 of, tokenizer, zoo, batch_size=settings.batch_size,
@@ -72,9 +79,11 @@ def evaluate(settings: EvalSettings) -> dict[str, Scores]:
             )  # fmt: skip
         return scores
 
-    found = {"base": all_scores(model)}
+    found = {"base": all_scores(model, keep=keep)}
     if settings.adapter:
-        found["adapter"] = all_scores(load_adapter(model, settings.adapter, others=True))
+        adapted = load_adapter(model, settings.adapter, others=True)
+        before = {kind: basepass.predictions(adapted, of, head) for kind, of in read.items()}
+        found["adapter"] = all_scores(adapted, divergence=True, before=before)
     if settings.json:
         write_json(Path(settings.json), _as_json(settings, found))
     return found
@@ -111,48 +120,29 @@ def prepare(
 def score(
     model: nn.Module, tokenizer: Any, kinds: dict[str, Tensor], tasks: list[Task],
     batch_size: int, divergence: bool = False,
-    before: Before | None = None,
+    before: Mapping[str, Iterator[Tensor] | None] | None = None, keep: Keep | None = None,
 ) -> Scores:  # fmt: skip
     """Scores by kind of text under `text`, by task under `task`.
 
-    `before` has the base model's logits by kind of text, where they are there already.
+    `before` has the base model's logits by kind of text, where they are there already; `keep` is
+    given what they are made of.
     """
     result: Scores = {"text": {}, "task": {}}
     for name, rows in kinds.items():
-        with bar(name, len(rows)) as shown:
+        listening = basepass.listening(model) if keep else nullcontext()
+        with bar(name, len(rows)) as shown, listening as reads:
             result["text"][name] = score_text(
                 model, rows, batch_size=batch_size, tick=shown.update, divergence=divergence,
                 before=(before or {}).get(name),
             )  # fmt: skip
+        if keep and reads:
+            keep(name, reads)
     for task in tasks:
         with bar(task.name, sum(len(e.choices) for e in task.examples)) as shown:
             result["task"][task.name] = score_task(
                 model, tokenizer, task, batch_size=batch_size, tick=shown.update
             )
     return result
-
-
-def _kept(
-    model: nn.Module, kinds: dict[str, Tensor], settings: EvalSettings
-) -> Callable[[nn.Module], Before]:
-    """The base model's predictions, of the model with an adapter that moves its weights.
-
-    Raises:
-        InputError: they cannot be kept.
-    """
-    head = copy.deepcopy(model.get_output_embeddings())  # type: ignore[operator]
-    read: dict[str, list[Tensor]] = {}
-    for name, rows in kinds.items():
-        with basepass.listening(model) as reads, bar(f"{name}, base", len(rows)) as shown:
-            score_text(model, rows, batch_size=settings.batch_size, tick=shown.update)
-        if reads.batches is None:
-            raise InputError(
-                f"The initialization of {settings.adapter} moved the base model, whose predictions "
-                "cannot be kept beside it: convert it to plain LoRA first (PEFT's "
-                "path_initial_model_for_weight_conversion)."
-            )
-        read[name] = reads.batches
-    return lambda adapted: {k: basepass.predictions(adapted, of, head) for k, of in read.items()}
 
 
 def _as_json(settings: EvalSettings, scores: dict[str, Scores]) -> dict[str, Any]:

@@ -199,12 +199,11 @@ def _all_scores(
         before = {kind: basepass.logits(model, path) for kind, path in paths.items()}
         return score(model, tokenizer, kinds, tasks, size, True, before)
     folder.mkdir(parents=True, exist_ok=True)
-    text: dict[str, TextScore] = {}
-    for kind, rows in kinds.items():
-        with basepass.listening(model) as reads:
-            text |= score(model, tokenizer, {kind: rows}, [], size)["text"]
+
+    def keep(kind: str, reads: basepass.Reads) -> None:
         reads.save(paths[kind])
-    return {"text": text, "task": score(model, tokenizer, {}, tasks, size)["task"]}
+
+    return score(model, tokenizer, kinds, tasks, size, keep=keep)
 
 
 def _summary(study: Study, base: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
