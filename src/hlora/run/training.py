@@ -290,11 +290,11 @@ def check_unfinished(settings: TrainSettings, marker: str) -> bool:
             )
     if not goes_on:
         refuse_result(output, settings.overwrite)
-    if settings.overwrite and not settings.resume:
-        return False
-    if newest_whole(work) is None:
+    if not any(work.glob("checkpoint-*")):
         return False
     if not settings.resume:
+        if settings.overwrite or newest_whole(work) is None:
+            return False
         raise InputError(
             f"{work} holds checkpoints of an unfinished run: go on with --resume, or start again "
             "with --overwrite."
