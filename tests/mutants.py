@@ -322,6 +322,12 @@ MUTANTS = [
            "if self.stop and self.stop.asked:", "if False:", STOPPED),
     Mutant("a second stop breaks what is written", "run/progress.py",
            "Asked(patient=True)", "Asked()", STOPPED),
+    Mutant("a worker hears a Ctrl-C that is its parent's", "run/progress.py",
+           "if_ignored=not is_worker", "if_ignored=True", STOPPED),
+    Mutant("half a checkpoint hinders a new run", "run/training.py",
+           "settings.overwrite or newest_whole(work) is None", "settings.overwrite", STOPPED),
+    Mutant("what is left of a moved base is taken for it", "run/scoring.py",
+           "if moves_base(read_config(folder)):", "if False:", "tests/test_evaluate.py -k move"),
     # What a study says
     Mutant("runs that are far apart are joined", S + "matched.py",
            "high <= GAP * low", "high <= 1e9 * low", MATCHED),

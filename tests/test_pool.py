@@ -53,46 +53,44 @@ def naps(marker):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
-    marker = tmp_path / "pid"
-    script = (
-        "from tests.test_pool import naps\nfrom hlora.study.pool import outcomes\n"
-        f"if __name__ == '__main__':\n    list(outcomes([(naps, {str(marker)!r})] * 2, 2))\n"
-    )
-    (tmp_path / "parent.py").write_text(script)
-    root = Path(__file__).parents[1]
-    parent = subprocess.Popen(
-        [sys.executable, str(tmp_path / "parent.py")], env={**os.environ, "PYTHONPATH": str(root)}
-    )
-    wait_until(lambda: marker.exists() and marker.read_text())
+    parent, worker = parent_and_worker("naps", tmp_path)
     parent.kill()
     parent.wait()
-    worker = Path("/proc") / marker.read_text() / "stat"
-    wait_until(lambda: not worker.exists() or worker.read_text().split()[2] == "Z")
+    wait_until(lambda: ended(worker))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="sends signals")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_second_stop_waits_for_no_worker(tmp_path):
     """The first lets the workers end by themselves, which these do not."""
-    marker = tmp_path / "pid"
-    script = (
-        "from tests.test_pool import deaf\nfrom hlora.study.pool import outcomes\n"
-        f"if __name__ == '__main__':\n    list(outcomes([(deaf, {str(marker)!r})] * 2, 2))\n"
-    )
-    (tmp_path / "parent.py").write_text(script)
-    root = Path(__file__).parents[1]
-    parent = subprocess.Popen(
-        [sys.executable, str(tmp_path / "parent.py")], stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(root)}, preexec_fn=heard,
-    )  # fmt: skip
-    wait_until(lambda: marker.exists() and marker.read_text())
+    parent, worker = parent_and_worker("deaf", tmp_path)
     time.sleep(1)
     parent.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         parent.wait(2)
     parent.send_signal(signal.SIGINT)
     parent.wait(30)
-    worker = Path("/proc") / marker.read_text() / "stat"
-    wait_until(lambda: not worker.exists() or worker.read_text().split()[2] == "Z")
+    wait_until(lambda: ended(worker))
+
+
+def parent_and_worker(function, folder):
+    """A process whose two workers run a function of this file, and what /proc says of one."""
+    marker = folder / "pid"
+    script = (
+        f"from tests.test_pool import {function} as call\nfrom hlora.study.pool import outcomes\n"
+        f"if __name__ == '__main__':\n    list(outcomes([(call, {str(marker)!r})] * 2, 2))\n"
+    )
+    (folder / "parent.py").write_text(script)
+    root = Path(__file__).parents[1]
+    parent = subprocess.Popen(
+        [sys.executable, str(folder / "parent.py")], stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(root)}, preexec_fn=heard,
+    )  # fmt: skip
+    wait_until(lambda: marker.exists() and marker.read_text())
+    return parent, Path("/proc") / marker.read_text() / "stat"
+
+
+def ended(worker):
+    return not worker.exists() or worker.read_text().split()[2] == "Z"
 
 
 def heard():
