@@ -38,7 +38,8 @@ from hlora.run.own_text import own_text
 from hlora.run.phases import WATCHED
 
 TEXT = "the text that the model writes"
-WRITTEN = 32
+WRITTEN = (SEQUENCES_AT_BASE + WATCHED) // 2
+"""Chats, or other texts: a gathering writes as many of each, in a batch."""
 
 
 def measure(shape: str, steps: int, batch: int, tokens: int, timed: int) -> list[dict[str, Any]]:

@@ -143,8 +143,8 @@ def test_a_plan_counts_what_a_budget_measures_and_only_plan_takes_it(
     said = planned([*argv, "--forget-at-most", "0.1", "--text", text], monkeypatch, capsys)
     assert "last check  5 in all, 3.00 s each" in said  # 24 rows, in batches of 5
     settings = TuneSettings(
-        model=str(tiny), task=str(rows), output=str(tmp_path / "mu"), dry_run=True
-    )
+        model="nowhere", task=str(rows), output=str(tmp_path / "mu"), dry_run=True
+    )  # refused before the model is looked for
     with pytest.raises(InputError, match=r"DomainPhase\(settings\).plan\(\)"):
         tune(settings)
     assert not (tmp_path / "mu").exists()
@@ -171,8 +171,8 @@ def test_a_little_is_written_to_know_how_long_it_takes(cached, tiny, monkeypatch
     )
     once, does = writing.trial(model, tokenizer, 40, 33)
     once()
-    assert does == 32 * 8 / 32  # of 32 rows, a quarter of their tokens
-    assert read == [(32, 1 if cached else n) for n in range(16, 24)]
+    assert does == 40 * 8 / 32  # of 40 rows, a quarter of their tokens
+    assert read == [(40, 1 if cached else n) for n in range(16, 24)]
 
 
 def test_with_text_it_is_half_and_half(tiny, tmp_path, capsys):

@@ -12,12 +12,15 @@ from transformers import DynamicCache
 
 from hlora.core.evaluating import evaluating
 from hlora.core.finite import check_predictions
+from hlora.core.sampling import drawn
 from hlora.data.encode import prefix_token, render_chat
 from hlora.data.tasks import batches
 
 _MARK = "\x00"
 TRIED = 8
 """Tokens that are written to know how long it takes."""
+TOGETHER = 96
+"""Rows in a batch: the usual 72 chats, and the usual 72 other texts, are one each."""
 
 
 @torch.no_grad()
@@ -28,7 +31,7 @@ def own_text(
     length: int,
     *,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = TOGETHER,
     tick: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Sequences sampled at temperature 1, (count, length) tokens.
@@ -56,7 +59,7 @@ def own_text(
 
 
 def trial(
-    model: nn.Module, tokenizer: Any, count: int, length: int, batch_size: int = 32
+    model: nn.Module, tokenizer: Any, count: int, length: int, batch_size: int = TOGETHER
 ) -> tuple[Callable[[], Any], float]:
     """What writes a little of (count, length) tokens, and how many rows' worth of work that is."""
     rows, steps = min(count, batch_size), min(TRIED, length - 1)
@@ -81,7 +84,7 @@ def _continue(model: nn.Module, ids: Tensor, length: int, generator: torch.Gener
         out = model(input_ids=seen, **cache) if cache else model(input_ids=ids, use_cache=False)
         logits = out.logits[:, -1].float()
         check_predictions(model, logits)
-        seen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        seen = drawn(logits, generator)[:, None]
         ids = torch.cat([ids, seen], dim=1)
     return ids.cpu()
 

@@ -128,6 +128,7 @@ def record(settings: RecordSettings) -> Recorded:
     Raises:
         HloraError: a setting, text or model that cannot be used, before anything is trained.
     """
+    _refuse_dry(settings, GeneralPhase)
     return GeneralPhase(settings).run()
 
 
@@ -138,7 +139,15 @@ def tune(settings: TuneSettings) -> Trained:
     Raises:
         HloraError: a setting, task or model that cannot be used, before anything is trained.
     """
+    _refuse_dry(settings, DomainPhase)
     return DomainPhase(settings).run()
+
+
+def _refuse_dry(settings: TrainSettings, phase: type) -> None:
+    if settings.dry_run:
+        raise InputError(
+            f"dry_run runs nothing: {phase.__name__}(settings).plan() says what a run would do."
+        )
 
 
 Done = TypeVar("Done", Recorded, Trained)
@@ -202,11 +211,7 @@ class _Phase(Generic[Done]):
             KeyboardInterrupt: says what is kept.
         """
         s = self.settings
-        if s.dry_run:
-            of = type(self).__name__
-            raise InputError(
-                f"dry_run runs nothing: {of}(settings).plan() says what a run would do."
-            )
+        _refuse_dry(s, type(self))
         try:
             done = self._run()
             if self.stop and self.stop.asked:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hlora.core.evaluating import evaluating
 from hlora.core.finite import check_predictions
 from hlora.core.pairs import Pair
+from hlora.core.sampling import drawn
 
 Take = Callable[[str, Tensor, Tensor], None]
 """Called with a matrix's name, δ (b, T, m) and x (b, T, n) of each batch: δᵀx is the gradient."""
@@ -100,5 +101,5 @@ def _take_each(pair: Pair, gradient: Tensor, take: Take) -> None:
 
 @torch.no_grad()
 def _sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
-    flat = logits.softmax(dim=-1).flatten(0, 1)
-    return torch.multinomial(flat, 1, generator=generator).reshape(logits.shape[:2])
+    """Row by row, for the sake of memory."""
+    return torch.stack([drawn(row, generator) for row in logits])
