@@ -21,6 +21,13 @@ from hlora.hf.record import save_importance
 from tests.conftest import lora_model, token_rows
 from tests.test_experts import mixture
 
+CASES = {
+    "loop": ["dense", "factored", "blend"],
+    "experts": ["dense", "blend"],
+    "trainer": ["factored", "blend"],  # the last: it tells accelerate that it shards
+}
+"""What is trained, and the kinds of importance that it is held by."""
+
 # A is 3 × 16 and 1 × 16: of two processes one has less of it, or nothing.
 ADAPTER = {"r": 3, "rank_pattern": {"v_proj": 1}, "dtype": torch.float64}
 
@@ -105,21 +112,26 @@ def by_trainer(nu: Path, mu: Path, kind: str) -> list[float]:
     return [e["R"] for e in trainer.state.log_history if "R" in e]
 
 
-def main(folder: Path, how: str, kinds: list[str]) -> None:
+def main(folder: Path) -> None:
     distributed.init_process_group("gloo")
-    for kind in kinds:
-        nu, mu = folder / kind / "nu", folder / kind / "mu"
-        if not kind_named(kind).trained:
-            model = adapted(how)
-            pairs, rows = find_pairs(model), torch.tensor([r["input_ids"] for r in token_rows()])
-            found, _ = kind_named(kind).gather(model, pairs, rows)
-            save_importance(nu, model, pairs, found, {"summary": {}})
-            distributed.barrier()
-        values = by_trainer(nu, mu, kind) if how == "trainer" else by_loop(nu, mu, kind, how)
-        if is_main():
-            (folder / kind / "R.json").write_text(json.dumps(values), "utf-8")
+    for how, kinds in CASES.items():
+        for kind in kinds:
+            one_case(folder / how / kind, how, kind)
     leave_together()
 
 
+def one_case(folder: Path, how: str, kind: str) -> None:
+    nu, mu = folder / "nu", folder / "mu"
+    if not kind_named(kind).trained:
+        model = adapted(how)
+        pairs, rows = find_pairs(model), torch.tensor([r["input_ids"] for r in token_rows()])
+        found, _ = kind_named(kind).gather(model, pairs, rows)
+        save_importance(nu, model, pairs, found, {"summary": {}})
+        distributed.barrier()
+    values = by_trainer(nu, mu, kind) if how == "trainer" else by_loop(nu, mu, kind, how)
+    if is_main():
+        (folder / "R.json").write_text(json.dumps(values), "utf-8")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(Path(sys.argv[1]))

@@ -9,30 +9,36 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.end_to_end.ddp_worker import KINDS
 from tests.test_budget import WATCHED, gathered
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder, batch, processes, kind):
-    if kind == "looks":
-        gathered(folder / "base", WATCHED, WATCHED)
+def run(folder, batch, processes):
+    gathered(folder / "looks" / "base", WATCHED, WATCHED)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-         str(processes), "-m", "tests.end_to_end.ddp_worker", str(folder), str(batch), kind],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+         str(processes), "-m", "tests.end_to_end.ddp_worker", str(folder), str(batch)],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
-@pytest.mark.parametrize("kind", ["dense", "factored", "looks"])
-def test_two_processes_equal_one(tmp_path, kind):
-    run(tmp_path / "one", 8, 1, kind)
-    run(tmp_path / "two", 4, 2, kind)
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What one process wrote of all kinds, and what two did: a launch each, as it takes long."""
+    place = tmp_path_factory.mktemp("ddp")
+    return run(place / "one", 8, 1), run(place / "two", 4, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one(both, kind):
     recorded = ["nu/importance.safetensors", "nu/adapter_model.safetensors"]
     for file in (*(recorded if kind != "looks" else ()), "mu/adapter_model.safetensors"):
-        one, two = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
+        one, two = (load_file(of / kind / file) for of in both)
         assert one.keys() == two.keys()
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-7)

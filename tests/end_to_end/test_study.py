@@ -37,6 +37,14 @@ def edit(place, old, new):
     path.write_text(text.replace(old, new))
 
 
+def few(place, *methods):
+    """One seed of these methods alone."""
+    text = (place / "s.yaml").read_text()
+    start, end = text.index("methods:"), text.index("phi:")
+    listed = "methods: [" + ", ".join(methods) + "]\nseeds: [0]\n"
+    (place / "s.yaml").write_text(text[:start] + listed + text[end:])
+
+
 def lines(place):
     return [json.loads(x) for x in (place / "results" / "s.jsonl").read_text().splitlines()]
 
@@ -99,7 +107,7 @@ def test_every_method_runs_and_shares_phase_nu(place, capsys):
 
 
 def test_a_stopped_study_goes_on_and_a_half_line_is_dropped(place, capsys):
-    edit(place, "seeds: [0, 1]", "seeds: [0]")
+    few(place, "base", "lora-mu", "hlora-factored", "kl")
     grid = spec.read_study(place / "s.yaml")
     assert cli.main(["study", "s.yaml"]) == 0
     whole = (place / "results" / "s.jsonl").read_text()
@@ -117,10 +125,7 @@ def test_a_stopped_study_goes_on_and_a_half_line_is_dropped(place, capsys):
 
 def test_what_a_kill_left_beside_a_finished_phase_is_cleaned_up(place, monkeypatch):
     """The kill came after the result was in place, before its checkpoints were gone."""
-    edit(place, (place / "s.yaml").read_text().partition("methods:")[2].partition("seeds:")[0],
-         "\n  - hlora-factored\n")  # fmt: skip
-    edit(place, "phi: {", "phi: {hlora-factored: [0.01]}\n#")
-    edit(place, "seeds: [0, 1]", "seeds: [0]")
+    few(place, "hlora-factored")
     edit(place, "max_steps: 4, batch_size: 4", "max_steps: 4, batch_size: 4, save_steps: 2")
     with monkeypatch.context() as patched:
         patched.setattr(phases, "clean_up", lambda settings: None)
@@ -144,7 +149,7 @@ def test_a_second_study_on_the_same_results_is_refused(place, capsys):
 
 
 def test_a_failed_run_is_noted_and_the_others_go_on(place, capsys, monkeypatch):
-    edit(place, "seeds: [0, 1]", "seeds: [0]")
+    few(place, "base", "lora-mu", "lora-rewound", "hlora-factored", "hlora-averaged")
     scores = measure._scores
 
     def fails(of, task, adapter, *scale):
@@ -167,7 +172,7 @@ def test_a_failed_run_is_noted_and_the_others_go_on(place, capsys, monkeypatch):
 
 
 def test_a_phase_nu_that_fails_is_noted_by_the_runs_that_need_it(place, monkeypatch, capsys):
-    edit(place, "seeds: [0, 1]", "seeds: [0]")
+    few(place, "base", "lora-mu", "hlora", "hlora-factored", "hlora-averaged")
     record = spec.record_settings
 
     def broken(of, method, seed):
@@ -184,12 +189,9 @@ def test_a_phase_nu_that_fails_is_noted_by_the_runs_that_need_it(place, monkeypa
 
 
 def test_several_at_once_find_the_same(place):
-    edit(place, "seeds: [0, 1]", "seeds: [0]")
-    text = (place / "s.yaml").read_text()
-    start, end = text.index("methods:"), text.index("seeds:")
-    (place / "s.yaml").write_text(
-        text[:start] + "methods: [base, lora-nu-mu, l2, ewc-nu]\n" + text[end:]
-    )
+    few(place, "base", "l2", "ewc-nu")  # a process for each thing that is shared, and each run
+    edit(place, "ewc-nu: [0.01, 0.1]", "ewc-nu: [0.01]")
+    edit(place, " l2: [0.01, 0.1]", " l2: [0.01]")
     assert cli.main(["study", "s.yaml", "--results", "one.jsonl"]) == 0
     shutil.rmtree(place / "work")
     assert cli.main(["study", "s.yaml", "--results", "two.jsonl", "--jobs", "2"]) == 0
