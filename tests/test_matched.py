@@ -174,6 +174,23 @@ def test_no_table_where_the_runs_do_not_tell():
     assert tables.contrasts(results(a_run("lora-mu", kl=0.2))) is None
 
 
+def test_first_runs_of_another_seed_hide_no_contrast():
+    def of_seed(seed, *strengths):
+        runs = [a_run("lora-mu", seed, nll=1.0, kl=0.4)]
+        for method in ("held-own", "kl"):
+            runs += [a_run(method, seed, phi=phi, nll=nll, kl=0.2 / phi) for phi, nll in strengths]
+        return runs
+
+    whole, begun = [(1.0, 1.1), (2.0, 1.5)], [(1.0, 1.1)]  # 87.5 % of the gain, and 97.5 %
+    one = tables.contrasts(results(*of_seed(0, *whole)))
+    two = tables.contrasts(results(*of_seed(0, *whole), *of_seed(1, *begun)))
+    both = tables.contrasts(results(*of_seed(0, *whole), *of_seed(1, *whole)))
+    assert [[row[2:4] for row in of.rows] for of in (one, two, both)] == [
+        [["99%", seeds], ["95%", seeds]] if seeds == "2" else [["99%", of_99], ["95%", "1"]]
+        for seeds, of_99 in (("1", "1"), ("1", "2"), ("2", "2"))
+    ]  # with 99 % both seeds can be read: a stronger run keeps less
+
+
 def test_contrasts_are_corrected_for_their_number():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.5]) == [1.0, 1.0]

@@ -171,6 +171,15 @@ class Matched:
         curve = self.curve(method)
         return any(curve[s][-1].gain[0] >= share for s in seeds or self.seeds(method))
 
+    def read(self, seed: int, share: float, *methods: str) -> bool:
+        """Whether that seed tells what each of these methods forgets with so much of the gain.
+
+        Asked seed by seed: the first runs of a new one must not hide what an earlier one told.
+        """
+        least = [self.least(m, share, [seed]) for m in methods]
+        told = all(found is not None and np.isfinite(found[0]) for found in least)
+        return told and not any(self.bounded(m, share, [seed]) for m in methods)
+
     def plain(self) -> Any:
         """What plain LoRA forgets, by draw."""
         return self._over_seeds([p.lost for p in self._plain.values()])

@@ -6,8 +6,6 @@ import math
 from collections.abc import Collection, Sequence
 from itertools import product
 
-import numpy as np
-
 from hlora.run.means import mean_se
 from hlora.study.cells import Table
 from hlora.study.claims import MISSING, Verdict, difference, named_with_tasks
@@ -228,11 +226,9 @@ def contrasts(results: Results) -> Table | None:
     for task in results.tasks:
         of = Matched.of(results, task)
         for ours, other in [*CONTRASTS, *LATER] if of else []:
-            seeds = of.seeds(ours, other)
-            for share in SHARES if seeds else ():
-                a, b = (of.least(m, share, seeds) for m in (ours, other))
-                open_ = any(of.bounded(m, share, seeds) for m in (ours, other))
-                if not open_ and np.isfinite(a[0]) and np.isfinite(b[0]):
+            for share in SHARES:
+                if seeds := [s for s in of.seeds(ours, other) if of.read(s, share, ours, other)]:
+                    a, b = (of.least(m, share, seeds) for m in (ours, other))
                     mark = "*" if [ours, other] in LATER else ""
                     name = f"{METHODS[ours].label} minus {METHODS[other].label}{mark}"
                     names.append(
