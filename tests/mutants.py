@@ -283,7 +283,7 @@ MUTANTS = [
            "for gauge, part in both]).amax()", "for gauge, part in both])[0]",
            BUDGET + " -k watched_is_held"),
     Mutant("a short run is not steered faster", C + "budget.py", "SETTLED = 10.0",
-           "SETTLED = 0.0", BUDGET + " -k short_run"),
+           "SETTLED = 0.0", BUDGET + " -k short_runs"),
     Mutant("what is measured corrects nothing", C + "budget.py",
            "to(self.phi) * self.log_kappa.exp()", "to(self.phi)", BUDGET + " -k corrected"),
     Mutant("the text that forgetting is measured on is not kept", I + "sequences.py",

@@ -86,7 +86,7 @@ def run(suite, phi):
 
 
 def test_it_holds_in_a_loop_that_knows_nothing_of_it(suite):
-    free, held = run(suite, 0), run(suite, 3000)
+    free, held = run(suite, 0), run(suite, 30_000)
     assert 0 < held["forgetting"] < 0.5 * free["forgetting"]
     assert held["loss"] > free["loss"]
 
