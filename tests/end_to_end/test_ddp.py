@@ -1,30 +1,18 @@
 """Two processes with half the batch each do what one does with the whole batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.end_to_end.ddp_worker import KINDS
+from tests.end_to_end.launch import TORCHRUN, launch
 from tests.test_budget import WATCHED, gathered
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(folder, batch, processes):
     gathered(folder / "looks" / "base", WATCHED, WATCHED)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-         str(processes), "-m", "tests.end_to_end.ddp_worker", str(folder), str(batch)],
-        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    launcher = [*TORCHRUN, "--nproc_per_node", str(processes)]
+    return launch(launcher, "ddp_worker", folder, str(batch))
 
 
 @pytest.fixture(scope="module")

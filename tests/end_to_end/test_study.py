@@ -37,11 +37,11 @@ def edit(place, old, new):
     path.write_text(text.replace(old, new))
 
 
-def few(place, *methods):
-    """One seed of these methods alone."""
+def few(place, *methods, seeds="[0]"):
+    """These methods alone, by default with one seed."""
     text = (place / "s.yaml").read_text()
     start, end = text.index("methods:"), text.index("phi:")
-    listed = "methods: [" + ", ".join(methods) + "]\nseeds: [0]\n"
+    listed = "methods: [" + ", ".join(methods) + f"]\nseeds: {seeds}\n"
     (place / "s.yaml").write_text(text[:start] + listed + text[end:])
 
 
@@ -301,10 +301,7 @@ def test_values_of_the_wrong_kind_are_refused(place, old, new, message):
 
 def test_a_study_and_its_report(place, capsys):
     """Two commands, from a study file to the page."""
-    text = (place / "s.yaml").read_text()
-    start, end = text.index("methods:"), text.index("seeds:")
-    methods = "methods: [base, lora-mu, lora-nu-mu, ewc-original, hlora, l2]\n"
-    (place / "s.yaml").write_text(text[:start] + methods + text[end:])
+    few(place, "base", "lora-mu", "lora-nu-mu", "ewc-original", "hlora", "l2", seeds="[0, 1]")
     assert cli.main(["study", "s.yaml"]) == 0
     capsys.readouterr()
     argv = ["report", "results/s.jsonl", "--page", "r.md", "--compare", "hlora", "ewc-original"]

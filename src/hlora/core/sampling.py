@@ -19,8 +19,8 @@ def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
 def in_two_steps(of: Tensor, generator: torch.Generator) -> Tensor:
     """The same as `torch.multinomial(of, 1)` of weights (N, V), with other random numbers.
 
-    That one draws an exponential for every token of the vocabulary: on a CPU an eighth of a whole
-    gathering. Here a part of the vocabulary is drawn first, and then a token of that part.
+    That one draws an exponential for every token of the vocabulary, one after another on a CPU.
+    Here a part of the vocabulary is drawn first, and then a token of that part.
     """
     parts = nn.functional.pad(of, (0, -of.shape[1] % _PART)).unflatten(1, (-1, _PART))
     part = _pick(parts.sum(-1), generator)
