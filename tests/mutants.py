@@ -282,6 +282,8 @@ MUTANTS = [
     Mutant("text that is watched does not count", C + "budget.py",
            "for gauge, part in both]).amax()", "for gauge, part in both])[0]",
            BUDGET + " -k watched_is_held"),
+    Mutant("a line joins means over unlike seeds", S + "rows.py",
+           " if s in shared or not shared}", "}", "tests/test_figures.py -k same_seeds"),
     Mutant("first runs of a new seed hide a contrast", S + "tables.py",
            " if of.read(s, share, ours, other)]", "]", MATCHED + " -k another_seed"),
     Mutant("a short run is not steered faster", C + "budget.py", "SETTLED = 10.0",

@@ -126,6 +126,21 @@ def test_a_legend_says_which_methods_have_fewer_seeds():
         assert [label.endswith(" (1 of 2 seeds)") for label in labels] == fewer
 
 
+def test_a_line_joins_the_same_seeds():
+    """A mean over two seeds beside one of the first alone would bend it."""
+    runs = [("lora-mu", 0, None), ("kl", 0, 1.0), ("kl", 0, 4.0), ("kl", 1, 4.0)]
+    found = Results([line(m, "sciq", s, phi) for m, s, phi in runs], [], [])
+    first = Results([r for r in found.lines if r["run"]["seed"] == 0], [], [])
+    apart = Results([r for r in found.lines if r["run"] != found.lines[2]["run"]], [], [])
+    for draw in (figures.frontier, figures.phi_curves):
+        drawn, alone, unlike = (
+            [xy.get_xydata().tolist() for axes in draw(of).axes for xy in axes.lines]
+            for of in (found, first, apart)
+        )
+        assert drawn == alone
+        assert unlike != alone  # no seed in common: each has its own
+
+
 def test_a_legend_is_whole_and_of_all_panels():
     methods = ("lora-mu", "kl", "blend-looked-seldom", "lora-rewound", "kl-own", "blend-own")
     runs = [("lora-mu", "piqa", 0, None)]

@@ -136,7 +136,7 @@ def _phi_curve(
     drawn: dict[str, dict[str, Any]], at: Any,
 ) -> None:  # fmt: skip
     for method, rows in sweeps.items():
-        points = [mean_se(results.values(metric, r, task).values()) for r in rows]
+        points = [mean_se(values.values()) for values in results.alike(metric, rows, task)]
         at.errorbar(
             [r.phi for r in rows], [m for m, _ in points],
             yerr=[0 if math.isnan(e) else e for _, e in points], capsize=2, linewidth=1.2,
@@ -152,7 +152,8 @@ def _phi_curve(
 
 
 def frontier(results: Results) -> Any:
-    """What the domain costs the rest: lower left is better. One panel a task, mean over seeds.
+    """What the domain costs the rest: lower left is better. One panel a task, the mean over the
+    seeds that all runs of a method on the task share.
 
     The cost is the KL from the base on a log scale, or the rise of the loss where not every run
     measured the KL. The legend says of how many seeds, where a method was not run with all.
@@ -171,11 +172,14 @@ def frontier(results: Results) -> Any:
     for task, at in zip(tasks, panels, strict=True):
         for method, rows_of in methods.items():
             of = [r for r in rows_of if results.values(up, r, task)]
-            points = [[results.mean(m, r, task) for m in (across, up)] for r in of]
-            if not points:
+            points = [
+                [mean_se(values.values())[0] for values in results.alike(m, of, task)]
+                for m in (across, up)
+            ]
+            if not of:
                 continue
             at.plot(
-                *zip(*points, strict=True), linewidth=0.8, markersize=6,
+                *points, linewidth=0.8, markersize=6,
                 label=_label(results, rows_of, tasks), **_style(method, list(methods)),
             )  # fmt: skip
         if up == "kl_unseen":

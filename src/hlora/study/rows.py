@@ -134,6 +134,13 @@ class Results:
                 found[seed] = sum(values) / len(values)
         return found
 
+    def alike(self, metric: str, rows: Collection[Row], task: str) -> list[dict[int, float]]:
+        """The values of each of these rows over the seeds that all of them share, so that a line
+        between two joins the same seeds; where they share none, over those that each has."""
+        found = [self.values(metric, row, task) for row in rows]
+        shared = set.intersection(*map(set, found)) if found else set()
+        return [{s: v for s, v in of.items() if s in shared or not shared} for of in found]
+
     def whole(self, row: Row, *tasks: str) -> list[int]:
         """The seeds that have all these tasks."""
         return [s for s, of in self.cells.get(row.label, {}).items() if {*tasks} <= of.keys()]
