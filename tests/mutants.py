@@ -254,6 +254,13 @@ MUTANTS = [
            "if not isfinite(value).all():", "if False:", BAD_STEPS),
     Mutant("a tokenizer's own beginning is left out", "data/encode.py",
            'special and not text.startswith(start or "\\0")', "False", ENCODING),
+    Mutant("documents are written behind the mark of a turn", "data/encode.py",
+           "if i is not None and i not in marks", "if i is not None", OWN_TEXT),
+    Mutant("a turn's mark is looked for in a chat's first token too", "data/encode.py",
+           'add_special_tokens=False)["input_ids"][1:]', 'add_special_tokens=False)["input_ids"]',
+           OWN_TEXT),
+    Mutant("own text keeps what no other text begins with", "run/own_text.py",
+           "int(leading(tokenizer) != plain)", "0", OWN_TEXT),
     # At the base: sequences, budget, rewinding
     Mutant("the sketch takes layers apart", I + "sketch.py",
            "torch.stack([s.sum(0).to(seen[0].device) for s in seen]).sum(0)",

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 import hlora
 from hlora.cli import main as cli
+from hlora.data.encode import separator
 from hlora.errors import InputError
 from hlora.run import dry_run
 from hlora.run import own_text as writing
@@ -12,40 +15,75 @@ from hlora.run.models import load
 from hlora.run.own_text import own_text
 from hlora.run.phases import GeneralPhase, tune
 from hlora.run.settings import RecordSettings, TuneSettings
-from tests.tiny import write_rows, write_text
+from tests.tiny import tokenizer, write_rows, write_text
 
 CHAT = "{% for m in messages %}the user {{ m['content'] }} end{% endfor %}"
+MARKED = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+
+
+def begins_text(tokenizer):
+    """Made to put its beginning-of-text token before any text."""
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 def test_it_begins_as_text_and_as_a_chat(tiny):
     model, tokenizer = load(str(tiny))
-    tokenizer.chat_template = CHAT
+    begins_text(tokenizer).chat_template = CHAT
     rows = own_text(model, tokenizer, 5, 12)
     assert rows.shape == (5, 12)
     assert rows.dtype == torch.int64
     begins = tokenizer("the user", add_special_tokens=False)["input_ids"]
-    start = tokenizer.bos_token_id
-    assert (rows[:3, 0] == (tokenizer.eos_token_id if start is None else start)).all()
+    assert (rows[:3, 0] == tokenizer.bos_token_id).all()
     assert (rows[3:, : len(begins)] == torch.tensor(begins)).all()
     assert len({tuple(r) for r in rows.tolist()}) == 5
 
 
-def test_a_chat_that_begins_as_any_text_gets_its_half(tiny):
-    model, tokenizer = load(str(tiny))
-    start = tokenizer.bos_token or tokenizer.eos_token
-    tokenizer.chat_template = start + CHAT.replace("the user ", "")
-    assert own_text(model, tokenizer, 5, 12).shape == (5, 12)
+@pytest.mark.parametrize(
+    ("template", "more", "expected"),
+    [
+        (None, [], "<s>"),
+        (CHAT, ["<|endoftext|>"], "<s>"),  # a turn is marked by words
+        ("<s>" + CHAT, ["<|endoftext|>"], "<s>"),  # once, before all
+        (CHAT.replace("the user", "<s>"), ["<|endoftext|>"], "</s>"),
+        (MARKED, ["<|endoftext|>"], "<|endoftext|>"),
+        (MARKED, ["<|end_of_text|>"], "<|end_of_text|>"),
+        (MARKED, [], "<s>"),  # it has no other
+    ],
+)
+def test_documents_are_written_behind_what_is_no_mark_of_a_turn(template, more, expected):
+    words = tokenizer()
+    words.add_tokens([AddedToken(m, special=True) for m in more])
+    words.chat_template = template
+    assert separator(words) == words.convert_tokens_to_ids(expected)
 
 
-def test_it_is_what_the_model_says_without_a_cache(tiny):
-    """Greedy, so to speak: a logit so far above the others is always drawn."""
+def test_without_a_beginning_of_text_token_the_end_separates():
+    words = tokenizer()
+    words.bos_token = None
+    assert separator(words) == words.eos_token_id
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_rows_begin_as_the_tokenizer_begins_any_text(leads, tiny):
+    """The mark that documents are written behind is before a row only where it is before any text:
+    after another first token the model is another one. Here it always writes the same."""
     model, tokenizer = load(str(tiny))
+    if leads:
+        begins_text(tokenizer)
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
     [row] = own_text(model, tokenizer, 1, 10)
+    if leads:
+        assert row[0] == tokenizer.bos_token_id
+    else:
+        row = torch.cat([torch.tensor([tokenizer.bos_token_id]), row])
     with torch.no_grad():
         said = model(input_ids=row[None]).logits[0].argmax(-1)
     assert torch.equal(row[1:], said[:-1])
+    assert len(row) == (10 if leads else 11)
 
 
 def test_the_seed_decides_and_the_model_stays_as_it_was(tiny):
@@ -61,10 +99,11 @@ def test_its_tokens_come_as_often_as_the_model_says(tiny):
     model, tokenizer = load(str(tiny))
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
-    rows = own_text(model, tokenizer, 4000, 2, batch_size=1000)
+    rows = own_text(model, tokenizer, 4000, 1, batch_size=1000)
+    start = torch.tensor([[tokenizer.bos_token_id]])
     with torch.no_grad():
-        expected = model(input_ids=rows[:1, :1]).logits[0, -1].softmax(-1)
-    found = torch.bincount(rows[:, 1], minlength=len(expected)) / len(rows)
+        expected = model(input_ids=start).logits[0, -1].softmax(-1)
+    found = torch.bincount(rows[:, 0], minlength=len(expected)) / len(rows)
     assert (found - expected).abs().max() < 0.04  # five standard errors of a share of a half
 
 

@@ -11,6 +11,9 @@ from typing import Any
 from hlora.data.sandbox import ChatSandbox
 from hlora.errors import InputError, one_line
 
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
+"""What chat models whose own special tokens all mark turns were trained with before."""
+
 
 def encode(
     tokenizer: Any, text: str, where: str, vocabulary: int | None = None, *, special: bool = True
@@ -52,6 +55,27 @@ def leading(tokenizer: Any) -> list[int]:
     """The beginning-of-text token as a list, empty where the tokenizer adds none."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def separator(tokenizer: Any) -> int:
+    """The token behind which a model begins a document.
+
+    Not always the beginning-of-text token: chat models may name the mark of a turn so, and write
+    what stands in one behind it.
+    """
+    marks = _marks(tokenizer)
+    words = tokenizer.get_vocab()
+    named = [tokenizer.bos_token_id, tokenizer.eos_token_id, *map(words.get, SEPARATORS)]
+    return next((i for i in named if i is not None and i not in marks), prefix_token(tokenizer))
+
+
+def _marks(tokenizer: Any) -> list[int]:
+    """What stands in a chat, its first token apart."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    said = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    text = render_chat(tokenizer, said, "the model's own text")
+    return tokenizer(text, add_special_tokens=False)["input_ids"][1:]
 
 
 def is_chat(value: Any) -> bool:

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from hlora.core.evaluating import evaluating
 from hlora.core.finite import check_predictions
 from hlora.core.sampling import drawn
-from hlora.data.encode import prefix_token, render_chat
+from hlora.data.encode import leading, render_chat, separator
 from hlora.data.tasks import batches
 
 _MARK = "\x00"
@@ -36,23 +36,26 @@ def own_text(
 ) -> Tensor:
     """Sequences sampled at temperature 1, (count, length) tokens.
 
-    Half of them begin with the beginning-of-text token, and half, where the tokenizer has a chat
-    template, as a user's turn, so that the model writes a question and its answer. A sequence goes
-    on after an end-of-text token, with another document.
+    Half of them are documents, and half, where the tokenizer has a chat template, begin as a user's
+    turn, so that the model writes a question and its answer. A sequence goes on after an
+    end-of-text token, with another document. What a document is written behind stays before it
+    only where the tokenizer puts it before any text: a model that reads a first token of its own
+    is another model, in which little is forgotten that the other forgets.
 
     Raises:
         DivergedError: the model's predictions are not finite.
     """
-    chats, plain = _chat_start(tokenizer), [prefix_token(tokenizer)]
+    chats, plain = _chat_start(tokenizer), [separator(tokenizer)]
     half = count // 2 if chats else 0
+    unread = int(leading(tokenizer) != plain)
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     written = []
     with evaluating(model):
-        for start, n in ((plain, count - half), (chats, half)):
+        for start, n, cut in ((plain, count - half, unread), (chats, half, 0)):
             for part in batches(n, batch_size):
                 rows = torch.tensor([start] * (part.stop - part.start))
-                written.append(_continue(model, rows, length, generator))
+                written.append(_continue(model, rows, length + cut, generator)[:, cut:])
                 if tick:
                     tick(len(rows))
     return torch.cat(written)
@@ -65,7 +68,7 @@ def trial(
     rows, steps = min(count, batch_size), min(TRIED, length - 1)
     # Without a cache all that is there is read for each token: half of it, on average.
     begun = 1 if _cache_of(model) else max(1, length // 2)
-    ids = torch.full((rows, begun), prefix_token(tokenizer))
+    ids = torch.full((rows, begun), separator(tokenizer))
 
     @torch.no_grad()
     def once() -> None:
