@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -131,16 +132,34 @@ def recorded(tmp_path, kind):
     return folder
 
 
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(make, to, kind): what make(to, kind) gives, made a single time and copied from then on,
+    so that a test may change its own."""
+    made = {}
+
+    def copied(make, to, kind):
+        if (make, kind) not in made:
+            place = tmp_path_factory.mktemp("once")
+            make(place, kind)
+            made[make, kind] = place
+        shutil.copytree(made[make, kind], to, dirs_exist_ok=True)
+
+    return copied
+
+
 @pytest.fixture
-def nu(tmp_path):
+def nu(tmp_path, once):
     """Dense importance, for tests that look at its elements."""
-    return recorded(tmp_path, "dense")
+    once(recorded, tmp_path, "dense")
+    return tmp_path / "nu"
 
 
 @pytest.fixture(params=["dense", "factored"])
-def kept(tmp_path, request):
+def kept(tmp_path, request, once):
     """Importance of each kind, for tests of what it does."""
-    return recorded(tmp_path, request.param)
+    once(recorded, tmp_path, request.param)
+    return tmp_path / "nu"
 
 
 @pytest.fixture(scope="session")

@@ -24,14 +24,18 @@ def learn(folder, seed, *parts, model=None, **settings):
     return model
 
 
-@pytest.fixture(params=["dense", "factored"])
-def domains(tmp_path, request):
-    """Two domains, B learned from where A ended and held to it; each recorded alone."""
-    a, b = tmp_path / "a", tmp_path / "b"
-    learn(tmp_path, 1, hlora.Record(a, kind=request.param, quiet=True))
+def two_domains(place, kind):
+    """B learned from where A ended and held to it; each recorded alone."""
+    a = place / "a"
+    learn(place, 1, hlora.Record(a, kind=kind, quiet=True))
     held = hlora.Penalty(a, phi=0.3)
-    learn(tmp_path, 2, held, hlora.Record(b, kind=request.param, quiet=True))
-    return a, b
+    learn(place, 2, held, hlora.Record(place / "b", kind=kind, quiet=True))
+
+
+@pytest.fixture(params=["dense", "factored"])
+def domains(tmp_path, request, once):
+    once(two_domains, tmp_path, request.param)
+    return tmp_path / "a", tmp_path / "b"
 
 
 def started(model, *parts):
