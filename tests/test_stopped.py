@@ -93,6 +93,22 @@ def test_a_stop_while_the_result_is_written_comes_after_it(
     assert (output / "adapter_config.json").exists()
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_stop_while_a_rewound_adapter_is_written_comes_after_it(
+    place, times, monkeypatch, capsys
+):
+    """The curve took many passes."""
+    text = ["--text", str(place.folder / "a.txt"), "--block-size", "16", "--text-blocks", "4"]
+    place.record()
+    assert place.tune("--phi", "0") == 0
+    monkeypatch.setattr(rewind, "save_adapter", signalled(rewind.save_adapter, times))
+    argv = ["rewind", "--model", place.model, "--adapter", str(place.folder / "mu"), *text]
+    output = place.folder / "rewound"
+    assert cli.main([*argv, "--forget-at-most", "1e-5", "--output", str(output)]) == 130
+    assert f"Stopped. The result is whole, in {output}." in capsys.readouterr().err
+    assert (output / "rewind.json").exists()
+
+
 @pytest.mark.parametrize("phase", ["tune", "record"])
 def test_a_stop_after_the_last_step_is_one(place, phase, monkeypatch, capsys):
     """The result is written, and then it stops."""

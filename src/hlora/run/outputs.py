@@ -17,6 +17,11 @@ NOTHING = "Nothing of this run was kept: the same command starts again."
 """What is said of a run that was stopped before it kept anything."""
 
 
+def whole(folder: Path) -> str:
+    """What is said of a run that was stopped when it had its result."""
+    return f"The result is whole, in {folder}."
+
+
 @contextmanager
 def leaving(settings: Any) -> Iterator[None]:
     """However it ends, unlock what these settings write to, and take away what stayed empty."""

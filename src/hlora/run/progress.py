@@ -78,13 +78,17 @@ class Asked:
 
 
 @contextmanager
-def unbroken() -> Iterator[None]:
-    """What is written inside is written whole: Ctrl-C or SIGTERM stops after it."""
+def unbroken(said: str = "") -> Iterator[None]:
+    """What is written inside is written whole: Ctrl-C or SIGTERM stops after it.
+
+    Args:
+        said: to be told then.
+    """
     stop = Asked(patient=True)
     with stop.listening():
         yield
     if stop.asked:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(said)
 
 
 class Interruptible(Asked, TrainerCallback):

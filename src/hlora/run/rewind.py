@@ -29,8 +29,8 @@ from hlora.run import machine
 from hlora.run.evaluate import Forgetting, divergence, score_task
 from hlora.run.inputs import check_apart
 from hlora.run.models import load_adapter
-from hlora.run.outputs import tidied
-from hlora.run.progress import bar
+from hlora.run.outputs import tidied, whole
+from hlora.run.progress import bar, unbroken
 from hlora.run.scoring import prepare
 from hlora.run.settings import EvalSettings, RewindSettings, listed
 
@@ -138,7 +138,7 @@ def rewind(settings: RewindSettings) -> Rewound:
     points += [p for p in candidates if p not in points]
     walk.go(chosen.way, chosen.share)
     result = Rewound(output, sorted(points, key=lambda p: (p.way, -p.share)), chosen)
-    with publish(output, REWOUND) as aside:
+    with unbroken(f"Stopped. {whole(output)}"), publish(output, REWOUND) as aside:
         save_adapter(model, aside)
         info = {
             "hlora_version": __version__, "settings": asdict(settings),

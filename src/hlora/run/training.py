@@ -33,7 +33,7 @@ from hlora.hf.checkpoints import newest_whole
 from hlora.hf.distributed import is_main, refuse_plan, wait_for_all
 from hlora.hf.hub import located
 from hlora.run.models import pick_device, pick_dtype
-from hlora.run.outputs import NOTHING
+from hlora.run.outputs import NOTHING, whole
 from hlora.run.progress import Interruptible, Progress, bar
 from hlora.run.schedule import ResumedRate
 from hlora.run.settings import OF_EACH, TrainSettings, listed
@@ -399,7 +399,7 @@ def kept(settings: TrainSettings, marker: str, run: str | None, resume_with: str
     """
     output, work = Path(settings.output), work_folder(settings)
     if run and _noted(output / marker).get("run") == run:
-        return f"The result is whole, in {output}."
+        return whole(output)
     ours = settings.resume or (run and _noted(work / NOTES).get("run") == run)
     checkpoint = newest_whole(work) if ours else None
     if checkpoint is None:
