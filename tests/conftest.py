@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -101,6 +102,16 @@ def make_trainer(model, folder, callbacks=(), rows=None, **settings) -> Trainer:
         train_dataset=rows or token_rows(),
         callbacks=list(callbacks),
     )
+
+
+def pytest_collection_finish():
+    """Each training ends with a collection, which took longer than the training itself: it looked
+    at all that torch, transformers and the tests had imported."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
