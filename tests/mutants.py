@@ -344,6 +344,11 @@ MUTANTS = [
     Mutant("what is left of a moved base is taken for it", "run/scoring.py",
            "if moves_base(read_config(folder)):", "if False:", "tests/test_evaluate.py -k move"),
     # What a study says
+    Mutant("a mean over some of the seeds is the best", S + "cells.py",
+           "and not re.search(_OF_SOME, self.rows[i][column])", "", MATCHED),
+    Mutant("a seed that tells nothing hides a figure", S + "tables.py",
+           "told = [s for s in seeds if math.isfinite(of.least(method, share, [s])[0])]",
+           "told = seeds", MATCHED),
     Mutant("runs that are far apart are joined", S + "matched.py",
            "high <= GAP * low", "high <= 1e9 * low", MATCHED),
     Mutant("a bound is told as a value", S + "matched.py",

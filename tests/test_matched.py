@@ -191,6 +191,22 @@ def test_first_runs_of_another_seed_hide_no_contrast():
     ]  # with 99 % both seeds can be read: a stronger run keeps less
 
 
+def test_a_seed_that_tells_nothing_hides_no_figure_and_is_said():
+    """And such a mean over some of the seeds is not the best of a column."""
+    found = results(
+        *(a_run("lora-mu", seed, nll=1.0, kl=0.4) for seed in (0, 1)),
+        a_run("kl", 0, phi=1.0, nll=1.02, kl=0.1), a_run("kl", 1, phi=1.0, nll=1.1, kl=0.05),
+        *(a_run("blend", seed, phi=1.0, nll=1.02, kl=0.2) for seed in (0, 1)),
+    )  # fmt: skip
+    table = tables.matched(found, "a")
+    cells = {row[0]: row[1:] for row in table.rows}
+    assert cells[METHODS["kl"].label][0] == "≤ 0.200 [0.200, 0.200] (1 of 2)"
+    assert cells[METHODS["blend"].label][0] == "≤ 0.400 [0.400, 0.400]"
+    marked = {table.rows[i][0] for i, column in table.marked if column == 1}
+    assert marked == {METHODS["blend"].label}
+    assert "≤ 0.200,0.200,0.200" in table.csv()
+
+
 def test_contrasts_are_corrected_for_their_number():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.5]) == [1.0, 1.0]

@@ -26,7 +26,11 @@ class Figure(NamedTuple):
 
 
 _NUMBER = r"([+-]?\d[\d,]*(?:\.\d+)?)"
-_CELL = re.compile(rf"(?:[<≤] )?{_NUMBER}(?: ± {_NUMBER}| \[{_NUMBER}, {_NUMBER}\]| \(n = 1\))?")
+_OF_SOME = r" \(\d+ of \d+\)"
+"""A mean over some of the row's seeds: no rival of the others."""
+_CELL = re.compile(
+    rf"(?:[<≤] )?{_NUMBER}(?: ± {_NUMBER}| \[{_NUMBER}, {_NUMBER}\]| \(n = 1\))?(?:{_OF_SOME})?"
+)
 _PARTS = ("", ", one standard error", ", low", ", high")
 
 
@@ -80,6 +84,7 @@ class Table:
             values = {
                 i: float(figure.value) for i, of in enumerate(self.figures)
                 if (figure := of[column]) and self.rows[i][0] not in self.apart
+                and not re.search(_OF_SOME, self.rows[i][column])
             }  # fmt: skip
             if len(values) > 1:
                 top = best(values.values())

@@ -210,10 +210,14 @@ def matched(results: Results, task: str) -> Table | None:
 
 
 def _at(of: Matched, method: str, share: float) -> str:
-    found = of.least(method, share)
-    if found is None or not math.isfinite(found[0]):
+    """Over the seeds that tell it; of how many, where others do not."""
+    seeds = of.seeds(method)
+    told = [s for s in seeds if math.isfinite(of.least(method, share, [s])[0])]
+    if not told:
         return "–"
-    return "≤ " * of.bounded(method, share) + _interval(estimate(found))
+    bound = "≤ " * of.bounded(method, share, told)
+    some = f" ({len(told)} of {len(seeds)})" if len(told) < len(seeds) else ""
+    return bound + _interval(estimate(of.least(method, share, told))) + some
 
 
 def _interval(of: Estimate, sign: str = "") -> str:
