@@ -180,6 +180,11 @@ class Matched:
         told = all(found is not None and np.isfinite(found[0]) for found in least)
         return told and not any(self.bounded(m, share, [seed]) for m in methods)
 
+    def telling(self, method: str, share: float) -> list[int]:
+        """The seeds that tell what the method forgets with so much of the gain, bounds too."""
+        least = {s: self.least(method, share, [s]) for s in self.seeds(method)}
+        return [s for s, found in least.items() if found is not None and np.isfinite(found[0])]
+
     def plain(self) -> Any:
         """What plain LoRA forgets, by draw."""
         return self._over_seeds([p.lost for p in self._plain.values()])

@@ -211,8 +211,7 @@ def matched(results: Results, task: str) -> Table | None:
 
 def _at(of: Matched, method: str, share: float) -> str:
     """Over the seeds that tell it; of how many, where others do not."""
-    seeds = of.seeds(method)
-    told = [s for s in seeds if math.isfinite(of.least(method, share, [s])[0])]
+    seeds, told = of.seeds(method), of.telling(method, share)
     if not told:
         return "–"
     bound = "≤ " * of.bounded(method, share, told)
