@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,6 +39,15 @@ from hlora.run.phases import WATCHED
 TEXT = "the text that the model writes"
 WRITTEN = (SEQUENCES_AT_BASE + WATCHED) // 2
 """Chats, or other texts: a gathering writes as many of each, in a batch."""
+
+
+class Words:
+    """All that writing asks of a tokenizer, for random weights that have none."""
+
+    bos_token_id, chat_template = 0, None
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [self.bos_token_id]}
 
 
 def measure(shape: str, steps: int, batch: int, tokens: int, timed: int) -> list[dict[str, Any]]:
@@ -104,8 +112,7 @@ def _ours(shape: str, steps: int, batch: int, tokens: int, timed: int, row: Any)
             f"{len(blocks)} of {SEQUENCES_AT_BASE} sequences")  # fmt: skip
 
     def write() -> None:
-        words = SimpleNamespace(bos_token_id=0, chat_template=None)
-        own_text(bench.model, words, WRITTEN, tokens)
+        own_text(bench.model, Words(), WRITTEN, tokens)
 
     write()
     count = SEQUENCES_AT_BASE + WATCHED

@@ -63,16 +63,15 @@ def separator(tokenizer: Any) -> int:
     Not always the beginning-of-text token: chat models may name the mark of a turn so, and write
     what stands in one behind it.
     """
-    marks = _marks(tokenizer)
-    words = tokenizer.get_vocab()
+    if not getattr(tokenizer, "chat_template", None):
+        return prefix_token(tokenizer)
+    marks, words = _marks(tokenizer), tokenizer.get_vocab()
     named = [tokenizer.bos_token_id, tokenizer.eos_token_id, *map(words.get, SEPARATORS)]
     return next((i for i in named if i is not None and i not in marks), prefix_token(tokenizer))
 
 
 def _marks(tokenizer: Any) -> list[int]:
     """What stands in a chat, its first token apart."""
-    if not getattr(tokenizer, "chat_template", None):
-        return []
     said = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
     text = render_chat(tokenizer, said, "the model's own text")
     return tokenizer(text, add_special_tokens=False)["input_ids"][1:]
