@@ -41,6 +41,13 @@ def test_it_begins_as_text_and_as_a_chat(tiny):
     assert len({tuple(r) for r in rows.tolist()}) == 5
 
 
+def test_a_chat_that_begins_as_any_text_gets_its_half(tiny):
+    model, tokenizer = load(str(tiny))
+    start = tokenizer.bos_token or tokenizer.eos_token
+    tokenizer.chat_template = start + CHAT.replace("the user ", "")
+    assert own_text(model, tokenizer, 5, 12).shape == (5, 12)
+
+
 @pytest.mark.parametrize(
     ("template", "more", "expected"),
     [

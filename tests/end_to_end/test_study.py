@@ -189,7 +189,8 @@ def test_a_phase_nu_that_fails_is_noted_by_the_runs_that_need_it(place, monkeypa
 
 
 def test_several_at_once_find_the_same(place):
-    few(place, "base", "l2")  # a process for each thing that is shared, and each run
+    few(place, "base", "l2", "ewc-nu")  # a process for each thing that is shared, and each run
+    edit(place, "ewc-nu: [0.01, 0.1]", "ewc-nu: [0.01]")
     edit(place, " l2: [0.01, 0.1]", " l2: [0.01]")
     assert cli.main(["study", "s.yaml", "--results", "one.jsonl"]) == 0
     shutil.rmtree(place / "work")
