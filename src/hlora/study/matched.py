@@ -176,14 +176,13 @@ class Matched:
 
         Asked seed by seed: the first runs of a new one must not hide what an earlier one told.
         """
-        least = [self.least(m, share, [seed]) for m in methods]
-        told = all(found is not None and np.isfinite(found[0]) for found in least)
+        told = all(self.told(seed, share, m) for m in methods)
         return told and not any(self.bounded(m, share, [seed]) for m in methods)
 
-    def telling(self, method: str, share: float) -> list[int]:
-        """The seeds that tell what the method forgets with so much of the gain, bounds too."""
-        least = {s: self.least(method, share, [s]) for s in self.seeds(method)}
-        return [s for s, found in least.items() if found is not None and np.isfinite(found[0])]
+    def told(self, seed: int, share: float, method: str) -> bool:
+        """The same of one method, a bound included."""
+        least = self.least(method, share, [seed])
+        return least is not None and bool(np.isfinite(least[0]))
 
     def plain(self) -> Any:
         """What plain LoRA forgets, by draw."""

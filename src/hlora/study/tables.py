@@ -210,7 +210,8 @@ def matched(results: Results, task: str) -> Table | None:
 
 def _at(of: Matched, method: str, share: float) -> str:
     """Over the seeds that tell it; of how many, where others do not."""
-    seeds, told = of.seeds(method), of.telling(method, share)
+    seeds = of.seeds(method)
+    told = [s for s in seeds if of.told(s, share, method)]
     if not told:
         return "–"
     bound = "≤ " * of.bounded(method, share, told)
