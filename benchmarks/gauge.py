@@ -1,10 +1,12 @@
 """What an importance predicts that adapters forget, what its text shows, and what other text does.
 
     python -m benchmarks.gauge --importance base --adapter lora held --text licences.jsonl
+    python -m benchmarks.gauge ... --behind '<|im_start|>'
 
 For each adapter: forgetting as the importance predicts it; as measured on text that the base model
 writes (the rows that the importance keeps, or as many new ones); and on each kind of `--text`. All
-in nats per token of KL divergence from the base model.
+in nats per token of KL divergence from the base model. With `--behind`, each kind also with that
+token before every row: a model that reads another first token may have forgotten less.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", nargs="*", default=["python-docs@test"])
     parser.add_argument("--blocks", type=int, default=48, help="rows of each kind")
     parser.add_argument("--tokens", type=int, default=96, help="tokens of a row of --text")
+    parser.add_argument("--behind", nargs="*", default=[], help="tokens to put before the rows")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--json", type=Path, help="also write everything here")
     given = parser.parse_args(argv)
@@ -49,6 +52,12 @@ def main(argv: list[str] | None = None) -> None:
         s.name: blocks(s, tokenizer, given.tokens, given.blocks)
         for s in map(Source.parse, given.text)
     }
+    for token in given.behind:
+        before = tokenizer.convert_tokens_to_ids(token)
+        kinds |= {
+            f"{s} behind `{token}`": torch.nn.functional.pad(kinds[s], (1, 0), value=before)
+            for s in (Source.parse(t).name for t in given.text)
+        }
     print("| adapter | predicted |", " | ".join(kinds), "|")
     print("|---|" + "---|" * (len(kinds) + 1))
     rows = []
