@@ -6,12 +6,14 @@ import sys
 import pytest
 import torch
 
-from benchmarks import host, importance, page, shapes, step, storage, targets
+from benchmarks import host, importance, page, runaways, shapes, step, storage, targets
 from hlora.core import store
 from hlora.core.importance.dense import Dense
 from hlora.core.importance.factored import Factored
 from hlora.hf.peft import find_pairs
 from hlora.hf.record import save_importance
+from tests.conftest import lora_model
+from tests.reference import sequence_gradients
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::SyntaxWarning"
@@ -96,6 +98,25 @@ def test_what_was_to_be_reached_is_judged(measured):
     found = {what: rest for what, *rest in targets.verdicts([row], [], [])}
     assert found["record, dense: of a step"] == ["≤ 1.5 %", "1.6 %", "missed"]
     assert found["record, dense: peak memory"][-1] == "reached"
+
+
+def test_runaway_sequences_are_named(tiny, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "sums.jsonl"
+    text.write_text(
+        "".join(json.dumps({"text": f"{n} and {n} are {2 * n}. " * 9}) + "\n" for n in range(40))
+    )
+    run(runaways, monkeypatch, "--model", tiny, "--text", text, "--tokens", 16, "--blocks", 12)
+    row = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert row[:3] == ["| sums", "12", "fp32"]
+    assert float(row[3]) >= float(row[4]) > 0
+    assert row[5] == "0"
+    model = lora_model(dtype=torch.float64)
+    model.eval()
+    pairs, rows = find_pairs(model), torch.randint(3, 60, (10, 9))
+    sizes, places = runaways.looked_at(model, rows, 0, "corpus")
+    for name, g in sequence_gradients(model, pairs, rows).items():
+        torch.testing.assert_close(sizes[name], g.square().sum((1, 2)), rtol=1e-5, atol=0)
+        assert places[name].max() < rows.shape[1]
 
 
 def test_the_peers_compute_the_same(monkeypatch, tmp_path):

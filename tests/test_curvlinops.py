@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hlora.core.importance.sequences import project
+from hlora.core.importance.projected import project
 from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model
 

@@ -12,7 +12,7 @@ import hlora
 from hlora.cli import main as cli
 from hlora.core import store
 from hlora.core.adapter_file import read_tensors
-from hlora.core.importance.sequences import project
+from hlora.core.importance.projected import project
 from hlora.core.kinds import kind_named
 from hlora.core.layers import layer_grid, layer_weights
 from hlora.core.pairs import group

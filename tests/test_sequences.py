@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import hlora
-from hlora.core.importance import sequences
+from hlora.core.importance import projected
 from hlora.core.importance.blend import SMOOTH, Blend
 from hlora.core.importance.kronecker import Kronecker
-from hlora.core.importance.sequences import project
+from hlora.core.importance.projected import project
 from hlora.core.importance.sketch import Sketch, pulling
 from hlora.core.lowrank import LowRank
 from hlora.core.pairs import group
@@ -85,9 +85,83 @@ def test_projected_gradients_are_those_of_autograd_sequence_by_sequence(architec
             torch.testing.assert_close(kept, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
 
 
+def test_what_one_sequence_may_add_is_bounded(monkeypatch):
+    """At a limit that many a sequence is beyond; the reference is dense."""
+    monkeypatch.setattr(projected, "LIMIT", 1.05)
+    model = lora_model(dtype=torch.float64)
+    perturb(model)
+    model.eval()
+    pairs = find_pairs(model)
+    rows = torch.randint(3, 60, (24, 9))
+    found = project(model, pairs, rows, rank=3, labels="corpus", batch_size=5)
+    gradients = sequence_gradients(model, pairs, rows)
+    sizes = sum(g.square().sum((1, 2)) for g in gradients.values())
+    limit, finding = mild_limit(sizes[:6], 1.05)
+    shares = (limit / sizes).clamp(max=1)
+    assert 0 < finding.sum() < 6
+    assert 0 < (shares < 1).sum() < 24
+    assert (sizes * shares).max() <= limit * (1 + 1e-9)
+    monkeypatch.setattr(projected, "LIMIT", 1e9)
+    spans, _ = projected.bases(model, pairs, rows[:6][finding], 3, 0, {"labels": "corpus"})
+    for name, of in found.items():
+        close = {"rtol": 1e-5, "atol": 1e-5 * float(of.cores.abs().max())}
+        torch.testing.assert_close(of.shares, shares, **close)
+        g = gradients[name] * shares.sqrt()[:, None, None]
+        torch.testing.assert_close(of.cores, g @ of.V, **close)
+        rowwise = (g @ g.mT).mean(0)
+        close["atol"] = 1e-5 * float(rowwise.abs().max())
+        torch.testing.assert_close(of.left, of.U.mT @ rowwise @ of.U, **close)
+        torch.testing.assert_close(of.rows, rowwise.diagonal(), **close)
+        U, _ = spans[name]  # found without those beyond the limit
+        torch.testing.assert_close(of.U @ of.U.mT, U @ U.mT, rtol=1e-5, atol=1e-6)
+
+
+def mild_limit(sizes, times):
+    """The limit, and which sequences are within it, once none that is beyond moves the median."""
+    mild = torch.ones(len(sizes), dtype=torch.bool)
+    while (beyond := mild & (sizes > (limit := times * sizes[mild].median()))).any():
+        mild &= ~beyond
+    return limit, mild
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_runaway_sequence_does_not_outweigh_the_others(kind, monkeypatch):
+    """One whose gradients are a thousand times as long, as at the switch of an attention sink."""
+    model = lora_model()
+    pairs = find_pairs(model)
+    rows = torch.randint(3, 60, (16, 9))
+    usual, plain = kind.gather(model, pairs, rows)
+    assert plain["bounded"] == 0
+    assert "outweighed" not in " ".join(kind.describe(plain | {"layers": len(pairs)}))
+
+    def with_runaway(model, pairs, rows, take, **more):
+        at = 0
+
+        def longer(name, delta, x):
+            nonlocal at
+            batch = rows[at : at + len(delta)]
+            take(name, delta * torch.where((batch == 1).any(1), 1e3, 1.0)[:, None, None], x)
+            if name == last:
+                at += len(delta)
+
+        passes(model, pairs, rows, longer, **more)
+
+    passes, last = projected.backward_passes, pairs[0].name  # the first layer is reached last
+    monkeypatch.setattr(projected, "backward_passes", with_runaway)
+    for place in (1, 9):  # one of those that find the bases, and none of them
+        other = rows.clone()
+        other[place, 4] = 1
+        found, summary = kind.gather(model, pairs, other)
+        assert summary["bounded"] == 1
+        said = " ".join(kind.describe(summary | {"layers": len(pairs)}))
+        assert "1 of them would have outweighed the others" in said
+        for name, total in found.totals().items():
+            assert total < 5 * usual.totals()[name]
+
+
 def test_the_bases_hold_the_largest_directions(monkeypatch):
     """All sequences find them here; the best basis of the rank keeps hardly more."""
-    monkeypatch.setattr(sequences, "PILOT", 1)
+    monkeypatch.setattr(projected, "PILOT", 1)
     model = lora_model(dtype=torch.float64)
     pairs = find_pairs(model)
     rows = torch.randint(3, 60, (32, 9))
@@ -186,7 +260,7 @@ def test_norms_and_totals_are_those_of_the_dense_curvature(kind):
 
 def test_the_meter_predicts_the_divergence_of_the_whole_model(monkeypatch):
     """Small steps of a tiny model, where the second order is all there is."""
-    monkeypatch.setattr(sequences, "COLUMNS", 24)
+    monkeypatch.setattr(projected, "COLUMNS", 24)
     model = lora_model(dtype=torch.float64, target_modules="all-linear")
     pairs = find_pairs(model)
     rows = torch.randint(3, 60, (600, 9))

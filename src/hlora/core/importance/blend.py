@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hlora.core.importance import Changes, Groups, Pulled, Tensors
 from hlora.core.importance.kronecker import Kronecker
-from hlora.core.importance.sequences import Projected, Sequences
+from hlora.core.importance.projected import Projected
+from hlora.core.importance.sequences import Sequences
 from hlora.core.importance.sketch import Sketch
 from hlora.core.pairs import Group
 

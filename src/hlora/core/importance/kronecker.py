@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hlora.core.importance import Changes, Groups, Pulled, Tensors
-from hlora.core.importance.sequences import Projected, Sequences, total_of
+from hlora.core.importance.projected import Projected
+from hlora.core.importance.sequences import Sequences, total_of
 from hlora.core.pairs import Group
 
 

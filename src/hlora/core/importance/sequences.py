@@ -1,21 +1,14 @@
 """What the kinds gathered at the base share: gradients of whole sequences in a basis per matrix.
 
-For one sequence of T predicted tokens and one matrix the gradient of log p(y|x), y sampled from the
-model, is g = δᵀX (m × n), from the output gradients δ (T × m) and the inputs X (T × n). The KL
-divergence from the base model by a change D of all matrices is then about
-½ E[(Σ_l ⟨g_l, D_l⟩)²]/T nats per token. g is never formed. With U (m × p) and V (n × q) that span
-the largest of E[ggᵀ] and E[gᵀg], what is kept is g V of each sequence for the first few columns of
-V (`sketch`), or UᵀE[ggᵀ]U, VᵀE[gᵀg]V and the diagonals (`kronecker`). Inputs share few directions,
-output gradients do not: on SmolLM2 four columns of V keep 96 % of what 32 keep, 64 of U 65 %. A
-first part of the sequences finds U and V (range finder: Halko, Martinsson, Tropp 2011), then all of
-them are projected.
+For one sequence of T predicted tokens and one matrix the gradient g of log p(y|x), y sampled from
+the model, is kept as `projected` says. The KL divergence from the base model by a change D of all
+matrices is then about ½ E[(Σ_l ⟨g_l, D_l⟩)²]/T nats per token.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, TypeVar
 
@@ -24,45 +17,19 @@ from torch import Tensor, nn
 
 from hlora.core import linearcodes
 from hlora.core.importance import Changes, Groups, Importance, Shapes
-from hlora.core.importance.passes import backward_passes
+from hlora.core.importance.projected import COLUMNS, LIMIT, RANK, Projected, project
 from hlora.core.lowrank import LowRank, Weighed
 from hlora.core.pairs import Group, Pair
-from hlora.errors import InputError, UnsupportedModelError
+from hlora.errors import InputError
 
 SEQUENCES = 128
 """Rows that a gathering takes unless told otherwise."""
-RANK = 16
-"""Columns of U and V, where the matrix has as many."""
-COLUMNS = 4
-"""Columns of V that a sequence of its own is seen in."""
-PILOT = 4
-"""One sequence in so many finds U and V."""
 TOKENS, WATCHED, WRITTEN = "tokens", "watched", "written"
 """The tensors that hold T, text to measure forgetting on, and text to look at while training."""
 TEXTS = {WATCHED: 2, WRITTEN: 1}
 """How many rows they have at least: forgetting is measured on two halves."""
 
 Self = TypeVar("Self", bound="Sequences")
-
-
-@dataclass
-class Projected:
-    """N sequences at one matrix.
-
-    Attributes:
-        U, V: (m, p) and (n, q), orthonormal columns.
-        cores: (N, m, c), g V of each sequence, for the first c columns of V.
-        left, right: (p, p) and (q, q), UᵀE[ggᵀ]U and VᵀE[gᵀg]V.
-        rows, columns: (m,) and (n,), the diagonals of E[ggᵀ] and E[gᵀg].
-    """
-
-    U: Tensor
-    V: Tensor
-    cores: Tensor
-    left: Tensor
-    right: Tensor
-    rows: Tensor
-    columns: Tensor
 
 
 class Sequences(Importance):
@@ -121,8 +88,10 @@ class Sequences(Importance):
                 f"{cls.kind.capitalize()} importance needs two sequences or more, not {len(rows)}: "
                 "give more text, or a larger --sequences."
             )
-        summary = {"sequences": len(rows), "tokens": rows.shape[1]}
-        return cls.of(project(model, pairs, rows, **options), rows.shape[1] - 1), summary
+        found = project(model, pairs, rows, **options)
+        bounded = sum(share < 1 for share in next(iter(found.values())).shares.tolist())
+        summary = {"sequences": len(rows), "tokens": rows.shape[1], "bounded": bounded}
+        return cls.of(found, rows.shape[1] - 1), summary
 
     @classmethod
     def of(cls: type[Self], found: dict[str, Projected], tokens: int) -> Self:
@@ -144,10 +113,16 @@ class Sequences(Importance):
 
     @staticmethod
     def describe(summary: dict[str, Any]) -> list[str]:
-        return [
+        said = [
             f"Gradients of {summary['sequences']} sequences of {summary['tokens']} tokens on "
             f"{summary['layers']} layers, gathered without training."
         ]
+        if bounded := summary.get("bounded"):
+            said.append(
+                f"{bounded} of them would have outweighed the others, and count for "
+                f"{LIMIT:.0f} times the middle one."
+            )
+        return said
 
     def check(self) -> None:
         for name, least in TEXTS.items():
@@ -207,79 +182,3 @@ def _single(part: Tensor) -> Tensor:
 
 def _names(tensors: Iterable[str]) -> set[str]:
     return {key.removesuffix(".V") for key in tensors if key.endswith(".V")}
-
-
-def project(
-    model: nn.Module, pairs: list[Pair], rows: Tensor, *, rank: int = RANK, seed: int = 0,
-    **passes: Any,
-) -> dict[str, Projected]:  # fmt: skip
-    """The gradients of all rows (N, T + 1) at every pair, by name.
-
-    Args:
-        rank: p and q, at most the matrix's own size.
-        seed: of the range finder and of the sampled labels.
-        passes: see `backward_passes`.
-
-    Raises:
-        UnsupportedModelError: a layer that runs more than once in a forward pass.
-    """
-    spans = bases(model, pairs, rows[: -(-len(rows) // PILOT)], rank, seed, passes)
-    found: dict[str, list[tuple[Tensor, ...]]] = {n: [] for p in pairs for n in p.names}
-
-    def take(name: str, delta: Tensor, x: Tensor) -> None:
-        U, V = spans[name]
-        d, x = delta.to(U.dtype), x.to(U.dtype)
-        dU, xV, Kx, Kd = d @ U, x @ V, x @ x.mT, d @ d.mT
-        found[name].append(
-            (
-                d.mT @ xV[..., :COLUMNS], (dU.mT @ Kx @ dU).sum(0), (xV.mT @ Kd @ xV).sum(0),
-                (d * (Kx @ d)).sum((0, 1)), (x * (Kd @ x)).sum((0, 1)),
-            )
-        )  # fmt: skip
-
-    backward_passes(model, pairs, rows, take, seed=seed + 1, **passes)
-    for p in pairs:
-        for name in p.names:
-            if not found[name]:  # the text never reached it
-                nothing = (torch.zeros(len(rows), 1, k, device=p.A.device) for k in p.shape[:2])
-                take(name, *nothing)
-    result = {}
-    for name, batches in found.items():
-        cores, *sums = zip(*batches, strict=True)
-        together = torch.cat(cores)
-        if len(together) != len(rows):
-            raise UnsupportedModelError(
-                f"{name} runs more than once in a forward pass, so the gradient of a sequence is "
-                "not one product: leave it out of the targets."
-            )
-        moments = [torch.stack(s).sum(0) / len(rows) for s in sums]
-        result[name] = Projected(*spans[name], together, *moments)
-    return result
-
-
-def bases(
-    model: nn.Module, pairs: list[Pair], rows: Tensor, rank: int, seed: int, passes: dict[str, Any]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """U and V of each pair: the main directions of Σ ggᵀ and Σ gᵀg times random vectors."""
-    draw = torch.Generator().manual_seed(seed)
-    probes, images = {}, {}
-    for p in pairs:
-        dtype = torch.promote_types(p.A.dtype, torch.float32)
-        for name in p.names:
-            probes[name] = [
-                torch.randn(size, min(2 * rank, size), generator=draw, dtype=dtype).to(p.A.device)
-                for size in p.shape[:2]
-            ]
-            images[name] = [torch.zeros_like(t) for t in probes[name]]
-
-    def take(name: str, delta: Tensor, x: Tensor) -> None:
-        (of_rows, of_columns), (Y, Z) = probes[name], images[name]
-        d, x = delta.to(Y.dtype), x.to(Y.dtype)
-        Y += (d.mT @ (x @ (x.mT @ (d @ of_rows)))).sum(0)
-        Z += (x.mT @ (d @ (d.mT @ (x @ of_columns)))).sum(0)
-
-    backward_passes(model, pairs, rows, take, seed=seed, **{**passes, "tick": None})
-    return {
-        name: tuple(torch.linalg.svd(t, full_matrices=False).U[:, :rank] for t in both)
-        for name, both in images.items()
-    }

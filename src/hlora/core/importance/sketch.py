@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hlora.core import linearcodes
 from hlora.core.importance import Changes, Groups, Pulled, Tensors
-from hlora.core.importance.sequences import Projected, Sequences
+from hlora.core.importance.projected import Projected
+from hlora.core.importance.sequences import Sequences
 from hlora.core.pairs import Group
 
 
