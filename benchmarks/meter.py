@@ -146,7 +146,7 @@ def measure(given: Any) -> dict[str, Any]:
         for g, c in zip(groups, changes, strict=True)
         for i, n in enumerate(g.names)
     }
-    forms = Forms(by_name, bases(model, pairs, rows[: len(rows) // 4], widest, 0, {})[0])
+    forms = Forms(by_name, bases(model, pairs, rows[: len(rows) // 4], widest, 0, {}))
     backward_passes(model, pairs, rows, forms.take, seed=1)
     found = predicted(forms, len(pairs), given.tokens - 1)
     projected = project(model, pairs, rows, rank=RANK)

@@ -33,8 +33,9 @@ class Mutant:
     tests: str
 
 
-SEQUENCES, BUDGET, REWIND = (
-    "tests/test_sequences.py", "tests/test_budget.py", "tests/test_rewind.py"
+BOUNDED, SEQUENCES, BUDGET, REWIND = (
+    "tests/test_bounded.py", "tests/test_sequences.py", "tests/test_budget.py",
+    "tests/test_rewind.py",
 )  # fmt: skip
 LOOKS = "tests/test_looks.py"
 BAD_STEPS, CHECKPOINTS = "tests/test_badsteps.py", "tests/test_checkpoints.py"
@@ -257,10 +258,10 @@ MUTANTS = [
     Mutant("documents are written behind the mark of a turn", "data/encode.py",
            "if i is not None and i not in marks", "if i is not None", OWN_TEXT),
     Mutant("a turn's mark is looked for in a chat's first token too", "data/encode.py",
-           'add_special_tokens=False)["input_ids"][1:]', 'add_special_tokens=False)["input_ids"]',
+           'render_chat(tokenizer, said, where), 1', 'render_chat(tokenizer, said, where), 0',
            OWN_TEXT),
     Mutant("own text keeps what no other text begins with", "run/own_text.py",
-           "int(leading(tokenizer) != plain)", "0", OWN_TEXT),
+           "0 if leading(tokenizer) else 1", "0", OWN_TEXT),
     # At the base: sequences, budget, rewinding
     Mutant("the sketch takes layers apart", I + "sketch.py",
            "torch.stack([s.sum(0).to(seen[0].device) for s in seen]).sum(0)",
@@ -277,12 +278,16 @@ MUTANTS = [
            "torch.stack(s).sum(0) / len(rows)", "torch.stack(s).sum(0)", SEQUENCES),
     Mutant("the factor of the rows is that of the columns", I + "projected.py",
            "dU.mT @ Kx @ dU", "dU.mT @ Kd @ dU", SEQUENCES),
-    Mutant("a runaway sequence outweighs the others", I + "projected.py",
-           "clamp(max=1))", "clamp(max=1) ** 0)", SEQUENCES),
-    Mutant("a runaway sequence finds the bases", I + "projected.py",
-           "if not mild.all():", "if False:", SEQUENCES),
+    Mutant("a runaway sequence outweighs the others", I + "bounded.py",
+           "sizes > limit, limit / sizes", "sizes > limit, torch.ones_like(sizes)", BOUNDED),
     Mutant("a bounded gradient is scaled as its square", I + "projected.py",
-           "share.sqrt()[:, None, None]", "share[:, None, None]", SEQUENCES),
+           "shares.sqrt()[:, None, None]", "shares[:, None, None]", SEQUENCES),
+    Mutant("any number of sequences is bounded", I + "bounded.py",
+           "LIMIT * reached.median()[None], beyond[:1]", "LIMIT * reached.median()[None]", BOUNDED),
+    Mutant("sequences that reach no expert are its median", I + "bounded.py",
+           "sizes[sizes > 0]", "sizes", BOUNDED),
+    Mutant("a sequence held apart leaves without being added", I + "bounded.py",
+           "total += part[rest].sum(0)", "total += part[self.apart :].sum(0)", BOUNDED),
     Mutant("the blend's meter has the smooth part", I + "blend.py",
            "return pulled, forgetting",
            "return pulled, sum(v.sum() for v, _, _ in pulled)", SEQUENCES),

@@ -32,13 +32,22 @@ def begins_text(tokenizer):
 def test_it_begins_as_text_and_as_a_chat(tiny):
     model, tokenizer = load(str(tiny))
     begins_text(tokenizer).chat_template = CHAT
-    rows = own_text(model, tokenizer, 5, 12)
-    assert rows.shape == (5, 12)
+    rows = own_text(model, tokenizer, 5, 24)
+    assert rows.shape == (5, 24)
     assert rows.dtype == torch.int64
     begins = tokenizer("the user", add_special_tokens=False)["input_ids"]
+    assert 4 < len(begins) <= 12
     assert (rows[:3, 0] == tokenizer.bos_token_id).all()
     assert (rows[3:, : len(begins)] == torch.tensor(begins)).all()
     assert len({tuple(r) for r in rows.tolist()}) == 5
+
+
+def test_a_chat_whose_beginning_fills_a_row_is_not_written(tiny):
+    model, tokenizer = load(str(tiny))
+    begins_text(tokenizer).chat_template = CHAT
+    rows = own_text(model, tokenizer, 6, 9)  # "the user" alone is longer than half of that
+    assert (rows[:, 0] == tokenizer.bos_token_id).all()
+    assert len({tuple(r) for r in rows.tolist()}) == 6
 
 
 def test_a_chat_that_begins_as_any_text_gets_its_half(tiny):
@@ -65,6 +74,21 @@ def test_documents_are_written_behind_what_is_no_mark_of_a_turn(template, more, 
     words.add_tokens([AddedToken(m, special=True) for m in more])
     words.chat_template = template
     assert separator(words) == words.convert_tokens_to_ids(expected)
+
+
+def test_what_stands_before_any_text_separates_though_it_marks_turns(tiny):
+    """As <s> does in Llama 2's chats."""
+    words = begins_text(load(str(tiny))[1])
+    words.chat_template = CHAT.replace("the user", words.bos_token)
+    assert separator(words) == words.bos_token_id
+
+
+def test_a_template_of_one_turn_is_looked_at_too():
+    words = tokenizer()
+    words.add_tokens([AddedToken("<|endoftext|>", special=True)])
+    words.chat_template = "{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}"
+    words.chat_template += MARKED
+    assert separator(words) == words.convert_tokens_to_ids("<|endoftext|>")
 
 
 def test_without_a_beginning_of_text_token_the_end_separates():

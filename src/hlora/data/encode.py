@@ -61,8 +61,10 @@ def separator(tokenizer: Any) -> int:
     """The token behind which a model begins a document.
 
     Not always the beginning-of-text token: chat models may name the mark of a turn so, and write
-    what stands in one behind it.
+    what stands in one behind it. But where the tokenizer puts it before any text, that is it.
     """
+    if begin := leading(tokenizer):
+        return begin[0]
     if not getattr(tokenizer, "chat_template", None):
         return prefix_token(tokenizer)
     marks, words = _marks(tokenizer), tokenizer.get_vocab()
@@ -71,10 +73,14 @@ def separator(tokenizer: Any) -> int:
 
 
 def _marks(tokenizer: Any) -> list[int]:
-    """What stands in a chat, its first token apart."""
+    """What stands in a chat of several turns, its first token apart."""
     said = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-    text = render_chat(tokenizer, said, "the model's own text")
-    return tokenizer(text, add_special_tokens=False)["input_ids"][1:]
+    where = "the model's own text"
+    try:
+        text, begun = render_chat(tokenizer, said, where), 1
+    except InputError:  # a template of one turn, whose first token may mark it
+        text, begun = render_chat(tokenizer, said[:1], where), 0
+    return tokenizer(text, add_special_tokens=False)["input_ids"][begun:]
 
 
 def is_chat(value: Any) -> bool:

@@ -37,7 +37,8 @@ def own_text(
     """Sequences sampled at temperature 1, (count, length) tokens.
 
     Half of them are documents, and half, where the tokenizer has a chat template, begin as a user's
-    turn, so that the model writes a question and its answer. A sequence goes on after an
+    turn, so that the model writes a question and its answer; none, if what a chat begins with fills
+    more than half of a row. A sequence goes on after an
     end-of-text token, with another document. What a document is written behind stays before it
     only where the tokenizer puts it before any text: a model that reads a first token of its own
     is another model, in which little is forgotten that the other forgets.
@@ -46,8 +47,8 @@ def own_text(
         DivergedError: the model's predictions are not finite.
     """
     chats, plain = _chat_start(tokenizer), [separator(tokenizer)]
-    half = count // 2 if chats else 0
-    unread = int(leading(tokenizer) != plain)
+    half = count // 2 if 0 < len(chats) <= length // 2 else 0
+    unread = 0 if leading(tokenizer) else 1
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     written = []

@@ -9,6 +9,7 @@ experts of a mixture) is looked at by the gradient of θ itself, one sequence at
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hlora.core.evaluating import evaluating
 from hlora.core.finite import check_predictions
 from hlora.core.pairs import Pair
 from hlora.core.sampling import drawn
+from hlora.errors import UnsupportedModelError
 
 Take = Callable[[str, Tensor, Tensor], None]
 """Called with a matrix's name, δ (b, T, m) and x (b, T, n) of each batch: δᵀx is the gradient."""
@@ -48,15 +50,18 @@ def backward_passes(
 
     Raises:
         DivergedError: the model's predictions are not finite.
+        UnsupportedModelError: a layer sees tokens without their sequences.
     """
     device = pairs[0].A.device
     generator = torch.Generator(device=device).manual_seed(seed)
     factors = [f for p in pairs for f in (p.B, p.A) if f.requires_grad]
-    handles = [_watch(p, take) for p in pairs]
+    shape = [0, 0]  # of the batch that is run
+    handles = [_watch(p, take, shape) for p in pairs]
     try:
         with evaluating(model):
             for part in rows.split(1 if any(p.theta for p in pairs) else batch_size):
                 ids = part.to(device)
+                shape[:] = ids.shape
                 logits = model(input_ids=ids).logits[:, :-1].float()
                 check_predictions(model, logits)
                 targets = ids[:, 1:] if labels == "corpus" else _sampled(logits, generator)
@@ -74,12 +79,12 @@ def backward_passes(
             handle.remove()
 
 
-def _watch(pair: Pair, take: Take) -> Any:
+def _watch(pair: Pair, take: Take, shape: list[int]) -> Any:
     """Hooks that hand over δ and x when δ comes, and a handle to remove them."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x = inputs[0].detach()
-        output.register_hook(lambda delta: take(pair.name, delta, x))
+        x = _by_sequence(inputs[0].detach(), shape, pair.name)
+        output.register_hook(lambda d: take(pair.name, _by_sequence(d, shape, pair.name), x))
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert pair.theta is not None
@@ -88,6 +93,18 @@ def _watch(pair: Pair, take: Take) -> Any:
     if pair.theta is None:
         return pair.layer.register_forward_hook(hook)
     return pair.layer.register_forward_pre_hook(before)
+
+
+def _by_sequence(t: Tensor, shape: list[int], name: str) -> Tensor:
+    """(b, T, k), of what a layer may see as (b·T, k)."""
+    if t.dim() == 3:
+        return t
+    if t.dim() != 2 or len(t) != prod(shape):
+        raise UnsupportedModelError(
+            f"{name} sees tokens without the sequences that they are of: leave it out of the "
+            "targets."
+        )
+    return t.unflatten(0, shape)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hlora.core import linearcodes
 from hlora.core.importance import Changes, Groups, Importance, Shapes
-from hlora.core.importance.projected import COLUMNS, LIMIT, RANK, Projected, project
+from hlora.core.importance.projected import COLUMNS, RANK, Projected, project
 from hlora.core.lowrank import LowRank, Weighed
 from hlora.core.pairs import Group, Pair
 from hlora.errors import InputError
@@ -89,8 +89,11 @@ class Sequences(Importance):
                 "give more text, or a larger --sequences."
             )
         found = project(model, pairs, rows, **options)
-        bounded = sum(share < 1 for share in next(iter(found.values())).shares.tolist())
-        summary = {"sequences": len(rows), "tokens": rows.shape[1], "bounded": bounded}
+        cut = torch.stack([(of.shares < 1).cpu() for of in found.values()])
+        summary = {
+            "sequences": len(rows), "tokens": rows.shape[1],
+            "bounded": int(cut.any(0).sum()), "bounded_at": int(cut.any(1).sum()),
+        }  # fmt: skip
         return cls.of(found, rows.shape[1] - 1), summary
 
     @classmethod
@@ -118,9 +121,11 @@ class Sequences(Importance):
             f"{summary['layers']} layers, gathered without training."
         ]
         if bounded := summary.get("bounded"):
+            one = bounded == 1
             said.append(
-                f"{bounded} of them would have outweighed the others, and count for "
-                f"{LIMIT:.0f} times the middle one."
+                f"{bounded} of them, with {'a gradient' if one else 'gradients'} far larger than "
+                f"the others', {'is' if one else 'are'} scaled down at {summary['bounded_at']} of "
+                "the layers."
             )
         return said
 
