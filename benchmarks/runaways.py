@@ -2,10 +2,9 @@
 
     python -m benchmarks.runaways --importance base --text runs/data/perl.jsonl --dtype fp32 bf16
 
-By kind of text (the rows that the importance was gathered on, and --text): the largest Σ_l‖g_l‖² of
-a sequence over the median one's, the largest but one, how many are beyond the limit that a
-gathering sets, and of the largest the matrix that has most of it, and the text around the token
-that has most of that.
+By kind of text (the rows that the importance was gathered on, and --text): the largest ‖g‖² of a
+sequence over the median one's, at any matrix; at how many matrices it is beyond the limit that a
+gathering sets; which matrix that is, and the text around the token that has most of it.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hlora.core import store
+from hlora.core.importance.bounded import LIMIT
 from hlora.core.importance.passes import backward_passes
-from hlora.core.importance.projected import LIMIT
 from hlora.data.source import Source
 from hlora.data.text import blocks
 from hlora.hf.peft import find_pairs
@@ -35,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", default=["fp32"])
     parser.add_argument("--seed", type=int, default=1, help="of the sampled labels")
     given = parser.parse_args(argv)
-    print("| text | rows | dtype | largest | next | beyond | matrix, its share | token |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| text | rows | dtype | largest | beyond, matrices | matrix | token |")
+    print("|---|---|---|---|---|---|---|")
     for dtype in given.dtype:
         model, tokenizer = load(given.model, dtype=dtype)
         model = new_adapter(model, RecordSettings())
@@ -47,16 +46,15 @@ def main(argv: list[str] | None = None) -> None:
             if rows is None:
                 raise SystemExit(f"{kind}: it keeps none.")
             sizes, places = looked_at(model, rows.long(), given.seed)
-            total = torch.stack([*sizes.values()]).sum(0)
-            middle = total.median()
-            first, order = total.sort(descending=True)
-            most = max(sizes, key=lambda n: float(sizes[n][order[0]]))
-            at, row = int(places[most][order[0]]), rows[order[0]]
+            largest = {n: float(of.max() / of.median()) for n, of in sizes.items()}
+            most = max(largest, key=lambda n: largest[n])
+            which = int(sizes[most].argmax())
+            at, row = int(places[most][which]), rows[which]
             around = tokenizer.decode(row[max(0, at - 2) : at + 3])
             print(
-                f"| {kind} | {len(rows)} | {dtype} | {first[0] / middle:.1f} | "
-                f"{first[1] / middle:.1f} | {int((total > LIMIT * middle).sum())} | "
-                f"{most}, {sizes[most][order[0]] / first[0]:.2f} | {at}: {around!r} |",
+                f"| {kind} | {len(rows)} | {dtype} | {largest[most]:.1f} | "
+                f"{sum(of > LIMIT for of in largest.values())} of {len(largest)} | {most} | "
+                f"{at}: {around!r} |",
                 flush=True,
             )
 
@@ -69,15 +67,22 @@ def looked_at(
     places: dict[str, list[Tensor]] = {}
 
     def take(name: str, delta: Tensor, x: Tensor) -> None:
-        d, x = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (delta, x))
-        sizes.setdefault(name, []).append(((x @ x.mT) * (d @ d.mT)).sum((1, 2)))
-        places.setdefault(name, []).append((d.square().sum(2) * x.square().sum(2)).argmax(1))
+        size, place = of_batch(delta, x)
+        sizes.setdefault(name, []).append(size)
+        places.setdefault(name, []).append(place)
 
     backward_passes(model, find_pairs(model), rows, take, seed=seed, labels=labels)
     return (
         {n: torch.cat(of) for n, of in sizes.items()},
         {n: torch.cat(of) for n, of in places.items()},
     )
+
+
+def of_batch(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """‖δᵀx‖² of each row, and the token with the largest ‖δ‖²‖x‖², from (b, T, m) and (b, T, n)."""
+    d, x = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (delta, x))
+    places = (d.square().sum(2) * x.square().sum(2)).argmax(1)
+    return ((x @ x.mT) * (d @ d.mT)).sum((1, 2)), places
 
 
 if __name__ == "__main__":
