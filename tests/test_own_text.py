@@ -1,5 +1,7 @@
 """Text that the model writes itself, and a gathering that needs no other."""
 
+import shutil
+
 import pytest
 import torch
 from tokenizers import AddedToken
@@ -89,6 +91,56 @@ def test_a_template_of_one_turn_is_looked_at_too():
     words.chat_template = "{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}"
     words.chat_template += MARKED
     assert separator(words) == words.convert_tokens_to_ids("<|endoftext|>")
+
+
+@pytest.mark.parametrize("refused", ["{{ raise_exception('never') }}", "{% if %}"])
+def test_a_template_that_refuses_a_turn_leaves_documents(refused, tiny, caplog):
+    model, tokenizer = load(str(tiny))
+    tokenizer.chat_template = refused
+    rows = own_text(model, tokenizer, 4, 9)
+    assert rows.shape == (4, 9)
+    assert "The model writes documents only." in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["blend", "fisher"])
+def test_gradients_that_are_all_zero_are_refused(kind, tiny, tmp_path, capsys):
+    model, tokenizer = load(str(tiny))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    argv = ["record", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "base")]
+    argv += ["--kind", kind, "--sequences", "4", "--block-size", "16"]
+    argv += ["--text", str(write_text(tmp_path / "a.txt", count=3000))]
+    assert cli.main(argv) == 2
+    assert "All gradients are zero" in capsys.readouterr().err
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_tokens_that_the_model_does_not_know_are_named(chat, tiny, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "model")
+    _, tokenizer = load(str(tiny))
+    tokenizer.add_tokens([AddedToken("<turn>", special=True)])
+    if chat:
+        tokenizer.chat_template = CHAT.replace("the user", "<turn>")
+    else:
+        tokenizer.bos_token = "<turn>"
+    tokenizer.save_pretrained(tmp_path / "model")
+    record = ["record", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "base")]
+    for more in ([], ["--dry-run"]):
+        if chat and more:
+            continue  # a plan writes documents
+        assert cli.main([*record, "--sequences", "4", *more]) == 2
+        assert "the two do not belong together" in capsys.readouterr().err
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_tokenizer_without_a_first_or_last_token_is_refused(tiny):
+    model, tokenizer = load(str(tiny))
+    tokenizer.bos_token = tokenizer.eos_token = None
+    for what in (own_text, writing.trial):
+        with pytest.raises(InputError, match="set bos_token or eos_token"):
+            what(model, tokenizer, 4, 9)
 
 
 def test_without_a_beginning_of_text_token_the_end_separates():

@@ -13,7 +13,7 @@ from hlora.core.importance.projected import project
 from hlora.core.importance.sketch import Sketch, pulling
 from hlora.core.lowrank import LowRank
 from hlora.core.pairs import group
-from hlora.errors import UnsupportedModelError
+from hlora.errors import DivergedError, UnsupportedModelError
 from hlora.hf.peft import find_pairs
 from tests.conftest import lora_model, perturb
 from tests.reference import sequence_gradients
@@ -333,6 +333,23 @@ def test_one_sequence_is_too_few():
     model = lora_model()
     with pytest.raises(hlora.InputError, match="two sequences"):
         Blend.gather(model, find_pairs(model), torch.randint(3, 60, (1, 9)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (torch.float16, "too large for fp16: try --dtype fp32"),
+        (torch.bfloat16, "its model.layers.0.self_attn.q_proj.weight is not, so take another copy"),
+        (torch.float32, "its model.layers.0.self_attn.q_proj.weight is not, so take another copy"),
+    ],
+)
+def test_predictions_that_are_not_finite_are_told_from_what_is(dtype, said):
+    model = lora_model(dtype=dtype)
+    with torch.no_grad():
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        layer.base_layer.weight[0, 0] = float("inf")
+    with pytest.raises(DivergedError, match=said):
+        Blend.gather(model, find_pairs(model), torch.randint(3, 60, (4, 9)))
 
 
 def test_a_layer_that_runs_twice_is_refused():

@@ -27,6 +27,12 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return " ".join(str(error).split())[:most]
 
 
+def is_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory, of a device or of the machine, is not enough."""
+    said = str(error).lower()
+    return any(w in said for w in ("out of memory", "can't allocate memory", "unable to allocate"))
+
+
 def in_short(names: Iterable[str], most: int = 4) -> str:
     """Parameters or modules, those of all layers as one: `layers.*.mlp.up_proj (24), score`."""
     alike: dict[str, list[str]] = {}

@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if heard:  # a library that was being imported made it an error of its own
             return _complain("Stopped.", 130)
+        from hlora.errors import is_memory
         from hlora.files import is_full_disk
 
         if is_full_disk(error):
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"room and {again}.",
                 1,
             )
-        if "out of memory" in str(error).lower():
+        if is_memory(error):
             return _complain(f"Out of memory on the device: {_smaller(argv)}.", 1)
         raise
 

@@ -28,8 +28,14 @@ def check_predictions(model: nn.Module, logits: Tensor) -> None:
     """
     if torch.isfinite(logits).all():
         return
-    name = broken_weight(model)
-    raise DivergedError(
-        "The model's predictions are not finite: "
-        + (f"its {name} is not, so take another copy." if name else "try --dtype fp32.")
-    )
+    name, half = broken_weight(model), any(p.dtype == torch.float16 for p in model.parameters())
+    if half:
+        why = "too large for fp16: try --dtype fp32, or bf16."
+    elif name:
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        why = f"its {name} is not, so take another copy."
+    elif any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        why = "try --dtype fp32."
+    else:
+        why = "are its weights whole? Take another copy."
+    raise DivergedError(f"The model's predictions are not finite: {why}")

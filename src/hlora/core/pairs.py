@@ -253,7 +253,8 @@ def check_same(
         if mine == theirs:
             mine, theirs = f"{len(here)} of them", f"{len(noted)} of them"
         raise MismatchError(
-            f"The LoRA targets differ: this model has {mine}, {where} was recorded on {theirs}."
+            f"The LoRA targets differ: this model has {mine}, {where} was recorded on {theirs}: "
+            "give --targets (LoraConfig's target_modules) as there."
         )
     for name, values in here.items():
         for key, word in (("m", "output size"), ("n", "input size")):

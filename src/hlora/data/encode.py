@@ -37,18 +37,37 @@ def encode(
         said = " ".join(f"{type(error).__name__} {error}".split())[:160]
         said = said.encode("utf-8", "backslashreplace").decode("utf-8")
         raise InputError(f"{where}: the tokenizer cannot take this text ({said}).") from None
-    if vocabulary is not None and ids and max(ids) >= vocabulary:
+    if vocabulary is not None:
+        check_known(ids, where, vocabulary)
+    return ids
+
+
+def check_known(ids: list[int], where: str, vocabulary: int) -> None:
+    """Refuse tokens that the model does not know.
+
+    Raises:
+        InputError: names the largest.
+    """
+    if ids and max(ids) >= vocabulary:
         raise InputError(
             f"{where}: the tokenizer gives the token {max(ids)}, and the model knows "
             f"{vocabulary:,}: the two do not belong together."
         )
-    return ids
 
 
 def prefix_token(tokenizer: Any) -> int:
-    """What stands before a text that has nothing before it."""
-    bos = tokenizer.bos_token_id
-    return tokenizer.eos_token_id if bos is None else bos
+    """What stands before a text that has nothing before it.
+
+    Raises:
+        InputError: the tokenizer has no such token.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is None and eos is None:
+        raise InputError(
+            "The tokenizer names neither a beginning- nor an end-of-text token: set bos_token or "
+            "eos_token in its tokenizer_config.json."
+        )
+    return eos if bos is None else bos
 
 
 def leading(tokenizer: Any) -> list[int]:
@@ -79,7 +98,10 @@ def _marks(tokenizer: Any) -> list[int]:
     try:
         text, begun = render_chat(tokenizer, said, where), 1
     except InputError:  # a template of one turn, whose first token may mark it
-        text, begun = render_chat(tokenizer, said[:1], where), 0
+        try:
+            text, begun = render_chat(tokenizer, said[:1], where), 0
+        except InputError:
+            return []
     return tokenizer(text, add_special_tokens=False)["input_ids"][begun:]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
-from hlora.errors import HloraError, StoreError, one_line
+from hlora.errors import HloraError, StoreError, is_memory, one_line
 from hlora.files import MANIFEST, fault, seal
 from hlora.hf.distributed import wait_for_all
 from hlora.hf.regularize import Regularization
@@ -118,7 +118,7 @@ def _told(load: Callable[..., Any]) -> Callable[..., Any]:
         except HloraError:
             raise
         except Exception as error:  # a damaged or hostile file may raise anything
-            if "out of memory" in str(error).lower():
+            if is_memory(error):
                 raise
             raise _not_resumed(checkpoint, one_line(error)) from None
 

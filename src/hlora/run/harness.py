@@ -21,7 +21,7 @@ from torch import nn
 from hlora.core.evaluating import evaluating
 from hlora.data.read import SUFFIXES, suffix_of
 from hlora.data.sandbox import Sandbox
-from hlora.errors import DivergedError, InputError, one_line, optional, suggest
+from hlora.errors import DivergedError, InputError, is_memory, one_line, optional, suggest
 from hlora.files import is_full_disk
 from hlora.run.progress import watched
 from hlora.run.taskfile import read_task_file
@@ -121,7 +121,7 @@ def _scores(
     except DivergedError:
         raise
     except Exception as error:  # by a task, lm-eval may raise anything
-        if is_full_disk(error) or "out of memory" in str(error).lower():
+        if is_full_disk(error) or is_memory(error):
             raise
         text = one_line(error) or type(error).__name__
         raise InputError(f"lm-eval cannot run these tasks: {text}") from None

@@ -24,7 +24,16 @@ from hlora.core import store
 from hlora.core.adapter_file import read_adapter, read_config, read_tensors
 from hlora.core.adapter_rules import check_config
 from hlora.core.evaluating import evaluating
-from hlora.errors import HloraError, InputError, in_short, one_line, one_of, optional, suggest
+from hlora.errors import (
+    HloraError,
+    InputError,
+    in_short,
+    is_memory,
+    one_line,
+    one_of,
+    optional,
+    suggest,
+)
 from hlora.hf.fits import check_fits, check_loaded, check_same_base
 from hlora.hf.hub import located
 from hlora.hf.limits import context, vocabulary
@@ -246,7 +255,7 @@ def _no_traceback(folder: Path) -> Iterator[None]:
     except HloraError:
         raise
     except Exception as error:
-        if "out of memory" in str(error).lower():
+        if is_memory(error):
             raise
         said = re.sub(r"^Error\(s\) in loading state_dict for \w+: ", "", one_line(error, 400))
         said = said[:240] or type(error).__name__
@@ -269,7 +278,7 @@ def _from_pretrained(source: str, dtype: torch.dtype | None, **more: Any) -> tup
     except InputError:
         raise
     except Exception as error:  # a damaged or hostile folder may raise anything
-        if "out of memory" in str(error).lower():
+        if is_memory(error):
             raise
         raise InputError(_why_not(source, error)) from None
     return model, tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,15 @@ from transformers import DynamicCache
 from hlora.core.evaluating import evaluating
 from hlora.core.finite import check_predictions
 from hlora.core.sampling import drawn
-from hlora.data.encode import leading, render_chat, separator
+from hlora.data.encode import check_known, leading, render_chat, separator
 from hlora.data.tasks import batches
+from hlora.errors import InputError
+from hlora.hf.limits import vocabulary
+
+logger = logging.getLogger(__name__)
 
 _MARK = "\x00"
+OWN = "the model's own text"
 TRIED = 8
 """Tokens that are written to know how long it takes."""
 TOGETHER = 96
@@ -47,6 +53,7 @@ def own_text(
         DivergedError: the model's predictions are not finite.
     """
     chats, plain = _chat_start(tokenizer), [separator(tokenizer)]
+    check_known(plain + chats, OWN, vocabulary(model))
     half = count // 2 if 0 < len(chats) <= length // 2 else 0
     unread = 0 if leading(tokenizer) else 1
     device = next(model.parameters()).device
@@ -67,6 +74,7 @@ def trial(
 ) -> tuple[Callable[[], Any], float]:
     """What writes a little of (count, length) tokens, and how many rows' worth of work that is."""
     rows, steps = min(count, batch_size), min(TRIED, length - 1)
+    check_known([separator(tokenizer)], OWN, vocabulary(model))
     # Without a cache all that is there is read for each token: half of it, on average.
     begun = 1 if _cache_of(model) else max(1, length // 2)
     ids = torch.full((rows, begun), separator(tokenizer))
@@ -107,9 +115,13 @@ def _cache_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _chat_start(tokenizer: Any) -> list[int]:
-    """The tokens before a user's first words; none without a chat template."""
+    """The tokens before a user's first words; none without a template that takes a user's turn."""
     if not getattr(tokenizer, "chat_template", None):
         return []
     turn = [{"role": "user", "content": _MARK}]
-    text = render_chat(tokenizer, turn, "the model's own text")
+    try:
+        text = render_chat(tokenizer, turn, OWN)
+    except InputError as error:
+        logger.warning("%s The model writes documents only.", error)
+        return []
     return tokenizer(text.partition(_MARK)[0], add_special_tokens=False)["input_ids"]

@@ -34,7 +34,7 @@ from hlora.data.rows import FIRST, Collate, Rows
 from hlora.data.source import Source, sources
 from hlora.data.tasks import load_task
 from hlora.data.text import block_rows, blocks, mix
-from hlora.errors import InputError, MismatchError
+from hlora.errors import InputError, MismatchError, UnsupportedModelError
 from hlora.files import check_space, publish, without_nan, write_json
 from hlora.hf.corda import Corda
 from hlora.hf.distributed import is_main
@@ -400,9 +400,15 @@ class GeneralPhase(_Phase[Recorded]):
             watched = self._write_own(WATCHED, self.tokens.shape[1], OTHER_SEED)
             found = found.watching(watched, self.tokens if self.settings.keep_text else written)
         importance: Importance = found.stored_as(self.settings.storage)
+        norms = importance.norms()
+        if not any(norms.values()):
+            raise UnsupportedModelError(
+                "All gradients are zero, so that nothing tells what matters: the model's "
+                "predictions do not depend on the --targets, or are certain whatever it reads."
+            )
         summary["own_text"] = self.own
         summary["seconds"] = round(time.monotonic() - began, 1)
-        summary |= summarize_norms(importance.norms())
+        summary |= summarize_norms(norms)
         notes |= {
             "recording": {
                 **{k: summary.get(k, v) for k, v in options.items()},

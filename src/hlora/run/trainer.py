@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hlora.errors import InputError, one_line
+from hlora.errors import InputError, is_memory, one_line
 from hlora.files import is_full_disk
 
 
@@ -30,7 +30,7 @@ def make_trainer(
             trainer.create_optimizer_and_scheduler(max(args.max_steps, 1))
             next(iter(trainer.get_train_dataloader().batch_sampler), None)
     except Exception as error:  # one of dozens of optimizers may raise anything
-        if is_full_disk(error) or "out of memory" in str(error).lower():
+        if is_full_disk(error) or is_memory(error):
             raise
         said = one_line(error, 240) or type(error).__name__
         raise InputError(f"Trainer refuses these settings: {said}") from None

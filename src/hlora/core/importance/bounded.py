@@ -55,7 +55,8 @@ class Bounded:
         sizes = torch.cat(self.seen)
         if not torch.isfinite(sizes).all():
             raise DivergedError(
-                f"The gradient of a sequence at {self.name} is not finite: try --dtype fp32."
+                f"The gradient of a sequence at {self.name} is not finite: try --dtype fp32, or, "
+                "if it was that, another copy of the model."
             )
         reached = sizes[sizes > 0]  # not all sequences reach each expert
         if not len(reached):
