@@ -275,7 +275,7 @@ MUTANTS = [
     Mutant("the gradient of a Kronecker product leaves C out", I + "kronecker.py",
            "GP @ (QC @ right.mT)", "GP @ (D.Q @ right.mT)", SEQUENCES),
     Mutant("sums over sequences are not means", I + "projected.py",
-           "torch.stack(s).sum(0) / len(rows)", "torch.stack(s).sum(0)", SEQUENCES),
+           "(m / len(rows) for m in moments)", "(m for m in moments)", SEQUENCES),
     Mutant("the factor of the rows is that of the columns", I + "projected.py",
            "dU.mT @ Kx @ dU", "dU.mT @ Kd @ dU", SEQUENCES),
     Mutant("a runaway sequence outweighs the others", I + "bounded.py",
