@@ -258,7 +258,7 @@ MUTANTS = [
     Mutant("documents are written behind the mark of a turn", "data/encode.py",
            "if i is not None and i not in marks", "if i is not None", OWN_TEXT),
     Mutant("a turn's mark is looked for in a chat's first token too", "data/encode.py",
-           'render_chat(tokenizer, said, where), 1', 'render_chat(tokenizer, said, where), 0',
+           'in (3, 1), (1, 0):', 'in (3, 0), (1, 0):',
            OWN_TEXT),
     Mutant("own text keeps what no other text begins with", "run/own_text.py",
            "0 if leading(tokenizer) else 1", "0", OWN_TEXT),

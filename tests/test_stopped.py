@@ -273,8 +273,12 @@ def test_what_is_advised_are_settings_of_the_command(argv, advised, place, monke
         return run
 
     __import__(f"hlora.cli.{name}")
-    for said in ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"):
-        monkeypatch.setattr(f"hlora.cli.{name}.run", raising(RuntimeError(said)))
+    for error in (
+        RuntimeError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ):
+        monkeypatch.setattr(f"hlora.cli.{name}.run", raising(error))
         assert cli.main([name, *rest]) == 1
         assert advised in capsys.readouterr().err
     monkeypatch.setattr(f"hlora.cli.{name}.run", raising(OSError(28, "No space left")))

@@ -29,8 +29,8 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 def is_memory(error: BaseException) -> bool:
     """Whether an error says that the memory, of a device or of the machine, is not enough."""
-    said = str(error).lower()
-    return any(w in said for w in ("out of memory", "can't allocate memory", "unable to allocate"))
+    said = "out of memory", "can't allocate memory", "unable to allocate"
+    return isinstance(error, MemoryError) or any(w in str(error).lower() for w in said)
 
 
 def in_short(names: Iterable[str], most: int = 4) -> str:

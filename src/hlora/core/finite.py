@@ -12,11 +12,11 @@ from hlora.errors import DivergedError
 def broken_weight(model: nn.Module) -> str | None:
     """The first parameter, but for an adapter's, that is not finite; None if all are.
 
-    Of a matrix that is held in parts, the part held here.
+    By its name in the base model. Of a matrix that is held in parts, the part held here.
     """
     for name, p in model.named_parameters():
         if "lora_" not in name and not torch.isfinite(local(p)).all():
-            return name
+            return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     return None
 
 
@@ -28,13 +28,12 @@ def check_predictions(model: nn.Module, logits: Tensor) -> None:
     """
     if torch.isfinite(logits).all():
         return
-    name, half = broken_weight(model), any(p.dtype == torch.float16 for p in model.parameters())
-    if half:
+    held = {p.dtype for p in model.parameters()}
+    if torch.float16 in held:
         why = "too large for fp16: try --dtype fp32, or bf16."
-    elif name:
-        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    elif name := broken_weight(model):
         why = f"its {name} is not, so take another copy."
-    elif any(p.dtype == torch.bfloat16 for p in model.parameters()):
+    elif torch.bfloat16 in held:
         why = "try --dtype fp32."
     else:
         why = "are its weights whole? Take another copy."

@@ -92,17 +92,15 @@ def separator(tokenizer: Any) -> int:
 
 
 def _marks(tokenizer: Any) -> list[int]:
-    """What stands in a chat of several turns, its first token apart."""
+    """What stands in a chat, the first token of several turns apart; nothing if none is taken."""
     said = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-    where = "the model's own text"
-    try:
-        text, begun = render_chat(tokenizer, said, where), 1
-    except InputError:  # a template of one turn, whose first token may mark it
+    for turns, begun in (3, 1), (1, 0):  # the first token of a single turn may mark it
         try:
-            text, begun = render_chat(tokenizer, said[:1], where), 0
+            text = render_chat(tokenizer, said[:turns], "a chat")
         except InputError:
-            return []
-    return tokenizer(text, add_special_tokens=False)["input_ids"][begun:]
+            continue
+        return tokenizer(text, add_special_tokens=False)["input_ids"][begun:]
+    return []
 
 
 def is_chat(value: Any) -> bool:

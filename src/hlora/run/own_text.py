@@ -52,8 +52,7 @@ def own_text(
     Raises:
         DivergedError: the model's predictions are not finite.
     """
-    chats, plain = _chat_start(tokenizer), [separator(tokenizer)]
-    check_known(plain + chats, OWN, vocabulary(model))
+    plain, chats = _starts(model, tokenizer)
     half = count // 2 if 0 < len(chats) <= length // 2 else 0
     unread = 0 if leading(tokenizer) else 1
     device = next(model.parameters()).device
@@ -74,10 +73,10 @@ def trial(
 ) -> tuple[Callable[[], Any], float]:
     """What writes a little of (count, length) tokens, and how many rows' worth of work that is."""
     rows, steps = min(count, batch_size), min(TRIED, length - 1)
-    check_known([separator(tokenizer)], OWN, vocabulary(model))
+    plain, _ = _starts(model, tokenizer)
     # Without a cache all that is there is read for each token: half of it, on average.
     begun = 1 if _cache_of(model) else max(1, length // 2)
-    ids = torch.full((rows, begun), separator(tokenizer))
+    ids = torch.full((rows, begun), plain[0])
 
     @torch.no_grad()
     def once() -> None:
@@ -112,6 +111,13 @@ def _cache_of(model: nn.Module) -> dict[str, Any]:
             config = inner.config.get_text_config(decoder=True)
             return {name: DynamicCache(config=config), "use_cache": True}
     return {}
+
+
+def _starts(model: nn.Module, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens before a document, and before a chat; the model knows them all."""
+    plain, chats = [separator(tokenizer)], _chat_start(tokenizer)
+    check_known(plain + chats, OWN, vocabulary(model))
+    return plain, chats
 
 
 def _chat_start(tokenizer: Any) -> list[int]:

@@ -116,10 +116,10 @@ def bases(
     def take(name: str, delta: Tensor, x: Tensor) -> None:
         of_rows, of_columns = probes[name]
         d, x = delta.to(of_rows.dtype), x.to(of_rows.dtype)
+        Kx, Kd = x @ x.mT, d @ d.mT
         images[name].add(
-            ((x @ x.mT) * (d @ d.mT)).sum((1, 2)),
-            d.mT @ (x @ (x.mT @ (d @ of_rows))), x.mT @ (d @ (d.mT @ (x @ of_columns))),
-        )  # fmt: skip
+            (Kx * Kd).sum((1, 2)), d.mT @ (Kx @ (d @ of_rows)), x.mT @ (Kd @ (x @ of_columns))
+        )
 
     backward_passes(model, pairs, rows, take, seed=seed, **{**passes, "tick": None})
     spans = {}
